@@ -1,0 +1,1 @@
+//! The forwarder: turns connections into wires.

@@ -1,0 +1,1 @@
+//! Who is who: SPIFFE identities, the built-in CA, tokens, policies.

@@ -1,0 +1,1 @@
+//! Linux: namespaces, netlink, nftables, sysctls; plans as data, apply and snapshot apart.

@@ -1,0 +1,1 @@
+//! A mesh on one machine: namespaces, real programs, expectations, leak snapshots.

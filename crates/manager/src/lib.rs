@@ -1,0 +1,1 @@
+//! The manager: one per node, between workloads, forwarders and other managers.

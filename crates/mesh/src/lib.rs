@@ -1,0 +1,1 @@
+//! The request engine: chain runner, scopes and leases, path, selection, monitor, refresh.

@@ -1,0 +1,1 @@
+//! The directory of services and endpoints: model, matching, watch, expiry, stores.

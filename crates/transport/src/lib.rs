@@ -1,0 +1,1 @@
+//! gRPC over Unix sockets with descriptor passing below TLS, and over TCP.
