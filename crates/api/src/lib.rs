@@ -16,3 +16,19 @@ pub mod pb {
         tonic::include_proto!("registry");
     }
 }
+
+pub mod limits;
+pub mod mechanism;
+pub mod nsurl;
+pub mod path;
+
+/// The descriptors of all services, for gRPC reflection.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+
+/// Payload values (spec/control-plane.md 2.4).
+pub mod payload {
+    /// IPv4 and IPv6 packets.
+    pub const IP: &str = "IP";
+    /// Whole Ethernet frames.
+    pub const ETHERNET: &str = "ETHERNET";
+}

@@ -1,0 +1,207 @@
+//! Bounds of what a peer may send: far above what meshes use, far below what hurts.
+
+use crate::{
+    mechanism::{BadInodeUrl, kind},
+    nsurl::check_interface_name,
+    pb::{
+        connection::{Connection, Mechanism},
+        networkservice::NetworkServiceRequest,
+    },
+};
+
+/// Labels, parameters and similar maps: entries.
+pub const MAX_ENTRIES: usize = 256;
+/// One string: bytes. Tokens and certificates are the longest that occur.
+pub const MAX_TEXT: usize = 16 * 1024;
+/// Addresses, routes, prefixes and similar lists: items.
+pub const MAX_ITEMS: usize = 4096;
+
+/// What is wrong with a request, said to the one who sent it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Malformed {
+    /// The request carries nothing.
+    #[error("the request has no connection")]
+    NoConnection,
+    /// No service, so nobody can be found.
+    #[error("the request names no network service")]
+    NoService,
+    /// A map or list beyond its bound.
+    #[error("{what} has {got} entries; at most {max} are accepted")]
+    TooMany {
+        /// the field
+        what: &'static str,
+        /// how many came
+        got: usize,
+        /// the bound
+        max: usize,
+    },
+    /// A string beyond its bound.
+    #[error("{what} has {got} bytes; at most {max} are accepted")]
+    TooLong {
+        /// the field
+        what: &'static str,
+        /// its length
+        got: usize,
+        /// the bound
+        max: usize,
+    },
+    /// An interface name that Linux does not take.
+    #[error("{0}")]
+    InterfaceName(String),
+    /// A file reference of another form than `inode://`.
+    #[error("{0}")]
+    Inode(#[from] BadInodeUrl),
+    /// An address that is not one.
+    #[error("{what} holds {value:?}, which is not {expected}")]
+    Address {
+        /// the field
+        what: &'static str,
+        /// what it holds
+        value: String,
+        /// what it should hold
+        expected: &'static str,
+    },
+}
+
+/// Checks a whole request before anything is done for it.
+///
+/// # Errors
+/// The first thing that is wrong.
+pub fn check_request(request: &NetworkServiceRequest) -> Result<(), Malformed> {
+    let conn = request.connection.as_ref().ok_or(Malformed::NoConnection)?;
+    if conn.network_service.is_empty() {
+        return Err(Malformed::NoService);
+    }
+    few("mechanism_preferences", request.mechanism_preferences.len(), 64)?;
+    request.mechanism_preferences.iter().try_for_each(check_mechanism)?;
+    check_connection(conn)
+}
+
+/// Checks a connection, as it stands in a Request, a Close or an answer.
+///
+/// # Errors
+/// The first thing that is wrong.
+pub fn check_connection(conn: &Connection) -> Result<(), Malformed> {
+    short("connection.id", &conn.id, 253)?;
+    short("connection.network_service", &conn.network_service, 512)?;
+    short("connection.network_service_endpoint_name", &conn.network_service_endpoint_name, 512)?;
+    short("connection.payload", &conn.payload, 253)?;
+    few("connection.labels", conn.labels.len(), MAX_ENTRIES)?;
+    texts("connection.labels", &conn.labels)?;
+    for segment in crate::path::segments(conn) {
+        short("path segment name", &segment.name, 253)?;
+        short("path segment id", &segment.id, 253)?;
+        short("path segment token", &segment.token, MAX_TEXT)?;
+        few("path segment metrics", segment.metrics.len(), MAX_ENTRIES)?;
+    }
+    if let Some(m) = &conn.mechanism {
+        check_mechanism(m)?;
+    }
+    let Some(context) = &conn.context else { return Ok(()) };
+    few("context.extra_context", context.extra_context.len(), MAX_ENTRIES)?;
+    let Some(ip) = &context.ip_context else { return Ok(()) };
+    for (what, list) in [("src_ip_addrs", &ip.src_ip_addrs), ("dst_ip_addrs", &ip.dst_ip_addrs)] {
+        few(what, list.len(), MAX_ITEMS)?;
+        list.iter().try_for_each(|a| cidr(what, a))?;
+    }
+    for (what, list) in [("src_routes", &ip.src_routes), ("dst_routes", &ip.dst_routes)] {
+        few(what, list.len(), MAX_ITEMS)?;
+        for route in list {
+            cidr(what, &route.prefix)?;
+            if !route.next_hop.is_empty() {
+                address(what, &route.next_hop)?;
+            }
+        }
+    }
+    few("excluded_prefixes", ip.excluded_prefixes.len(), MAX_ITEMS)?;
+    few("ip_neighbors", ip.ip_neighbors.len(), MAX_ITEMS)?;
+    ip.ip_neighbors.iter().try_for_each(|n| address("ip_neighbors", &n.ip))?;
+    few("policies", ip.policies.len(), MAX_ENTRIES)
+}
+
+fn check_mechanism(m: &Mechanism) -> Result<(), Malformed> {
+    few("mechanism.parameters", m.parameters.len(), MAX_ENTRIES)?;
+    texts("mechanism.parameters", &m.parameters)?;
+    if m.r#type == kind::KERNEL {
+        if let Some(name) = m.get(crate::mechanism::key::NAME) {
+            check_interface_name(name).map_err(Malformed::InterfaceName)?;
+        }
+        m.inode()?;
+    }
+    Ok(())
+}
+
+fn few(what: &'static str, got: usize, max: usize) -> Result<(), Malformed> {
+    if got > max { Err(Malformed::TooMany { what, got, max }) } else { Ok(()) }
+}
+
+fn short(what: &'static str, text: &str, max: usize) -> Result<(), Malformed> {
+    if text.len() > max { Err(Malformed::TooLong { what, got: text.len(), max }) } else { Ok(()) }
+}
+
+fn texts(what: &'static str, map: &std::collections::BTreeMap<String, String>) -> Result<(), Malformed> {
+    map.iter().try_for_each(|(k, v)| short(what, k, MAX_TEXT).and_then(|()| short(what, v, MAX_TEXT)))
+}
+
+fn cidr(what: &'static str, value: &str) -> Result<(), Malformed> {
+    // Upstream carries bare addresses too, and skips what has no mask (spec/data-plane.md 0.4).
+    match value.parse::<ipnet::IpNet>() {
+        Ok(_) => Ok(()),
+        Err(_) => address(what, value),
+    }
+}
+
+fn address(what: &'static str, value: &str) -> Result<(), Malformed> {
+    value.parse::<std::net::IpAddr>().map(|_| ()).map_err(|_| Malformed::Address {
+        what,
+        value: value.chars().take(60).collect(),
+        expected: "an address or ADDRESS/LENGTH",
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pb::connectioncontext::{ConnectionContext, IpContext};
+
+    fn good() -> NetworkServiceRequest {
+        NetworkServiceRequest {
+            connection: Some(Connection { network_service: "s".into(), ..Connection::default() }),
+            mechanism_preferences: vec![Mechanism::kernel("nsm0", None)],
+        }
+    }
+
+    #[test]
+    fn good_requests_pass() {
+        assert_eq!(check_request(&good()), Ok(()));
+    }
+
+    #[test]
+    fn each_kind_of_nonsense_is_named() {
+        let mut request = good();
+        request.connection.as_mut().unwrap().labels =
+            (0..100_000).map(|i| (i.to_string(), String::new())).collect();
+        assert_eq!(
+            check_request(&request).unwrap_err().to_string(),
+            "connection.labels has 100000 entries; at most 256 are accepted"
+        );
+
+        for name in ["x".repeat(40), "a/b".into()] {
+            let mut request = good();
+            request.mechanism_preferences = vec![Mechanism::kernel(&name, None)];
+            assert!(matches!(check_request(&request), Err(Malformed::InterfaceName(_))), "{name}");
+        }
+
+        let mut request = good();
+        request.connection.as_mut().unwrap().context = Some(ConnectionContext {
+            ip_context: Some(IpContext { src_ip_addrs: vec!["500.1.1.1/32".into()], ..IpContext::default() }),
+            ..ConnectionContext::default()
+        });
+        assert!(check_request(&request).unwrap_err().to_string().contains("500.1.1.1/32"));
+
+        let mut request = good();
+        request.mechanism_preferences[0].set("inodeURL", "file:///proc/1/ns/net");
+        assert!(matches!(check_request(&request), Err(Malformed::Inode(_))));
+        assert_eq!(check_request(&NetworkServiceRequest::default()), Err(Malformed::NoConnection));
+    }
+}

@@ -1,0 +1,295 @@
+//! The path of a connection: who handed the request to whom (spec/control-plane.md section 4).
+//!
+//! Every hop runs [`step`] on the way in, and [`restore`] on the way back. Ids are drawn by the caller, so
+//! that tests and simulations decide them.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use prost_types::Timestamp;
+
+use crate::pb::connection::{Connection, Path, PathSegment};
+
+/// More hops than any mesh has: two domains with a chain of ten functions need 48.
+pub const MAX_SEGMENTS: usize = 128;
+
+/// Why a path cannot be continued. The texts are upstream's, which its users know from their logs.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PathError {
+    /// The index points behind the last segment.
+    #[error("Path.Index+1=={next} should be less or equal len(Path.PathSegments)=={len}")]
+    IndexPastEnd {
+        /// index + 1
+        next: u64,
+        /// number of segments
+        len: usize,
+    },
+    /// The sender's id is not the one of the segment that it claims to be.
+    #[error("Current PathSegment.Id=={segment:?} should be equal Connection.Id=={connection:?}")]
+    ForeignId {
+        /// id of the segment at `index`
+        segment: String,
+        /// id of the connection
+        connection: String,
+    },
+    /// See [`MAX_SEGMENTS`].
+    #[error("the path has {0} segments; at most {MAX_SEGMENTS} are accepted")]
+    TooLong(usize),
+    /// An answer that does not hold the asker's own segment.
+    #[error("the answer's path has {len} segments, but this hop is segment {index}")]
+    Cut {
+        /// this hop's index
+        index: usize,
+        /// number of segments that came back
+        len: usize,
+    },
+}
+
+/// What a hop has to put back into the answer: index and id of the one who asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Asker(pub u32);
+
+/// Makes `me` the current segment of `conn` (the table of section 4.2), and tells who asked.
+///
+/// # Errors
+/// A path that contradicts itself or the connection's id.
+pub fn step(conn: &mut Connection, me: &str, mut new_id: impl FnMut() -> String) -> Result<Asker, PathError> {
+    let path = conn.path.get_or_insert_with(Path::default);
+    let segments = &mut path.path_segments;
+    if segments.len() > MAX_SEGMENTS {
+        return Err(PathError::TooLong(segments.len()));
+    }
+    if segments.is_empty() {
+        if conn.id.is_empty() {
+            conn.id = new_id();
+        }
+        path.index = 0;
+        segments.push(PathSegment { name: me.into(), id: conn.id.clone(), ..PathSegment::default() });
+        return Ok(Asker(0));
+    }
+    let index = path.index as usize;
+    if let Some(own) = segments.get(index)
+        && own.name == me
+    {
+        conn.id.clone_from(&own.id);
+        return Ok(Asker(path.index));
+    }
+    let Some(sender) = segments.get(index) else {
+        return Err(PathError::IndexPastEnd { next: u64::from(path.index) + 1, len: segments.len() });
+    };
+    if sender.id != conn.id {
+        return Err(PathError::ForeignId { segment: sender.id.clone(), connection: conn.id.clone() });
+    }
+    let len = segments.len();
+    match segments.get_mut(index + 1) {
+        Some(next) if next.name == me => {}
+        Some(next) => {
+            next.name = me.into();
+            next.id = new_id();
+        }
+        None if len >= MAX_SEGMENTS => return Err(PathError::TooLong(len + 1)),
+        None => segments.push(PathSegment { name: me.into(), id: new_id(), ..PathSegment::default() }),
+    }
+    conn.id.clone_from(&segments[index + 1].id);
+    path.index += 1;
+    Ok(Asker(index as u32))
+}
+
+/// Gives an answer the asker's index and id back.
+///
+/// # Errors
+/// [`PathError::Cut`] if the asker's segment is not in the answer.
+pub fn restore(conn: &mut Connection, asker: Asker) -> Result<(), PathError> {
+    let path = conn.path.get_or_insert_with(Path::default);
+    let index = asker.0 as usize;
+    let Some(segment) = path.path_segments.get(index) else {
+        return Err(PathError::Cut { index, len: path.path_segments.len() });
+    };
+    conn.id.clone_from(&segment.id);
+    path.index = asker.0;
+    Ok(())
+}
+
+/// Cuts what stands right of the current segment: stale hops of an earlier, longer path (section 4.3).
+pub fn trim(conn: &mut Connection) {
+    if let Some(path) = &mut conn.path {
+        path.path_segments.truncate(path.index as usize + 1);
+    }
+}
+
+/// The current segment.
+#[must_use]
+pub fn current(conn: &Connection) -> Option<&PathSegment> {
+    let path = conn.path.as_ref()?;
+    path.path_segments.get(path.index as usize)
+}
+
+/// The current segment, to be filled.
+pub fn current_mut(conn: &mut Connection) -> Option<&mut PathSegment> {
+    let path = conn.path.as_mut()?;
+    path.path_segments.get_mut(path.index as usize)
+}
+
+/// The segment left of the current one: who sent this request.
+pub fn previous_mut(conn: &mut Connection) -> Option<&mut PathSegment> {
+    let path = conn.path.as_mut()?;
+    path.path_segments.get_mut((path.index as usize).checked_sub(1)?)
+}
+
+/// All segments, in order; empty without a path.
+#[must_use]
+pub fn segments(conn: &Connection) -> &[PathSegment] {
+    conn.path.as_ref().map_or(&[], |path| &path.path_segments)
+}
+
+/// The index of the current segment.
+#[must_use]
+pub fn index(conn: &Connection) -> usize {
+    conn.path.as_ref().map_or(0, |path| path.index as usize)
+}
+
+/// The id by which the client knows this connection: the first segment's. It names interfaces' aliases
+/// (spec/data-plane.md 2.5).
+#[must_use]
+pub fn client_id(conn: &Connection) -> &str {
+    segments(conn).first().map_or(&conn.id, |first| &first.id)
+}
+
+/// The earliest expiry on the path; a segment without one counts as expired long ago, as upstream has it.
+#[must_use]
+pub fn earliest_expiry(conn: &Connection) -> Option<SystemTime> {
+    segments(conn).iter().map(|segment| segment.expires.as_ref().map_or(UNIX_EPOCH, from_timestamp)).min()
+}
+
+/// Wall-clock time of the wire; out of range is cut to what the platform can hold.
+#[must_use]
+pub fn from_timestamp(t: &Timestamp) -> SystemTime {
+    let nanos = Duration::from_nanos(u64::from(u32::try_from(t.nanos).unwrap_or(0).min(999_999_999)));
+    let secs = Duration::from_secs(t.seconds.unsigned_abs());
+    let base = if t.seconds >= 0 { UNIX_EPOCH.checked_add(secs) } else { UNIX_EPOCH.checked_sub(secs) };
+    base.and_then(|b| b.checked_add(nanos)).unwrap_or(UNIX_EPOCH)
+}
+
+/// The wire's form of a wall-clock time after 1970.
+#[must_use]
+pub fn to_timestamp(t: SystemTime) -> Timestamp {
+    let since = t.duration_since(UNIX_EPOCH).unwrap_or_default();
+    Timestamp {
+        seconds: i64::try_from(since.as_secs()).unwrap_or(i64::MAX),
+        nanos: since.subsec_nanos() as i32, // below 1e9, fits
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ids() -> impl FnMut() -> String {
+        let mut n = 0;
+        move || {
+            n += 1;
+            format!("u{n}")
+        }
+    }
+
+    fn names(conn: &Connection) -> Vec<(&str, &str)> {
+        segments(conn).iter().map(|s| (s.name.as_str(), s.id.as_str())).collect()
+    }
+
+    #[test]
+    fn first_hop_starts_the_path_with_its_own_id() {
+        let mut conn = Connection { id: "nsc-0".into(), ..Connection::default() };
+        assert_eq!(step(&mut conn, "nsc", ids()), Ok(Asker(0)));
+        assert_eq!(names(&conn), [("nsc", "nsc-0")]);
+        let mut anonymous = Connection::default();
+        step(&mut anonymous, "nsc", ids()).unwrap();
+        assert_eq!(anonymous.id, "u1");
+    }
+
+    #[test]
+    fn a_refresh_keeps_all_ids_and_a_new_hop_gets_a_new_one() {
+        let mut next = ids();
+        let mut conn = Connection { id: "nsc-0".into(), ..Connection::default() };
+        step(&mut conn, "nsc", &mut next).unwrap();
+        let client = step(&mut conn, "mgr", &mut next).unwrap();
+        let manager = step(&mut conn, "fwd", &mut next).unwrap();
+        assert_eq!((conn.id.as_str(), index(&conn)), ("u2", 2));
+        restore(&mut conn, manager).unwrap();
+        restore(&mut conn, client).unwrap();
+        assert_eq!((conn.id.as_str(), index(&conn)), ("nsc-0", 0));
+
+        step(&mut conn, "nsc", &mut next).unwrap();
+        step(&mut conn, "mgr", &mut next).unwrap();
+        step(&mut conn, "fwd-2", &mut next).unwrap();
+        assert_eq!(names(&conn), [("nsc", "nsc-0"), ("mgr", "u1"), ("fwd-2", "u3")]);
+    }
+
+    #[test]
+    fn the_same_hop_twice_is_a_no_op() {
+        let mut conn = Connection { id: "a".into(), ..Connection::default() };
+        step(&mut conn, "mgr", ids()).unwrap();
+        assert_eq!(step(&mut conn, "mgr", ids()), Ok(Asker(0)));
+        assert_eq!(names(&conn).len(), 1);
+    }
+
+    #[test]
+    fn a_path_that_lies_is_refused() {
+        let mut conn = Connection { id: "x".into(), ..Connection::default() };
+        step(&mut conn, "nsc", ids()).unwrap();
+        let mut past = conn.clone();
+        past.path.as_mut().unwrap().index = u32::MAX;
+        assert_eq!(
+            step(&mut past, "mgr", ids()),
+            Err(PathError::IndexPastEnd { next: u64::from(u32::MAX) + 1, len: 1 })
+        );
+        let mut foreign = conn.clone();
+        foreign.id = "y".into();
+        assert!(matches!(step(&mut foreign, "mgr", ids()), Err(PathError::ForeignId { .. })));
+        let mut cut = Connection::default();
+        assert_eq!(restore(&mut cut, Asker(0)), Err(PathError::Cut { index: 0, len: 0 }));
+        let mut long = conn;
+        long.path.as_mut().unwrap().path_segments = vec![PathSegment::default(); MAX_SEGMENTS + 1];
+        assert_eq!(step(&mut long, "mgr", ids()), Err(PathError::TooLong(MAX_SEGMENTS + 1)));
+    }
+
+    #[test]
+    fn trimming_forgets_stale_hops() {
+        let mut conn = Connection { id: "nsc-0".into(), ..Connection::default() };
+        let mut next = ids();
+        step(&mut conn, "nsc", &mut next).unwrap();
+        let client = step(&mut conn, "mgr", &mut next).unwrap();
+        step(&mut conn, "fwd", &mut next).unwrap();
+        restore(&mut conn, client).unwrap();
+        step(&mut conn, "mgr", &mut next).unwrap();
+        trim(&mut conn);
+        assert_eq!(segments(&conn).len(), 2);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn steps_never_panic_and_answers_come_back_to_the_asker(
+            index in 0u32..6, count in 0usize..5, id in "[a-c]{0,1}", name in "[a-c]",
+        ) {
+            let path_segments = (0..count)
+                .map(|i| PathSegment { name: ["a", "b", "c", "a", "b"][i].into(), id: ["a", "b", "c", "a", "b"][i].into(), ..PathSegment::default() })
+                .collect();
+            let mut conn = Connection { id, path: Some(Path { index, path_segments }), ..Connection::default() };
+            let before = conn.clone();
+            if let Ok(asker) = step(&mut conn, &name, || "new".into()) {
+                assert_eq!(current(&conn).unwrap().name, name);
+                assert_eq!(current(&conn).unwrap().id, conn.id);
+                restore(&mut conn, asker).unwrap();
+                if count > 0 {
+                    assert_eq!(conn.path.as_ref().unwrap().index, before.path.unwrap().index);
+                }
+            }
+        }
+
+        #[test]
+        fn timestamps_survive(seconds in i64::MIN..i64::MAX, nanos in i32::MIN..i32::MAX) {
+            let t = from_timestamp(&Timestamp { seconds, nanos });
+            if (0..4_000_000_000).contains(&seconds) && (0..1_000_000_000).contains(&nanos) {
+                assert_eq!(to_timestamp(t), Timestamp { seconds, nanos });
+            }
+        }
+    }
+}
