@@ -1,1 +1,105 @@
 //! Who is who: SPIFFE identities, the built-in CA, tokens, policies.
+//!
+//! * [`Source`] follows the SPIFFE Workload API at `SPIFFE_ENDPOINT_SOCKET`: SPIRE, or our own [`ca`].
+//! * [`Identity`] is one snapshot of it, with TLS both ways.
+//! * [`token`] makes the JWTs that name who asks whom, [`policy`] checks them.
+//! * [`unix`] says who is at the other end of a Unix socket.
+//!
+//! There is no insecure mode: everything that speaks, speaks mTLS with an [`Identity`].
+
+#![forbid(clippy::unwrap_used)]
+
+pub mod ca;
+mod id;
+pub mod policy;
+mod source;
+mod svid;
+pub mod token;
+pub mod unix;
+
+use std::{io, path::PathBuf};
+
+pub use id::{InvalidId, SpiffeId, TrustDomain};
+pub use policy::Denial;
+pub use source::{ENDPOINT_VARIABLE, Source};
+pub use svid::{Bundles, CertificateError, Identity, Leaf, Svid};
+pub use token::{Claims, Token};
+pub use unix::{FileId, UnixPeer, UnixSocket};
+
+/// The Workload API on the wire.
+#[allow(missing_docs, missing_debug_implementations, unreachable_pub, clippy::all)]
+mod pb {
+    tonic::include_proto!("_");
+}
+
+/// What goes wrong with identities.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The Workload API sent an SVID without certificates.
+    #[error("the X.509-SVID has no certificate")]
+    EmptyChain,
+    /// A certificate that cannot stand for anybody.
+    #[error(transparent)]
+    Certificate(#[from] CertificateError),
+    /// Tokens are ES256.
+    #[error(
+        "the key of {0} is not ECDSA P-256, and tokens cannot be signed with another; configure the issuer for ec-p256 keys"
+    )]
+    NotP256(SpiffeId),
+    /// A root that is no certificate.
+    #[error("a root of trust domain {domain} cannot be used")]
+    Root {
+        /// Whose root.
+        domain: TrustDomain,
+        /// What the verifier says.
+        source: webpki::Error,
+    },
+    /// Key and certificate do not match, or TLS refuses them.
+    #[error("the X.509-SVID of {id} cannot be used for TLS; do key and certificate belong together?")]
+    Tls {
+        /// Whose SVID.
+        id: SpiffeId,
+        /// What TLS says.
+        source: rustls::Error,
+    },
+    /// Nothing can be signed with an expired SVID.
+    #[error("the X.509-SVID of {0} has expired and was not renewed; is the Workload API served?")]
+    SvidExpired(SpiffeId),
+    /// The key does not sign.
+    #[error("no token can be signed with the key of {id}")]
+    Sign {
+        /// Whose key.
+        id: SpiffeId,
+        /// What the signer says.
+        source: jsonwebtoken::errors::Error,
+    },
+    /// The address of the Workload API.
+    #[error(
+        "{value:?} is no address of a Workload API ({reason}); set SPIFFE_ENDPOINT_SOCKET=unix:///path/to/socket"
+    )]
+    Endpoint {
+        /// What was given.
+        value: String,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// A second daemon.
+    #[error(
+        "somebody listens at {0} already: a second daemon on the same socket? Stop it, or configure another path"
+    )]
+    SocketInUse(PathBuf),
+    /// A socket that cannot be bound.
+    #[error("cannot {what} socket {path}")]
+    Socket {
+        /// The socket file.
+        path: PathBuf,
+        /// What was tried.
+        what: &'static str,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The CA's configuration or state.
+    #[error(transparent)]
+    Ca(#[from] ca::CaError),
+}
