@@ -1,5 +1,8 @@
 //! The wire: protobuf types and typed views over them. Pure: no I/O, no runtime.
 
+pub mod matching;
+pub mod resource;
+
 /// The generated types, one module per protobuf package.
 #[allow(missing_docs, missing_debug_implementations, unreachable_pub, clippy::all)]
 pub mod pb {
