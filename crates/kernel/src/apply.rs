@@ -1,0 +1,622 @@
+//! Makes the kernel equal to a plan.
+//!
+//! ```text
+//!   node's socket ──► who holds the names?  (by number of namespace, no descriptor needed)
+//!        │               all as planned ─► adopt     ours, but different ─► delete, create     nothing ─► create
+//!        ▼
+//!   node's socket ──► create: one message makes both ends, named, each in its namespace (or the VXLAN device)
+//!        ▼
+//!   thread in each end's namespace ──► what differs? ──► one batch: mark, alias, MTU, up, addresses, routes, …
+//! ```
+//!
+//! A link is created down and in a device group of our own; alias and group change in the message that sets it up. So
+//! a link that we made and could not finish, because we were killed, is recognised as ours and replaced.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
+use netlink_packet_route::RouteNetlinkMessage as Message;
+use netlink_packet_route::link::LinkAttribute;
+use parking_lot::Mutex;
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Refusal, Result};
+use crate::netlink::{Attempt, Request, Route as Rt, Socket};
+use crate::netns::{Namespace, NsId};
+use crate::plan::{Change, Construction, EndPlan, Mac, Policy, Side, Vxlan, WirePlan, parse_mark};
+use crate::reaper::Reaper;
+use crate::rt::{self, BIRTH_GROUP, Link, MAIN_TABLE, Nsid, Rule, Which};
+use crate::snapshot::{Seen, observe};
+use crate::sysctl;
+
+/// The wires of one node, in its kernel.
+///
+/// All methods block for as long as the kernel takes (tenths of a millisecond; deletion: tens of milliseconds) and may
+/// be called from several threads at once. When they return, nothing is open in the namespace of a pod.
+#[derive(Debug)]
+pub struct Kernel {
+    pub(crate) node: Namespace,
+    sockets: Mutex<Vec<Socket<Rt>>>,
+    pub(crate) reaper: Reaper,
+    /// Held while table numbers are chosen: two connections of one pod must not choose the same.
+    tables: Mutex<()>,
+}
+
+/// What [`Kernel::apply`] did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Applied {
+    /// Whether the wire was made now, rather than found.
+    pub created: bool,
+    /// How many netlink messages changed something. 0: all was as planned already.
+    pub writes: u64,
+    /// The near end, where the plan has one.
+    pub near: Option<EndState>,
+    /// The far end, where the plan has one.
+    pub far: Option<EndState>,
+}
+
+/// What the kernel chose for one end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndState {
+    /// How the node numbers the namespace.
+    pub nsid: Nsid,
+    /// Index of the interface in it.
+    pub ifindex: u32,
+    /// Its hardware address.
+    pub mac: Mac,
+}
+
+/// The numbers that the node's namespace has for those of a wire. They stand in the record of a wire, because with
+/// them its links are found and deleted when no descriptor of the pod's namespace is left.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Nsids {
+    /// Of the client's namespace.
+    pub near: Option<Nsid>,
+    /// Of the endpoint's.
+    pub far: Option<Nsid>,
+}
+
+/// One end while we work on it.
+pub(crate) struct End<'a> {
+    pub(crate) side: Side,
+    pub(crate) plan: &'a EndPlan,
+    pub(crate) mark: String,
+    pub(crate) ns: &'a Namespace,
+    pub(crate) nsid: Nsid,
+}
+
+/// How often the rest of a difference is worked off. The kernel takes things away on its own (secondary addresses go
+/// with the primary, routes with the last address), so a second look may find more to do.
+const ROUNDS: u32 = 3;
+
+// === impl Kernel ===
+
+impl Kernel {
+    /// Works from that namespace, the node's: there are the UDP sockets of tunnels, and the numbers of pods.
+    pub fn new(node: Namespace) -> Result<Self> {
+        let socket = Socket::open_in(&node)?;
+        let reaper = Reaper::start(Socket::open_in(&node)?)?;
+        Ok(Self { node, sockets: Mutex::new(vec![socket]), reaper, tables: Mutex::new(()) })
+    }
+
+    /// Makes the wire as planned, with the fewest changes: none if it is so already. A wire that had to be made is
+    /// made completely or not at all. Hardware address and index of an existing wire stay as they are.
+    ///
+    /// `known` are open namespaces the caller has anyway; one that is not among them is looked for.
+    ///
+    /// # Errors
+    /// [`Error::Plan`], [`Error::NamespaceGone`], [`Error::NameTaken`], [`Error::VniTaken`], [`Error::Refused`].
+    pub fn apply(&self, plan: &WirePlan, known: &[&Namespace]) -> Result<Applied> {
+        plan.validate()?;
+        let found = find_missing(plan, known)?;
+        let mut node = self.socket()?;
+        let before = node.writes();
+        let ends = self.ends(&mut node, plan, known, &found)?;
+
+        let (links, created) = match self.links(&mut node, plan, &ends) {
+            // A link that is going, but not gone, may be in the way.
+            Err(Error::NameTaken { .. } | Error::VniTaken { .. }) if self.reaper.pending() => {
+                self.flush()?;
+                self.links(&mut node, plan, &ends)?
+            }
+            other => other?,
+        };
+        let mut writes = 0;
+        for (end, link) in ends.iter().zip(&links) {
+            match self.configure(plan, end, link, created) {
+                Ok(count) => writes += count,
+                Err(e) => {
+                    if created {
+                        delete(&mut node, links.iter().zip(&ends).map(|(link, end)| (link, end.nsid)))?;
+                    }
+                    return Err(e);
+                }
+            }
+        }
+        writes += node.writes() - before;
+        self.give_back(node);
+
+        let state = |side| {
+            let (end, link) = ends.iter().zip(&links).find(|(end, _)| end.side == side)?;
+            Some(EndState { nsid: end.nsid, ifindex: link.index, mac: link.mac? })
+        };
+        Ok(Applied { created, writes, near: state(Side::Near), far: state(Side::Far) })
+    }
+
+    /// How the node's namespace numbers that one; it is given a number now if it has none.
+    pub fn nsid(&self, ns: &Namespace) -> Result<Nsid> {
+        let mut node = self.socket()?;
+        let nsid = node.assign_nsid(ns)?;
+        self.give_back(node);
+        Ok(nsid)
+    }
+
+    /// A socket in the node's namespace. It goes back with [`Kernel::give_back`] when all went well, and is closed when
+    /// not: then nobody knows what is still unread in it.
+    pub(crate) fn socket(&self) -> Result<Socket<Rt>> {
+        let idle = self.sockets.lock().pop();
+        idle.map_or_else(|| Socket::open_in(&self.node), Ok)
+    }
+
+    pub(crate) fn give_back(&self, socket: Socket<Rt>) {
+        self.sockets.lock().push(socket);
+    }
+
+    pub(crate) fn ends<'a>(
+        &self,
+        node: &mut Socket<Rt>,
+        plan: &'a WirePlan,
+        known: &[&'a Namespace],
+        found: &'a [Namespace],
+    ) -> Result<Vec<End<'a>>> {
+        plan.ends()
+            .map(|(side, end)| {
+                let ns = known.iter().copied().chain(found).find(|ns| ns.id() == end.ns);
+                let ns = ns.ok_or(Error::NamespaceGone(end.ns))?;
+                Ok(End { side, plan: end, mark: plan.mark(side), ns, nsid: node.assign_nsid(ns)? })
+            })
+            .collect()
+    }
+
+    /// The links of the wire: those that are there if they are as planned, or else new ones. Whether they are new.
+    fn links(&self, node: &mut Socket<Rt>, plan: &WirePlan, ends: &[End<'_>]) -> Result<(Vec<Link>, bool)> {
+        let questions = ends.iter().flat_map(|end| {
+            [end.mark.as_str(), &end.plan.ifname]
+                .map(|name| rt::get_link(Which::Name(name), Some(end.nsid), false))
+        });
+        let mut answers = node.links(questions.collect())?.into_iter();
+        let (mut usable, mut leftovers) = (Vec::new(), Vec::new());
+        for end in ends {
+            let (marked, named) = (answers.next().flatten(), answers.next().flatten());
+            let (ours, left) = claim(end, marked, named)?;
+            let (fitting, other): (Vec<_>, Vec<_>) =
+                ours.into_iter().partition(|link| link.fits(&plan.construction));
+            usable.extend(fitting.into_iter().map(|link| (link, end.nsid)));
+            leftovers.extend(left.into_iter().chain(other).map(|link| (link, end.nsid)));
+        }
+        if leftovers.is_empty() && usable.len() == ends.len() && joined(&usable) {
+            return Ok((usable.into_iter().map(|(link, _)| link).collect(), false));
+        }
+        leftovers.append(&mut usable);
+        delete(node, leftovers.iter().map(|(link, nsid)| (link, *nsid)))?;
+        Ok((create(node, plan, ends)?, true))
+    }
+
+    /// Makes one end as planned; the link exists. How many messages that took.
+    fn configure(&self, plan: &WirePlan, end: &End<'_>, link: &Link, created: bool) -> Result<u64> {
+        end.ns.run(|| {
+            prepare(end.plan, link)?;
+            let mut socket = Socket::open()?;
+            if let Construction::Vxlan(tunnel) = &plan.construction
+                && tunnel.port != tunnel.remote_port
+            {
+                set_vxlan_peer(&mut socket, link.index, tunnel)?;
+            }
+            let mut seen =
+                if created { Seen::newborn(end.plan, link) } else { observe(&mut socket, end.plan, link)? };
+            for _ in 0..ROUNDS {
+                let changes = work(end, &seen);
+                let removes = changes.iter().any(|change| matches!(change, Change::RemoveAddress(_)));
+                self.carry_out(&mut socket, end, &seen, changes)?;
+                if !removes {
+                    break;
+                }
+                let link =
+                    socket.links(vec![rt::get_link(Which::Index(link.index), None, false)])?.pop().flatten();
+                let link = link.ok_or_else(|| vanished(end))?;
+                seen = observe(&mut socket, end.plan, &link)?;
+            }
+            Ok(socket.writes())
+        })?
+    }
+
+    /// Takes the policies of one end away, with rules that lost their interface.
+    pub(crate) fn clear_policies(&self, end: &End<'_>, link: Option<&Link>) -> Result<()> {
+        end.ns.run(|| {
+            let mut socket = Socket::open()?;
+            let _guard = self.tables.lock();
+            let tables = Tables::read(&mut socket)?;
+            let mut batch = Batch::default();
+            if let Some(link) = link {
+                let seen = observe(&mut socket, end.plan, link)?;
+                for (_, policy) in &seen.tables {
+                    batch.remove_policy(link.index, policy, &seen, &tables);
+                }
+            }
+            batch.orphans(&tables);
+            batch.commit(&mut socket, &format!("{} in {}", end.plan.ifname, end.ns.id()))
+        })?
+    }
+
+    /// Sends the changes as one batch.
+    fn carry_out(
+        &self,
+        socket: &mut Socket<Rt>,
+        end: &End<'_>,
+        seen: &Seen,
+        changes: Vec<Change>,
+    ) -> Result<()> {
+        if changes.is_empty() {
+            return Ok(());
+        }
+        let policies = |change: &Change| matches!(change, Change::AddPolicy(_) | Change::RemovePolicy(_));
+        let guard = changes.iter().any(policies).then(|| self.tables.lock());
+        let mut tables = match guard {
+            Some(_) => Tables::read(socket)?,
+            None => Tables::default(),
+        };
+
+        let index = seen.link.index;
+        let mut batch = Batch::default();
+        let mut link_attributes = Vec::new();
+        let (mut up, mut link_change) = (false, None);
+        for change in changes {
+            match &change {
+                Change::Mark(mark) => {
+                    batch.push(rt::set_mark(index, mark), &change);
+                    continue;
+                }
+                Change::Alias(alias) => link_attributes.push(LinkAttribute::IfAlias(alias.clone())),
+                Change::Mac(mac) => link_attributes.push(LinkAttribute::Address(mac.0.to_vec())),
+                Change::Mtu(mtu) => link_attributes.push(LinkAttribute::Mtu(*mtu)),
+                Change::Up => up = true,
+                _ => {
+                    // All that concerns the link itself is one message, and comes before what hangs on the link.
+                    if let Some(first) = link_change.take() {
+                        batch.push(link_message(seen, std::mem::take(&mut link_attributes), up), &first);
+                    }
+                    batch.add(index, &change, seen, &mut tables);
+                    continue;
+                }
+            }
+            link_change.get_or_insert(change);
+        }
+        if let Some(first) = link_change {
+            batch.push(link_message(seen, link_attributes, up), &first);
+        }
+        batch.orphans(&tables);
+        batch.commit(socket, &format!("{} in {}", end.plan.ifname, end.ns.id()))
+    }
+}
+
+// === private helpers: which links are ours ===
+
+/// Of the link that carries our mark and the one that has the name we want: the one to use, and those to delete.
+fn claim(end: &End<'_>, marked: Option<Link>, named: Option<Link>) -> Result<(Option<Link>, Option<Link>)> {
+    let name = &end.plan.ifname;
+    let taken = |link: &Link| {
+        let by = link.altnames.iter().find(|name| parse_mark(name).is_some()).or(link.alias.as_ref());
+        let by = by.map_or_else(|| format!("the unmarked link {}", link.name), Clone::clone);
+        Err(Error::NameTaken { name: name.clone(), ns: end.plan.ns, by })
+    };
+    match (marked, named) {
+        (Some(marked), Some(named)) if marked.index == named.index && named.name == *name => {
+            Ok((Some(named), None))
+        }
+        (Some(marked), Some(named)) if marked.index != named.index => {
+            taken(&named).map(|()| (None, Some(marked)))
+        }
+        // Ours, under another name.
+        (Some(marked), _) => Ok((None, Some(marked))),
+        (None, None) => Ok((None, None)),
+        (None, Some(named))
+            if named.name != *name || named.altnames.iter().any(|name| parse_mark(name).is_some()) =>
+        {
+            taken(&named).map(|()| (None, None))
+        }
+        // From an older life, or another implementation's: upstream tags by alias only.
+        (None, Some(named)) if named.alias.as_deref() == Some(end.plan.alias.as_str()) => {
+            Ok((Some(named), None))
+        }
+        // Ours, but we were killed before we could finish it.
+        (None, Some(named)) if named.alias.is_none() && named.group == BIRTH_GROUP => Ok((None, Some(named))),
+        (None, Some(named)) => taken(&named).map(|()| (None, None)),
+    }
+}
+
+/// Whether two ends are the ends of one pair (a single one is complete).
+fn joined(links: &[(Link, Nsid)]) -> bool {
+    match links {
+        [(near, near_nsid), (far, far_nsid)] => {
+            let at = |link: &Link, nsid: Nsid| link.peer_nsid.unwrap_or(nsid);
+            near.peer == Some(far.index)
+                && far.peer == Some(near.index)
+                && at(near, *near_nsid) == *far_nsid
+                && at(far, *far_nsid) == *near_nsid
+        }
+        _ => true,
+    }
+}
+
+/// Makes the links of a wire, and looks up what the kernel made of them.
+fn create(node: &mut Socket<Rt>, plan: &WirePlan, ends: &[End<'_>]) -> Result<Vec<Link>> {
+    let request = match (&plan.construction, ends) {
+        (Construction::Veth, [near, far]) => rt::new_veth((near.plan, near.ns), (far.plan, far.ns)),
+        (Construction::Vxlan(tunnel), [end]) => rt::new_vxlan(tunnel, end.plan, end.ns),
+        _ => return Err(Error::Protocol("a validated plan has the ends of its construction".into())),
+    };
+    let made = node.request(request);
+    let questions = ends.iter().map(|end| rt::get_link(Which::Name(&end.plan.ifname), Some(end.nsid), false));
+    let links = node.links(questions.collect())?;
+    match made {
+        Ok(()) => links.into_iter().zip(ends).map(|(link, end)| link.ok_or_else(|| vanished(end))).collect(),
+        Err(Attempt::Refused(Refusal { errno: Errno::EXIST, .. })) => {
+            // Between our look and now, or the VNI: the kernel has the same number for both.
+            for (link, end) in links.into_iter().zip(ends) {
+                if link.is_some() {
+                    claim(end, None, link)?;
+                }
+            }
+            match &plan.construction {
+                Construction::Vxlan(tunnel) => Err(Error::VniTaken { vni: tunnel.vni, port: tunnel.port }),
+                Construction::Veth => Err(Error::Refused {
+                    what: "make a veth pair".into(),
+                    source: Refusal {
+                        errno: Errno::EXIST,
+                        text: Some("somebody else uses the names, too".into()),
+                    },
+                }),
+            }
+        }
+        Err(e) => Err(e.during(format!("make {}", first_line(plan)))),
+    }
+}
+
+/// Deletes links; that one is gone already is fine. Waits for the kernel (about 20 ms for each).
+pub(crate) fn delete<'l>(
+    node: &mut Socket<Rt>,
+    links: impl IntoIterator<Item = (&'l Link, Nsid)>,
+) -> Result<()> {
+    for (link, nsid) in links {
+        match node.request(Request::new(rt::delete_link(Which::Index(link.index), Some(nsid)))) {
+            Ok(()) | Err(Attempt::Refused(Refusal { errno: Errno::NODEV | Errno::INVAL, .. })) => {}
+            Err(e) => return Err(e.during(format!("delete {}", link.name))),
+        }
+    }
+    Ok(())
+}
+
+/// Opens the namespaces of a plan that the caller does not have open.
+pub(crate) fn find_missing(plan: &WirePlan, known: &[&Namespace]) -> Result<Vec<Namespace>> {
+    let have: BTreeSet<NsId> = known.iter().map(|ns| ns.id()).collect();
+    let missing: BTreeSet<NsId> =
+        plan.ends().map(|(_, end)| end.ns).filter(|ns| !have.contains(ns)).collect();
+    missing.into_iter().map(|ns| Namespace::find(ns)?.ok_or(Error::NamespaceGone(ns))).collect()
+}
+
+fn vanished(end: &End<'_>) -> Error {
+    Error::Refused {
+        what: format!("keep {} in namespace {}", end.plan.ifname, end.plan.ns),
+        source: Refusal {
+            errno: Errno::NODEV,
+            text: Some("somebody removed or renamed it meanwhile".into()),
+        },
+    }
+}
+
+fn first_line(plan: &WirePlan) -> String {
+    plan.to_string().lines().next().unwrap_or_default().to_owned()
+}
+
+// === private helpers: what differs, and how it is said ===
+
+/// All that is to be done at one end.
+fn work(end: &End<'_>, seen: &Seen) -> Vec<Change> {
+    let mut changes = Vec::new();
+    if !seen.link.altnames.contains(&end.mark) {
+        changes.push(Change::Mark(end.mark.clone()));
+    }
+    let mut rest = end.plan.difference(&seen.plan);
+    // What concerns the link comes first; it has to be up before it takes routes.
+    if !seen.link.up {
+        let at = rest
+            .iter()
+            .take_while(|change| matches!(change, Change::Alias(_) | Change::Mac(_) | Change::Mtu(_)));
+        rest.insert(at.count(), Change::Up);
+    }
+    changes.append(&mut rest);
+    changes
+}
+
+fn link_message(seen: &Seen, mut attributes: Vec<LinkAttribute>, up: bool) -> Request<Message> {
+    if seen.link.group == BIRTH_GROUP {
+        attributes.push(rt::grown_up());
+    }
+    rt::set_link(seen.link.index, attributes, up)
+}
+
+/// Settings of the namespace that a wire needs (data-plane 2.12).
+fn prepare(plan: &EndPlan, link: &Link) -> Result<()> {
+    // Lets unprivileged processes open echo sockets, for liveness. A user namespace without that many groups, or a
+    // read-only /proc/sys, cannot have it, and the wire works without.
+    if let Err(error) = sysctl::set("net/ipv4/ping_group_range", "0 2147483647") {
+        tracing::debug!(%error, ns = %plan.ns, "unprivileged ping stays as it is");
+    }
+    if link.ipv6_disabled == Some(true) && plan.addresses.iter().any(|net| net.addr().is_ipv6()) {
+        sysctl::set(&format!("net/ipv6/conf/{}/disable_ipv6", plan.ifname), "0")?;
+    }
+    Ok(())
+}
+
+fn set_vxlan_peer(socket: &mut Socket<Rt>, ifindex: u32, tunnel: &Vxlan) -> Result<()> {
+    let entries = socket.dump(rt::list_vxlan_peers(ifindex)).map_err(|e| e.during("list tunnel peers"))?;
+    let wanted = (tunnel.remote, Some(tunnel.remote_port));
+    if entries.iter().filter_map(rt::vxlan_peer).any(|peer| peer == wanted) {
+        return Ok(());
+    }
+    socket.request(rt::new_vxlan_peer(ifindex, tunnel)).map_err(|e| e.during("set the peer of a tunnel"))
+}
+
+/// Requests, each with the change it is part of.
+#[derive(Default)]
+struct Batch {
+    requests: Vec<Request<Message>>,
+    changes: Vec<Change>,
+}
+
+impl Batch {
+    fn push(&mut self, request: Request<Message>, change: &Change) {
+        self.requests.push(request);
+        self.changes.push(change.clone());
+    }
+
+    fn add(&mut self, index: u32, change: &Change, seen: &Seen, tables: &mut Tables) {
+        let replace = NLM_F_CREATE | NLM_F_REPLACE;
+        match change {
+            Change::AddAddress(net) => {
+                self.push(Request::with(Message::NewAddress(rt::address(index, *net)), replace), change);
+            }
+            Change::RemoveAddress(net) => {
+                self.push(Request::new(Message::DelAddress(rt::address(index, *net))), change);
+            }
+            Change::AddRoute(route) => {
+                self.push(
+                    Request::with(Message::NewRoute(rt::route(index, MAIN_TABLE, route)), replace),
+                    change,
+                );
+            }
+            Change::RemoveRoute(route) => {
+                self.push(Request::new(Message::DelRoute(rt::route(index, MAIN_TABLE, route))), change);
+            }
+            Change::AddNeighbour(neighbour) => {
+                self.push(
+                    Request::with(Message::NewNeighbour(rt::neighbour(index, neighbour)), replace),
+                    change,
+                );
+            }
+            Change::RemoveNeighbour(neighbour) => {
+                self.push(Request::new(Message::DelNeighbour(rt::neighbour(index, neighbour))), change);
+            }
+            Change::AddPolicy(policy) => {
+                let table = tables.take_free();
+                for route in &policy.routes {
+                    self.push(
+                        Request::with(Message::NewRoute(rt::route(index, table, route)), replace),
+                        change,
+                    );
+                }
+                for rule in rules_of(policy, table) {
+                    self.push(
+                        Request::with(Message::NewRule(rt::rule(&rule)), NLM_F_CREATE | NLM_F_EXCL),
+                        change,
+                    );
+                }
+            }
+            Change::RemovePolicy(policy) => {
+                self.remove_policy(index, policy, seen, tables);
+            }
+            Change::Mark(_) | Change::Alias(_) | Change::Mac(_) | Change::Mtu(_) | Change::Up => {}
+        }
+    }
+
+    fn remove_policy(&mut self, index: u32, policy: &Policy, seen: &Seen, tables: &Tables) {
+        let change = Change::RemovePolicy(policy.clone());
+        for (table, _) in seen.tables.iter().filter(|(_, other)| other == policy) {
+            for rule in tables.rules.iter().filter(|rule| rule.ours && rule.table == *table) {
+                self.push(Request::new(Message::DelRule(rt::rule(rule))), &change);
+            }
+            for route in &policy.routes {
+                self.push(Request::new(Message::DelRoute(rt::route(index, *table, route))), &change);
+            }
+        }
+    }
+
+    /// Rules of ours whose table is empty, because the interface that its routes went out of is gone.
+    fn orphans(&mut self, tables: &Tables) {
+        for rule in tables.orphans() {
+            let policy = Policy { when: rule.when, routes: Vec::new() };
+            self.push(Request::new(Message::DelRule(rt::rule(rule))), &Change::RemovePolicy(policy));
+        }
+    }
+
+    fn commit(self, socket: &mut Socket<Rt>, whose: &str) -> Result<()> {
+        let Self { requests, changes } = self;
+        let refused = socket.commit(requests)?.into_iter().map(|at| (changes.get(at.index), at.refusal));
+        let gone = [Errno::ADDRNOTAVAIL, Errno::NOENT, Errno::SRCH];
+        let errors = refused
+            // What was to be removed may be gone already: the kernel, or its maker, took it.
+            .filter(|(change, refusal)| {
+                !(change.is_some_and(Change::removes) && gone.contains(&refusal.errno))
+            })
+            .map(|(change, source)| {
+                let what = change.map_or_else(String::new, ToString::to_string);
+                Error::Refused { what: format!("{what} ({whose})"), source }
+            });
+        errors.into_iter().next().map_or(Ok(()), Err)
+    }
+}
+
+/// The rules that lead to the table of a policy: one for each family of its routes (`from` has fixed that already).
+fn rules_of(policy: &Policy, table: u32) -> impl Iterator<Item = Rule> {
+    let families: BTreeSet<bool> = match policy.when.from {
+        Some(from) => [from.addr().is_ipv6()].into(),
+        None => policy.routes.iter().map(|route| route.dst.addr().is_ipv6()).collect(),
+    };
+    let when = policy.when;
+    families.into_iter().map(move |v6| Rule { v6, when, table, ours: true })
+}
+
+/// Which routing tables of a namespace are in use, and by which rules.
+#[derive(Default)]
+pub(crate) struct Tables {
+    used: BTreeSet<u32>,
+    pub(crate) rules: Vec<Rule>,
+    filled: BTreeMap<bool, BTreeSet<u32>>,
+}
+
+impl Tables {
+    pub(crate) fn read(socket: &mut Socket<Rt>) -> Result<Self> {
+        let mut tables = Self::default();
+        for v6 in [false, true] {
+            let routes = match socket.dump(rt::list_all_routes(v6)) {
+                Ok(routes) => routes,
+                // No IPv6 here.
+                Err(Attempt::Refused(_)) if v6 => continue,
+                Err(e) => return Err(e.during("list routes")),
+            };
+            tables
+                .filled
+                .insert(v6, routes.iter().filter_map(rt::route_of).map(|(table, _)| table).collect());
+        }
+        let rules = socket.dump(rt::list_rules()).map_err(|e| e.during("list routing rules"))?;
+        tables.rules = rules.iter().filter_map(rt::rule_of).collect();
+        tables.used = tables.filled.values().flatten().copied().collect();
+        tables.used.extend(tables.rules.iter().map(|rule| rule.table));
+        tables.used.extend([0, 253, 254, 255]); // unspec, default, main, local
+        Ok(tables)
+    }
+
+    /// The lowest number that is free (data-plane 2.11).
+    fn take_free(&mut self) -> u32 {
+        let free = (1..).find(|table| !self.used.contains(table)).unwrap_or(u32::MAX);
+        self.used.insert(free);
+        free
+    }
+
+    pub(crate) fn orphans(&self) -> impl Iterator<Item = &Rule> {
+        self.rules.iter().filter(|rule| {
+            rule.ours && !self.filled.get(&rule.v6).is_some_and(|tables| tables.contains(&rule.table))
+        })
+    }
+}

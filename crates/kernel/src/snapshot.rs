@@ -1,0 +1,270 @@
+//! Reads the kernel back into plans.
+//!
+//! Part of a wire is what we made (it carries our protocol number) and what the plan wants and is there, whoever made
+//! it. What others have hung on the interface is theirs: it does not show here, and is never removed.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::apply::{End, Kernel, Nsids, find_missing};
+use crate::error::{Error, Result};
+use crate::netlink::{Attempt, Route as Rt, Socket};
+use crate::netns::Namespace;
+use crate::plan::{
+    Change, Construction, EndPlan, Mac, Policy, PortRange, Selector, Side, Vxlan, WirePlan, parse_mark,
+};
+use crate::rt::{self, Address, Counters, Kind, Link, MAIN_TABLE, Nsid, Which};
+
+/// A wire as the kernel has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// The wire in the words of a plan; an end that is not there is `None`. Comparable with the plan it was asked for:
+    /// what that leaves open (`None`) is open here.
+    pub plan: WirePlan,
+    /// The near end, where it is there.
+    pub near: Option<EndFacts>,
+    /// The far end, where it is there.
+    pub far: Option<EndFacts>,
+}
+
+/// What a plan does not say of an interface.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndFacts {
+    /// How the node numbers the namespace.
+    pub nsid: Nsid,
+    /// Index of the interface in it.
+    pub ifindex: u32,
+    /// Its hardware address.
+    pub mac: Mac,
+    /// Its MTU.
+    pub mtu: u32,
+    /// Whether it is set up.
+    pub up: bool,
+    /// Its traffic so far.
+    pub counters: Counters,
+}
+
+/// A link that carries our mark.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Owned {
+    /// The connection it belongs to.
+    pub id: String,
+    /// Which end of the wire it is.
+    pub side: Side,
+    /// Its name.
+    pub ifname: String,
+    /// Its index.
+    pub ifindex: u32,
+}
+
+/// One end as it is, beside the plan it is compared with.
+pub(crate) struct Seen {
+    pub(crate) link: Link,
+    pub(crate) plan: EndPlan,
+    /// The routing tables of the policies.
+    pub(crate) tables: Vec<(u32, Policy)>,
+}
+
+/// Stands for the selector of a table of ours that no rule leads to. No plan can have it: there is no port 0.
+const NO_RULE: Selector =
+    Selector { from: None, proto: None, src_ports: None, dst_ports: Some(PortRange { first: 0, last: 0 }) };
+
+// === impl Kernel ===
+
+impl Kernel {
+    /// The wire of that plan as it is now. `difference(plan, snapshot)` is empty after `apply(plan)`.
+    ///
+    /// # Errors
+    /// [`Error::NamespaceGone`] if the namespace of an end is neither known nor found.
+    pub fn snapshot(&self, plan: &WirePlan, known: &[&Namespace]) -> Result<Snapshot> {
+        let found = find_missing(plan, known)?;
+        let mut node = self.socket()?;
+        let ends = self.ends(&mut node, plan, known, &found)?;
+        let questions = ends.iter().map(|end| rt::get_link(Which::Name(&end.mark), Some(end.nsid), true));
+        let links = node.links(questions.collect())?;
+        self.give_back(node);
+
+        let mut seen =
+            WirePlan { id: plan.id.clone(), construction: plan.construction.clone(), near: None, far: None };
+        let (mut near, mut far) = (None, None);
+        for (end, link) in ends.iter().zip(links) {
+            let Some(link) = link else { continue };
+            let facts = facts(&link, end.nsid);
+            let (end_seen, tunnel) = end.ns.run(|| look(end, link))??;
+            if let Some(tunnel) = tunnel {
+                seen.construction = Construction::Vxlan(tunnel);
+            }
+            match end.side {
+                Side::Near => (seen.near, near) = (Some(end_seen), facts),
+                Side::Far => (seen.far, far) = (Some(end_seen), facts),
+            }
+        }
+        Ok(Snapshot { plan: seen, near, far })
+    }
+
+    /// Only whether the links are there and their traffic, by the numbers in the wire's record: needs no namespace to
+    /// be open or found.
+    pub fn facts(&self, id: &str, nsids: Nsids) -> Result<(Option<EndFacts>, Option<EndFacts>)> {
+        let mut node = self.socket()?;
+        let mut look = |side, nsid: Option<Nsid>| -> Result<Option<EndFacts>> {
+            let Some(nsid) = nsid else { return Ok(None) };
+            let mark = crate::plan::mark(side, id);
+            let link = node.links(vec![rt::get_link(Which::Name(&mark), Some(nsid), true)])?.pop().flatten();
+            Ok(link.and_then(|link| facts(&link, nsid)))
+        };
+        let both = (look(Side::Near, nsids.near)?, look(Side::Far, nsids.far)?);
+        self.give_back(node);
+        Ok(both)
+    }
+
+    /// Every link in a namespace that carries a mark of ours, whoever we were then.
+    pub fn owned(&self, nsid: Nsid) -> Result<Vec<Owned>> {
+        let mut node = self.socket()?;
+        let links = node.dump(rt::list_links(Some(nsid))).map_err(|e| e.during("list interfaces"))?;
+        self.give_back(node);
+        Ok(links
+            .into_iter()
+            .filter_map(Link::of)
+            .filter_map(|link| {
+                let (side, id) = link.altnames.iter().find_map(|name| parse_mark(name))?;
+                Some(Owned { id, side, ifname: link.name, ifindex: link.index })
+            })
+            .collect())
+    }
+}
+
+/// What is left to do so that the kernel is as planned: for each end the changes, or `None` if it is missing.
+pub fn difference(plan: &WirePlan, seen: &Snapshot) -> Vec<(Side, Option<Vec<Change>>)> {
+    let mut left = Vec::new();
+    for (side, end) in plan.ends() {
+        let (have, facts) = match side {
+            Side::Near => (&seen.plan.near, seen.near),
+            Side::Far => (&seen.plan.far, seen.far),
+        };
+        let Some(have) = have.as_ref().filter(|have| {
+            (have.ns, &have.ifname) == (end.ns, &end.ifname) && seen.plan.construction == plan.construction
+        }) else {
+            left.push((side, None));
+            continue;
+        };
+        let mut changes = end.difference(have);
+        if facts.is_none_or(|facts| !facts.up) {
+            changes.insert(0, Change::Up);
+        }
+        if !changes.is_empty() {
+            left.push((side, Some(changes)));
+        }
+    }
+    left
+}
+
+// === impl Seen ===
+
+impl Seen {
+    /// A link that was made a moment ago: nothing hangs on it.
+    pub(crate) fn newborn(plan: &EndPlan, link: &Link) -> Self {
+        let bare = EndPlan {
+            ns: plan.ns,
+            ifname: link.name.clone(),
+            alias: link.alias.clone().unwrap_or_default(),
+            mtu: plan.mtu.map(|_| link.mtu),
+            mac: plan.mac.and(link.mac),
+            addresses: Vec::new(),
+            routes: Vec::new(),
+            neighbours: Vec::new(),
+            policies: Vec::new(),
+        };
+        Self { link: link.clone(), plan: bare, tables: Vec::new() }
+    }
+}
+
+/// One end with all that hangs on it. The socket is one of the end's namespace.
+pub(crate) fn observe(socket: &mut Socket<Rt>, plan: &EndPlan, link: &Link) -> Result<Seen> {
+    let mut seen = Seen::newborn(plan, link);
+    let index = link.index;
+
+    let addresses = socket.dump(rt::list_addresses(index, None)).map_err(|e| e.during("list addresses"))?;
+    for address in addresses.into_iter().filter_map(Address::of) {
+        if address.ifindex == index && (address.ours || plan.addresses.contains(&address.net)) {
+            seen.plan.addresses.push(address.net);
+        }
+    }
+
+    let mut tables: BTreeMap<u32, Policy> = BTreeMap::new();
+    for v6 in [false, true] {
+        let routes = match socket.dump(rt::list_routes(v6, index)) {
+            Ok(routes) => routes,
+            // No IPv6 here, or not on this interface.
+            Err(Attempt::Refused(_)) if v6 => continue,
+            Err(e) => return Err(e.during("list routes")),
+        };
+        for (table, route) in routes.iter().filter_map(rt::route_of) {
+            if table == MAIN_TABLE {
+                seen.plan.routes.push(route);
+            } else {
+                tables
+                    .entry(table)
+                    .or_insert(Policy { when: NO_RULE, routes: Vec::new() })
+                    .routes
+                    .push(route);
+            }
+        }
+    }
+    if !tables.is_empty() {
+        let rules = socket.dump(rt::list_rules()).map_err(|e| e.during("list routing rules"))?;
+        for rule in rules.iter().filter_map(rt::rule_of).filter(|rule| rule.ours) {
+            if let Some(policy) = tables.get_mut(&rule.table) {
+                policy.when = rule.when;
+            }
+        }
+    }
+    for (table, mut policy) in tables {
+        policy.routes.sort();
+        seen.tables.push((table, policy.clone()));
+        seen.plan.policies.push(policy);
+    }
+
+    let neighbours = socket.dump(rt::list_neighbours(index)).map_err(|e| e.during("list neighbours"))?;
+    for (neighbour, ours) in neighbours.iter().filter_map(rt::neighbour_of) {
+        if ours || plan.neighbours.contains(&neighbour) {
+            seen.plan.neighbours.push(neighbour);
+        }
+    }
+    Ok(seen)
+}
+
+// === private helpers ===
+
+/// In the end's namespace: the end, and the tunnel behind it if there is one.
+fn look(end: &End<'_>, link: Link) -> Result<(EndPlan, Option<Vxlan>)> {
+    let mut socket = Socket::open()?;
+    let seen = observe(&mut socket, end.plan, &link)?;
+    let Kind::Vxlan(facts) = link.kind else { return Ok((seen.plan, None)) };
+    let mut remote = facts.remote.map(|ip| (ip, None));
+    if remote.is_none() {
+        let entries =
+            socket.dump(rt::list_vxlan_peers(link.index)).map_err(|e| e.during("list tunnel peers"))?;
+        remote = entries.iter().find_map(rt::vxlan_peer);
+    }
+    let tunnel = facts.local.zip(remote).map(|(local, (remote, port))| Vxlan {
+        vni: facts.vni,
+        local,
+        remote,
+        port: facts.port,
+        remote_port: port.unwrap_or(facts.port),
+    });
+    let tunnel = tunnel.ok_or_else(|| Error::Protocol(format!("{} is no tunnel to one peer", link.name)))?;
+    Ok((seen.plan, Some(tunnel)))
+}
+
+fn facts(link: &Link, nsid: Nsid) -> Option<EndFacts> {
+    Some(EndFacts {
+        nsid,
+        ifindex: link.index,
+        mac: link.mac?,
+        mtu: link.mtu,
+        up: link.up,
+        counters: link.counters,
+    })
+}
