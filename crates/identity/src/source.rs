@@ -106,10 +106,10 @@ impl Source {
     /// cannot change any more.
     pub async fn changed(&self, seen: &Arc<Identity>) -> Arc<Identity> {
         let mut current = self.current.clone();
-        match current.wait_for(|identity| !Arc::ptr_eq(identity, seen)).await {
-            Ok(identity) => identity.clone(),
-            Err(_) => std::future::pending().await,
+        if current.wait_for(|identity| !Arc::ptr_eq(identity, seen)).await.is_err() {
+            std::future::pending::<()>().await;
         }
+        self.current()
     }
 }
 

@@ -1,5 +1,7 @@
 //! The built-in CA and the source, over real sockets.
 
+#![allow(clippy::unwrap_used)]
+
 use std::{fs, path::Path, time::Duration};
 
 use nsm_identity::{

@@ -1,1 +1,60 @@
 //! gRPC over Unix sockets with descriptor passing below TLS, and over TCP.
+//!
+//! ```text
+//!   UnixStream -- FdStream --.                 .-- hyper HTTP/2 -- tonic routes       (Server)
+//!                             >-- rustls mTLS -<
+//!   TcpStream ---------------'                 '-- hyper HTTP/2 -- Connection         (Pool)
+//! ```
+//!
+//! Each connection knows its [`Peer`]: who it is, its process, its descriptors, and the identity that *we* presented
+//! on it, with which tokens for this peer are signed. HTTP/2 keepalive pings are never sent: grpc-go punishes them.
+
+mod deadline;
+mod fd;
+mod peer;
+mod pool;
+mod server;
+mod url;
+
+use std::io;
+
+pub use deadline::Deadline;
+pub use fd::{FdError, FdStream, FdTable, GRACE, MAX_FDS_PER_WRITE, MAX_KEPT};
+pub use nsm_identity::{FileId, UnixPeer};
+pub use peer::{Peer, PeerError, client_token};
+pub use pool::{Connection, DialError, Pool, PoolConfig, ResponseBody};
+pub use server::{Limits, Server};
+pub use url::{DialTarget, DialUrl, ListenUrl, UrlError};
+
+/// Registry calls carry paths of six tokens in one header; 64 KiB is the least (`registry.md` 2.9.2).
+const MAX_HEADER_LIST: u32 = 256 * 1024;
+
+/// What goes wrong with listening.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A Unix socket.
+    #[error(transparent)]
+    Socket(#[from] nsm_identity::Error),
+    /// A TCP socket.
+    #[error("cannot listen on {url}; is the address this machine's, and the port free?")]
+    Listen {
+        /// Where.
+        url: String,
+        /// The system's answer.
+        source: io::Error,
+    },
+}
+
+/// Raises this process's limit of open files to what the system allows, and returns it: every wire of a mesh needs
+/// descriptors, and the usual soft limit of 1024 is meant for programs that use `select`.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn raise_descriptor_limit() -> io::Result<Option<u64>> {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit)?;
+    Ok(limit.current)
+}

@@ -1,0 +1,600 @@
+//! Connections to peers, made once and shared.
+//!
+//! Upstream dials for every call; a handshake costs more than the call. Here one HTTP/2 connection per peer is kept and
+//! carries all calls. Tokens must be signed by what was presented on the connection they travel on, so a connection
+//! keeps its identity, and *new* calls get a new connection when our SVID was renewed, or when half of what was left of
+//! the peer's certificate is over: the peer has a newer one by then, and tokens it signs on the old connection would
+//! soon expire. Calls in flight finish where they are.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    future::Future,
+    io,
+    os::fd::{AsRawFd, OwnedFd},
+    os::unix::fs::MetadataExt,
+    pin::Pin,
+    sync::{
+        Arc, OnceLock, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::{Context, Poll, ready},
+    time::{Duration, SystemTime},
+};
+
+use bytes::Bytes;
+use futures::{
+    FutureExt,
+    future::{BoxFuture, Shared},
+};
+use http::{HeaderValue, Request, Response, Uri, uri::Authority};
+use http_body::{Body, Frame, SizeHint};
+use hyper::{body::Incoming, client::conn::http2};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use nsm_identity::{FileId, Identity, Source, token::DEFAULT_MAX_LIFETIME};
+use parking_lot::Mutex;
+use rustls_pki_types::ServerName;
+use tokio::{
+    net::{TcpStream, UnixStream},
+    time::{Instant, Sleep, sleep, sleep_until, timeout, timeout_at},
+};
+use tokio_rustls::TlsConnector;
+use tonic::Status;
+use tower::Service;
+use tracing::{debug, info};
+
+use crate::{
+    deadline::{Deadline, exceeded},
+    fd::FdTable,
+    peer::{EXPIRES_KEY, Peer, PeerError, TOKEN_KEY, Wire},
+    url::{DialTarget, DialUrl},
+};
+
+/// How a [`Pool`] behaves.
+#[derive(Debug, Clone, Copy)]
+pub struct PoolConfig {
+    /// Longest lifetime of the tokens that travel with calls (`NSM_MAX_TOKEN_LIFETIME`).
+    pub max_token_lifetime: Duration,
+    /// A connection that nobody uses is closed after this time.
+    pub idle: Duration,
+    /// How long connecting and the handshake may take, however patient the callers are.
+    pub dial: Duration,
+}
+
+impl Default for PoolConfig {
+    fn default() -> Self {
+        Self {
+            max_token_lifetime: DEFAULT_MAX_LIFETIME,
+            idle: Duration::from_secs(60),
+            dial: Duration::from_secs(15),
+        }
+    }
+}
+
+/// Connections by peer. Cheap to clone; connections end with the last clone and the calls in flight.
+#[derive(Clone)]
+pub struct Pool(Arc<Inner>);
+
+struct Inner {
+    source: Source,
+    config: PoolConfig,
+    slots: Mutex<HashMap<Key, Slot>>,
+    dials: AtomicU64,
+    handshakes: AtomicU64,
+}
+
+/// What makes two targets the same peer. A socket file is known by what it is, not by its name: the names below
+/// `/proc/PID/fd` are reused, and one file has many of them.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum Key {
+    Tcp(String),
+    Unix { file: FileId, changed: (i64, i64) },
+}
+
+enum Slot {
+    Dialing { dial: u64, identity: Arc<Identity>, result: Dialing },
+    Ready(Connection),
+}
+
+type Dialing = Shared<BoxFuture<'static, Result<Connection, DialError>>>;
+
+/// One HTTP/2 connection to a peer: a tonic client's transport. Cheap to clone.
+///
+/// Each call gets a fresh `nsm-client-token` for this peer, signed by what we presented to it. When the connection is
+/// broken calls fail with UNAVAILABLE: get another one from the pool.
+#[derive(Clone)]
+pub struct Connection(Arc<Link>);
+
+struct Link {
+    peer: Peer,
+    sender: http2::SendRequest<tonic::body::Body>,
+    authority: Authority,
+    max_token_lifetime: Duration,
+    /// New calls go elsewhere from then on.
+    retire: SystemTime,
+    used: Mutex<Instant>,
+    /// Why the connection ended.
+    end: Arc<OnceLock<String>>,
+}
+
+/// Why there is no connection. Cheap to clone: all who waited for one handshake get the same answer.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum DialError {
+    /// Nobody listens there.
+    #[error("cannot connect to {url}; is its server running?")]
+    Connect {
+        /// Whom.
+        url: String,
+        /// The system's answer.
+        source: Arc<io::Error>,
+    },
+    /// TLS failed.
+    #[error("the TLS handshake with {url} failed")]
+    Handshake {
+        /// Whom.
+        url: String,
+        /// What TLS says.
+        source: Arc<io::Error>,
+    },
+    /// The peer is nobody we can talk to.
+    #[error("the peer at {url} is refused")]
+    Peer {
+        /// Whom.
+        url: String,
+        /// Why.
+        source: PeerError,
+    },
+    /// HTTP/2 failed.
+    #[error("the peer at {url} speaks no HTTP/2")]
+    Http {
+        /// Whom.
+        url: String,
+        /// What HTTP says.
+        source: Arc<hyper::Error>,
+    },
+    /// It took too long.
+    #[error("no connection to {url} in time; does its server answer?")]
+    Timeout {
+        /// Whom.
+        url: String,
+    },
+}
+
+impl DialError {
+    /// May it work when it is tried again soon? A peer that is there and refuses us will do so again.
+    pub fn is_transient(&self) -> bool {
+        matches!(self, Self::Connect { .. } | Self::Timeout { .. } | Self::Handshake { .. })
+    }
+}
+
+impl From<DialError> for Status {
+    fn from(error: DialError) -> Self {
+        Status::unavailable(with_causes(&error))
+    }
+}
+
+impl Pool {
+    /// A pool that dials with the newest identity of `source`. Needs a tokio runtime.
+    pub fn new(source: Source, config: PoolConfig) -> Self {
+        let pool = Self(Arc::new(Inner {
+            source: source.clone(),
+            config,
+            slots: Mutex::default(),
+            dials: AtomicU64::default(),
+            handshakes: AtomicU64::default(),
+        }));
+        tokio::spawn(tidy(Arc::downgrade(&pool.0), source, config.idle));
+        pool
+    }
+
+    /// A connection to `target`: a kept one, or a new one. Callers that wait for the same peer share one handshake and
+    /// its error.
+    ///
+    /// # Errors
+    /// There is none within `patience`.
+    pub async fn get(
+        &self,
+        target: impl Into<DialTarget>,
+        patience: Duration,
+    ) -> Result<Connection, DialError> {
+        let target = target.into();
+        let key = key(&target)?;
+        let result = {
+            let identity = self.0.source.current();
+            let mut slots = self.0.slots.lock();
+            match slots.get(&key) {
+                Some(Slot::Ready(connection)) if connection.takes_new_calls(&identity) => {
+                    *connection.0.used.lock() = Instant::now();
+                    return Ok(connection.clone());
+                }
+                Some(Slot::Dialing { identity: with, result, .. }) if Arc::ptr_eq(with, &identity) => {
+                    result.clone()
+                }
+                _ => {
+                    let dial = self.0.dials.fetch_add(1, Ordering::Relaxed);
+                    let result = self.dial(dial, key.clone(), target.clone(), identity.clone());
+                    slots.insert(key, Slot::Dialing { dial, identity, result: result.clone() });
+                    result
+                }
+            }
+        };
+        match timeout(patience, result).await {
+            Ok(result) => result,
+            Err(_) => Err(DialError::Timeout { url: describe(&target) }),
+        }
+    }
+
+    /// As [`Pool::get`], but tries again while nobody listens yet: for programs that start at the same time.
+    ///
+    /// # Errors
+    /// The last one, when `patience` is over.
+    pub async fn wait(
+        &self,
+        target: impl Into<DialTarget>,
+        patience: Duration,
+    ) -> Result<Connection, DialError> {
+        let target = target.into();
+        let deadline = Instant::now() + patience;
+        let mut pause = Duration::from_millis(10);
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.get(target.clone(), left).await {
+                Err(error) if error.is_transient() && left > pause => {
+                    debug!(target = describe(&target), %error, "waiting for a server");
+                    sleep(pause).await;
+                    pause = (pause * 2).min(Duration::from_millis(500));
+                }
+                result => return result,
+            }
+        }
+    }
+
+    /// How many handshakes were made so far.
+    pub fn handshakes(&self) -> u64 {
+        self.0.handshakes.load(Ordering::Relaxed)
+    }
+
+    /// How many connections are kept, those being made included.
+    pub fn len(&self) -> usize {
+        self.0.slots.lock().len()
+    }
+
+    /// Is no connection kept?
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Dials in a task of its own: a caller that gives up leaves the others their connection.
+    fn dial(&self, dial: u64, key: Key, target: DialTarget, identity: Arc<Identity>) -> Dialing {
+        let pool = Arc::downgrade(&self.0);
+        let config = self.0.config;
+        let url = describe(&target);
+        let task = tokio::spawn(async move {
+            let result = match timeout(config.dial, open(&target, identity, config)).await {
+                Ok(result) => result,
+                Err(_) => Err(DialError::Timeout { url: describe(&target) }),
+            };
+            if let Some(pool) = pool.upgrade() {
+                let mut slots = pool.slots.lock();
+                let ours = matches!(slots.get(&key), Some(Slot::Dialing { dial: now, .. }) if *now == dial);
+                match &result {
+                    Ok(connection) => {
+                        pool.handshakes.fetch_add(1, Ordering::Relaxed);
+                        if ours {
+                            slots.insert(key, Slot::Ready(connection.clone()));
+                        }
+                    }
+                    Err(_) if ours => drop(slots.remove(&key)),
+                    Err(_) => {}
+                }
+            }
+            result
+        });
+        async move {
+            match task.await {
+                Ok(result) => result,
+                // The runtime is shutting down.
+                Err(_) => Err(DialError::Timeout { url }),
+            }
+        }
+        .boxed()
+        .shared()
+    }
+}
+
+/// Closes what is idle, broken or outdated.
+async fn tidy(pool: Weak<Inner>, source: Source, idle: Duration) {
+    let mut identity = source.current();
+    loop {
+        tokio::select! {
+            renewed = source.changed(&identity) => identity = renewed,
+            () = sleep(idle.clamp(Duration::from_millis(20), Duration::from_secs(2)) / 2) => {}
+        }
+        let Some(pool) = pool.upgrade() else { return };
+        let mut unwanted = Vec::new();
+        pool.slots.lock().retain(|_, slot| match slot {
+            Slot::Dialing { .. } => true,
+            Slot::Ready(connection) => {
+                let in_use = Arc::strong_count(&connection.0) > 1;
+                let keep = connection.takes_new_calls(&identity)
+                    && (in_use || connection.0.used.lock().elapsed() < idle);
+                if !keep {
+                    unwanted.push(connection.clone());
+                }
+                keep
+            }
+        });
+        // Closed outside the lock; those with calls in flight live until these end.
+        drop(unwanted);
+    }
+}
+
+impl Connection {
+    /// Who is at the other end.
+    pub fn peer(&self) -> &Peer {
+        &self.0.peer
+    }
+
+    /// Queues a descriptor for the peer: it travels no later than a call that is made after this.
+    ///
+    /// Returns whether the connection can carry descriptors at all (Unix sockets can, TCP cannot).
+    pub fn send_fd(&self, fd: impl Into<Arc<OwnedFd>>) -> bool {
+        self.fds().map(|fds| fds.send(fd)).is_some()
+    }
+
+    /// The descriptors of this connection, if it can carry any.
+    pub fn fds(&self) -> Option<&FdTable> {
+        self.0.peer.fds()
+    }
+
+    /// Has the connection ended?
+    pub fn is_closed(&self) -> bool {
+        self.0.sender.is_closed() || self.0.end.get().is_some()
+    }
+
+    fn takes_new_calls(&self, identity: &Arc<Identity>) -> bool {
+        !self.is_closed()
+            && Arc::ptr_eq(self.0.peer.identity(), identity)
+            && SystemTime::now() < self.0.retire
+    }
+
+    fn prepare(&self, request: &mut Request<tonic::body::Body>) -> Result<(), Status> {
+        let token = self
+            .0
+            .peer
+            .token(self.0.max_token_lifetime, SystemTime::now())
+            .map_err(|e| Status::unavailable(with_causes(&e)))?;
+        let header =
+            |text: &str| HeaderValue::from_str(text).map_err(|_| Status::internal("a token is no header"));
+        let mut secret = header(token.jwt())?;
+        secret.set_sensitive(true);
+        request.headers_mut().insert(TOKEN_KEY, secret);
+        request.headers_mut().insert(EXPIRES_KEY, header(&token.expires_rfc3339())?);
+        let mut uri = std::mem::take(request.uri_mut()).into_parts();
+        uri.scheme = Some(http::uri::Scheme::HTTPS);
+        uri.authority = Some(self.0.authority.clone());
+        *request.uri_mut() = Uri::from_parts(uri).map_err(|e| Status::internal(e.to_string()))?;
+        Ok(())
+    }
+
+    fn broken(&self, error: &hyper::Error) -> Status {
+        let mut text = format!("the connection to {} broke: {}", self.0.peer.address(), with_causes(error));
+        if let Some(end) = self.0.end.get() {
+            text.push_str(": ");
+            text.push_str(end);
+        }
+        Status::unavailable(text)
+    }
+}
+
+impl Service<Request<tonic::body::Body>> for Connection {
+    type Response = Response<ResponseBody>;
+    type Error = Status;
+    type Future = BoxFuture<'static, Result<Self::Response, Status>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Status>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, mut request: Request<tonic::body::Body>) -> Self::Future {
+        let connection = self.clone();
+        let deadline = Deadline::from_headers(request.headers());
+        if let Err(status) = self.prepare(&mut request) {
+            return futures::future::ready(Err(status)).boxed();
+        }
+        *self.0.used.lock() = Instant::now();
+        let response = self.0.sender.clone().send_request(request);
+        async move {
+            let response = match deadline {
+                None => response.await,
+                // Dropping the call resets its stream, which tells the server.
+                Some(Deadline(at)) => timeout_at(at, response).await.map_err(|_| exceeded("client"))?,
+            };
+            let response = response.map_err(|e| connection.broken(&e))?;
+            Ok(response.map(|inner| ResponseBody {
+                inner,
+                expiry: deadline.map(|Deadline(at)| Box::pin(sleep_until(at))),
+                connection,
+            }))
+        }
+        .boxed()
+    }
+}
+
+/// A response: fails with DEADLINE_EXCEEDED when the call's deadline passes, and keeps its connection.
+pub struct ResponseBody {
+    inner: Incoming,
+    expiry: Option<Pin<Box<Sleep>>>,
+    connection: Connection,
+}
+
+impl Body for ResponseBody {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        if let Poll::Ready(frame) = Pin::new(&mut self.inner).poll_frame(cx) {
+            return Poll::Ready(frame.map(|frame| frame.map_err(|e| self.connection.broken(&e))));
+        }
+        let Some(expiry) = &mut self.expiry else { return Poll::Pending };
+        ready!(expiry.as_mut().poll(cx));
+        Poll::Ready(Some(Err(exceeded("client"))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}
+
+impl Drop for ResponseBody {
+    fn drop(&mut self) {
+        *self.connection.0.used.lock() = Instant::now();
+    }
+}
+
+/// Connects, shakes hands, starts HTTP/2.
+async fn open(
+    target: &DialTarget,
+    identity: Arc<Identity>,
+    config: PoolConfig,
+) -> Result<Connection, DialError> {
+    let url = describe(target);
+    let connect = |source| DialError::Connect { url: url.clone(), source: Arc::new(source) };
+    let (wire, authority) = match target {
+        DialTarget::Url(DialUrl::Tcp(host_port)) => {
+            let socket = TcpStream::connect(host_port).await.map_err(connect)?;
+            (Wire::tcp(socket), host_port.as_str())
+        }
+        DialTarget::Url(DialUrl::Unix(path)) => {
+            (connect_unix(path.as_os_str()).await.and_then(Wire::unix), "localhost")
+        }
+        DialTarget::Socket(fd) => {
+            let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+            (connect_unix(path.as_ref()).await.and_then(Wire::unix), "localhost")
+        }
+    };
+    let wire = wire.map_err(connect)?;
+    let host = authority.rsplit_once(':').map_or(authority, |(host, _)| host);
+    let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned())
+        // Only a hint for servers with many names; ours and upstream's ignore it.
+        .unwrap_or_else(|_| ServerName::from(std::net::Ipv4Addr::LOCALHOST));
+    let stream = TlsConnector::from(identity.client_config().clone())
+        .connect(name, wire)
+        .await
+        .map_err(|source| DialError::Handshake { url: url.clone(), source: Arc::new(source) })?;
+    let (wire, connection) = stream.get_ref();
+    let peer = Peer::new(connection, wire, identity, url.clone())
+        .map_err(|source| DialError::Peer { url: url.clone(), source })?;
+    let (sender, driver) = http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .max_header_list_size(crate::MAX_HEADER_LIST)
+        .handshake(TokioIo::new(stream))
+        .await
+        .map_err(|source| DialError::Http { url: url.clone(), source: Arc::new(source) })?;
+    let end = Arc::new(OnceLock::new());
+    let driver_end = end.clone();
+    let driver_url = url.clone();
+    tokio::spawn(async move {
+        let reason = match driver.await {
+            Ok(()) => "closed".to_owned(),
+            Err(e) => with_causes(&e),
+        };
+        debug!(url = driver_url, reason, "connection ended");
+        let _ = driver_end.set(reason);
+    });
+    let now = SystemTime::now();
+    let left = peer.leaf().not_after().duration_since(now).unwrap_or_default();
+    info!(url, peer = %peer.id(), "connected");
+    Ok(Connection(Arc::new(Link {
+        authority: authority.parse().unwrap_or_else(|_| Authority::from_static("localhost")),
+        sender,
+        max_token_lifetime: config.max_token_lifetime,
+        retire: now + left / 2,
+        used: Mutex::new(Instant::now()),
+        end,
+        peer,
+    })))
+}
+
+/// Connecting to a Unix socket never waits: a full backlog is EAGAIN, and the caller tries again.
+async fn connect_unix(path: &std::ffi::OsStr) -> io::Result<UnixStream> {
+    let mut pause = Duration::from_millis(1);
+    loop {
+        match UnixStream::connect(path).await {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => sleep(pause).await,
+            result => return result,
+        }
+        pause = (pause * 2).min(Duration::from_millis(50));
+    }
+}
+
+fn key(target: &DialTarget) -> Result<Key, DialError> {
+    let unix = |meta: io::Result<std::fs::Metadata>| {
+        let meta = meta.map_err(|e| DialError::Connect { url: describe(target), source: Arc::new(e) })?;
+        let file = FileId { dev: meta.dev(), ino: meta.ino() };
+        // File systems reuse inode numbers; not with the same time.
+        Ok(Key::Unix { file, changed: (meta.ctime(), meta.ctime_nsec()) })
+    };
+    match target {
+        DialTarget::Url(DialUrl::Tcp(host_port)) => Ok(Key::Tcp(host_port.clone())),
+        DialTarget::Url(DialUrl::Unix(path)) => unix(std::fs::metadata(path)),
+        DialTarget::Socket(fd) => unix(std::fs::metadata(format!("/proc/self/fd/{}", fd.as_raw_fd()))),
+    }
+}
+
+fn describe(target: &DialTarget) -> String {
+    match target {
+        DialTarget::Url(url) => url.to_string(),
+        DialTarget::Socket(fd) => match FileId::of(fd) {
+            Ok(id) => format!("inode://{}/{}", id.dev, id.ino),
+            Err(_) => "a socket descriptor".into(),
+        },
+    }
+}
+
+/// An error with its causes: the status of a call is all its caller sees.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}
+
+impl fmt::Debug for Pool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pool")
+            .field("connections", &self.len())
+            .field("config", &self.0.config)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connection")
+            .field("peer", &self.0.peer)
+            .field("closed", &self.is_closed())
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for ResponseBody {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ResponseBody").field("connection", &self.connection).finish_non_exhaustive()
+    }
+}

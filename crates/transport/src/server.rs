@@ -1,0 +1,357 @@
+//! A gRPC server over mTLS, on Unix sockets and TCP.
+
+use std::{
+    collections::VecDeque, convert::Infallible, fmt, future::Future, io, net::SocketAddr,
+    panic::AssertUnwindSafe, sync::Arc, time::Duration,
+};
+
+use futures::FutureExt;
+use http::{Request, Response};
+use hyper::{body::Incoming, server::conn::http2, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use nsm_identity::{Identity, Source, UnixSocket};
+use tokio::{
+    net::{TcpListener, UnixListener},
+    sync::watch,
+    task::{AbortHandle, JoinSet},
+    time::{sleep, timeout},
+};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tonic::{Status, body::Body, service::Routes};
+use tower::Service;
+use tracing::{debug, error, info, warn};
+
+use crate::{
+    Error,
+    deadline::{Deadline, DeadlineBody, exceeded},
+    peer::{Peer, Wire},
+    url::ListenUrl,
+};
+
+/// Bounds on what peers may use of a server.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Authenticated connections at a time; one more is closed at once.
+    pub connections: usize,
+    /// Handshakes at a time; one more ends the oldest.
+    pub handshakes: usize,
+    /// How long a handshake may take.
+    pub handshake: Duration,
+    /// Calls at a time on one connection; more wait at the peer.
+    pub calls: u32,
+    /// How long calls in flight may take to end at a shutdown.
+    pub drain: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 2048,
+            handshakes: 256,
+            handshake: Duration::from_secs(10),
+            calls: 1024,
+            drain: Duration::from_secs(5),
+        }
+    }
+}
+
+/// A server whose sockets are bound; callers can connect from now on.
+pub struct Server {
+    source: Source,
+    listeners: Vec<Listener>,
+    limits: Limits,
+}
+
+enum Listener {
+    Unix(UnixListener, UnixSocket),
+    Tcp(TcpListener, SocketAddr),
+}
+
+impl Server {
+    /// Binds `urls`: makes the directories of Unix sockets, replaces files of dead daemons, refuses live ones.
+    ///
+    /// # Errors
+    /// One of them cannot be bound; nothing stays bound then.
+    pub async fn bind(source: Source, urls: &[ListenUrl]) -> Result<Self, Error> {
+        let mut listeners = Vec::with_capacity(urls.len());
+        for url in urls {
+            let failed = |source| Error::Listen { url: url.to_string(), source };
+            listeners.push(match url {
+                ListenUrl::Unix(path) => {
+                    let socket = UnixSocket::bind(path)?;
+                    Listener::Unix(socket.listener().map_err(failed)?, socket)
+                }
+                ListenUrl::Tcp(host_port) => {
+                    // An empty host means all addresses; the IPv6 one takes IPv4 along, where there is IPv6.
+                    let listener = match host_port.strip_prefix(':') {
+                        Some(port) => match TcpListener::bind(format!("[::]:{port}")).await {
+                            Err(e) if e.kind() == io::ErrorKind::AddrInUse => Err(e),
+                            Err(_) => TcpListener::bind(format!("0.0.0.0:{port}")).await,
+                            bound => bound,
+                        },
+                        None => TcpListener::bind(host_port).await,
+                    };
+                    let listener = listener.map_err(failed)?;
+                    let address = listener.local_addr().map_err(failed)?;
+                    Listener::Tcp(listener, address)
+                }
+            });
+        }
+        Ok(Self { source, listeners, limits: Limits::default() })
+    }
+
+    /// Other bounds than the default ones.
+    #[must_use]
+    pub fn with_limits(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
+    }
+
+    /// The URLs as they were bound, in the order given: port 0 is replaced by the real one.
+    pub fn urls(&self) -> Vec<ListenUrl> {
+        self.listeners
+            .iter()
+            .map(|listener| match listener {
+                Listener::Unix(_, socket) => ListenUrl::Unix(socket.path().into()),
+                Listener::Tcp(_, address) => ListenUrl::Tcp(address.to_string()),
+            })
+            .collect()
+    }
+
+    /// Serves `routes`, and grpc.health.v1 with SERVING for "" and `services`, until `shutdown` is done; then calls in
+    /// flight get a bounded time to end, and socket files are removed.
+    ///
+    /// Handlers find a [`Peer`] and, if the caller set one, a [`Deadline`] in the request's extensions.
+    pub async fn serve(self, routes: Routes, services: &[&str], shutdown: impl Future<Output = ()> + Send) {
+        let (reporter, health) = tonic_health::server::health_reporter();
+        for service in services {
+            reporter.set_service_status(service, tonic_health::ServingStatus::Serving).await;
+        }
+        let routes = routes.add_service(health).prepare();
+        let limits = self.limits;
+        let (stop, stopped) = watch::channel(());
+        let mut accepting = JoinSet::new();
+        let mut files = Vec::new();
+        for listener in self.listeners {
+            let acceptor = Acceptor {
+                source: self.source.clone(),
+                routes: routes.clone(),
+                limits,
+                stopped: stopped.clone(),
+                handshakes: JoinSet::new(),
+                oldest: VecDeque::new(),
+                connections: JoinSet::new(),
+            };
+            match listener {
+                Listener::Unix(listener, socket) => {
+                    info!(url = %ListenUrl::Unix(socket.path().into()), "listening");
+                    files.push(socket);
+                    accepting.spawn(acceptor.run(Socket::Unix(listener)));
+                }
+                Listener::Tcp(listener, address) => {
+                    info!(url = %ListenUrl::Tcp(address.to_string()), "listening");
+                    accepting.spawn(acceptor.run(Socket::Tcp(listener)));
+                }
+            }
+        }
+        drop(stopped);
+        shutdown.await;
+        // New callers find nobody from here on.
+        drop(files);
+        drop(stop);
+        while let Some(ended) = accepting.join_next().await {
+            if let Err(reason) = ended {
+                error!(%reason, "a listener broke");
+            }
+        }
+    }
+}
+
+enum Socket {
+    Unix(UnixListener),
+    Tcp(TcpListener),
+}
+
+impl Socket {
+    async fn accept(&self) -> io::Result<(Wire, String)> {
+        match self {
+            Self::Unix(listener) => {
+                let (stream, _) = listener.accept().await?;
+                let wire = Wire::unix(stream)?;
+                let address = match &wire {
+                    Wire::Unix(_, peer) => format!("unix:pid={}", peer.pid()),
+                    Wire::Tcp(_) => String::new(),
+                };
+                Ok((wire, address))
+            }
+            Self::Tcp(listener) => {
+                let (stream, address) = listener.accept().await?;
+                Ok((Wire::tcp(stream)?, address.to_string()))
+            }
+        }
+    }
+}
+
+/// Accepts on one socket: handshakes run beside each other, and none of them can hold up the next.
+struct Acceptor {
+    source: Source,
+    routes: Routes,
+    limits: Limits,
+    stopped: watch::Receiver<()>,
+    handshakes: JoinSet<Option<(TlsStream<Wire>, Peer)>>,
+    oldest: VecDeque<AbortHandle>,
+    connections: JoinSet<()>,
+}
+
+impl Acceptor {
+    async fn run(mut self, socket: Socket) {
+        let mut stopped = self.stopped.clone();
+        loop {
+            tokio::select! {
+                accepted = socket.accept() => match accepted {
+                    Ok((wire, address)) => self.shake_hands(wire, address),
+                    // Out of descriptors, or the peer has left already. Neither may end or spin the loop.
+                    Err(reason) => {
+                        warn!(%reason, "cannot accept a connection");
+                        sleep(Duration::from_millis(20)).await;
+                    }
+                },
+                Some(done) = self.handshakes.join_next() => {
+                    if let Ok(Some((stream, peer))) = done {
+                        self.serve(stream, peer);
+                    }
+                }
+                Some(_) = self.connections.join_next() => {}
+                _ = stopped.changed() => break,
+            }
+        }
+        drop(socket);
+        self.handshakes.abort_all();
+        let drained = async { while self.connections.join_next().await.is_some() {} };
+        if timeout(self.limits.drain, drained).await.is_err() {
+            info!(connections = self.connections.len(), "calls in flight did not end in time");
+        }
+        // Dropping the set ends what is left.
+    }
+
+    fn shake_hands(&mut self, wire: Wire, address: String) {
+        self.oldest.retain(|handshake| !handshake.is_finished());
+        if self.oldest.len() >= self.limits.handshakes
+            && let Some(oldest) = self.oldest.pop_front()
+        {
+            debug!("too many handshakes: the oldest is ended");
+            oldest.abort();
+        }
+        let identity = self.source.current();
+        let limit = self.limits.handshake;
+        let handshake = async move {
+            match timeout(limit, handshake(wire, identity, &address)).await {
+                Ok(Ok(connection)) => Some(connection),
+                Ok(Err(reason)) => {
+                    info!(address, reason, "a connection was refused");
+                    None
+                }
+                Err(_) => {
+                    info!(address, "a connection was refused: no handshake in time");
+                    None
+                }
+            }
+        };
+        self.oldest.push_back(self.handshakes.spawn(handshake));
+    }
+
+    fn serve(&mut self, stream: TlsStream<Wire>, peer: Peer) {
+        if self.connections.len() >= self.limits.connections {
+            warn!(id = %peer.id(), address = peer.address(), "too many connections: one is closed");
+            return;
+        }
+        debug!(id = %peer.id(), address = peer.address(), "connected");
+        let connection = connection(stream, peer, self.routes.clone(), self.limits, self.stopped.clone());
+        self.connections.spawn(connection);
+    }
+}
+
+async fn handshake(
+    wire: Wire,
+    identity: Arc<Identity>,
+    address: &str,
+) -> Result<(TlsStream<Wire>, Peer), String> {
+    let acceptor = TlsAcceptor::from(identity.server_config().clone());
+    let stream = acceptor.accept(wire).await.map_err(|e| e.to_string())?;
+    let (wire, connection) = stream.get_ref();
+    let peer = Peer::new(connection, wire, identity, address.to_owned()).map_err(|e| e.to_string())?;
+    Ok((stream, peer))
+}
+
+async fn connection(
+    stream: TlsStream<Wire>,
+    peer: Peer,
+    routes: Routes,
+    limits: Limits,
+    mut stopped: watch::Receiver<()>,
+) {
+    let handler = peer.clone();
+    let service = service_fn(move |request| call(routes.clone(), handler.clone(), request));
+    let connection = http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(limits.calls)
+        .max_header_list_size(crate::MAX_HEADER_LIST)
+        // Many callers that give up at the same moment are no attack.
+        .max_pending_accept_reset_streams(512)
+        .serve_connection(TokioIo::new(stream), service);
+    let mut connection = std::pin::pin!(connection);
+    let result = tokio::select! {
+        result = connection.as_mut() => result,
+        _ = stopped.changed() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    match result {
+        Ok(()) => debug!(id = %peer.id(), address = peer.address(), "disconnected"),
+        Err(reason) => debug!(id = %peer.id(), address = peer.address(), %reason, "connection broke"),
+    }
+}
+
+/// One call: its peer and deadline, its handler, and what becomes of a panic.
+async fn call(
+    mut routes: Routes,
+    peer: Peer,
+    mut request: Request<Incoming>,
+) -> Result<Response<Body>, Infallible> {
+    let deadline = Deadline::from_headers(request.headers());
+    // Read here and not by tonic, which would answer with another code.
+    request.headers_mut().remove("grpc-timeout");
+    request.extensions_mut().insert(peer);
+    if let Some(deadline) = deadline {
+        request.extensions_mut().insert(deadline);
+    }
+    let method = request.uri().path().to_owned();
+    let answer = AssertUnwindSafe(async move { routes.call(request).await }).catch_unwind();
+    let answer = match deadline {
+        None => answer.await,
+        Some(Deadline(at)) => match tokio::time::timeout_at(at, answer).await {
+            Ok(answer) => answer,
+            Err(_) => return Ok(exceeded("server").into_http()),
+        },
+    };
+    match answer {
+        Ok(Ok(response)) => Ok(match deadline {
+            Some(deadline) => response.map(|body| Body::new(DeadlineBody::new(body, deadline))),
+            None => response,
+        }),
+        Err(_) => {
+            error!(method, "a handler panicked; the call fails, the server goes on");
+            Ok(Status::internal("the handler of this call panicked; see the server's log").into_http())
+        }
+    }
+}
+
+impl fmt::Debug for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Server")
+            .field("urls", &self.urls())
+            .field("limits", &self.limits)
+            .finish_non_exhaustive()
+    }
+}
