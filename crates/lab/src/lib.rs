@@ -1,1 +1,28 @@
 //! A mesh on one machine: namespaces, real programs, expectations, leak snapshots.
+//!
+//! A [`Scenario`] file becomes a [`Plan`] (pure data); a *holder* process builds the plan, watches over it, checks
+//! the expectations and takes everything down; [`Front`] is what the person at the terminal talks to.
+
+mod confine;
+mod error;
+mod expect;
+mod front;
+mod holder;
+mod lab;
+pub mod leaks;
+pub mod network;
+pub mod plan;
+pub mod probe;
+pub mod process;
+mod report;
+pub mod scenario;
+pub mod serve;
+
+pub use error::Error;
+pub use expect::Outcome;
+pub use front::Front;
+pub use holder::{Event, Hold, hold};
+pub use lab::{ProcessState, State, leftovers, remove};
+pub use plan::Plan;
+pub use report::{Format, Report};
+pub use scenario::Scenario;

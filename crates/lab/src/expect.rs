@@ -1,0 +1,232 @@
+//! Checking what a scenario expects, with a measured value for each.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use serde::{Deserialize, Serialize};
+
+use crate::Error;
+use crate::lab::Lab;
+use crate::network::Seen;
+use crate::probe::{self, Connected, Echo};
+use crate::scenario::{
+    Expectation, Fault, FaultSignal, Http, Ping, PortState, Presence, SILENCE, Tcp, WITHIN,
+};
+
+/// How long the ping of a fault runs before the fault and after the restart.
+const BESIDE: Duration = Duration::from_millis(200);
+/// Distance of the pings across a fault.
+const EVERY: Duration = Duration::from_millis(1);
+
+/// The result of one expectation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Outcome {
+    /// The expectation in words.
+    pub expectation: String,
+    /// Whether it held.
+    pub held: bool,
+    /// What was measured, or what was seen instead.
+    pub measured: String,
+    /// How long the check took, in milliseconds.
+    pub millis: u64,
+}
+
+/// Checks one expectation in a lab that is up.
+pub(crate) fn check(lab: &Lab, expectation: &Expectation) -> Outcome {
+    let began = Instant::now();
+    let result = match expectation {
+        Expectation::Ping(ping) => in_pod(lab, &ping.from, || check_ping(ping)),
+        Expectation::Tcp(tcp) => check_tcp(lab, tcp),
+        Expectation::Http(http) => in_pod(lab, &http.from, || check_http(http)),
+        Expectation::Route(route) => present(lab, &route.pod, route.is, route.within, |seen| {
+            let found = seen.routes.iter().find(|other| {
+                other.to == route.to
+                    && route.via.is_none_or(|via| other.via == Some(via))
+                    && route.interface.as_ref().is_none_or(|interface| *interface == other.interface)
+            })?;
+            let via = found.via.map(|via| format!(" via {via}")).unwrap_or_default();
+            Some(format!("{}{via} dev {}", found.to, found.interface))
+        }),
+        Expectation::Interface(interface) => {
+            present(lab, &interface.pod, interface.is, interface.within, |seen| {
+                let link = seen.links.iter().find(|link| link.name == interface.name)?;
+                let state = if link.up { "up" } else { "down" };
+                Some(format!("{} {state}, mtu {}", link.kind, link.mtu))
+            })
+        }
+        Expectation::Address(address) => present(lab, &address.pod, address.is, address.within, |seen| {
+            let found = seen
+                .addresses
+                .iter()
+                .find(|other| other.interface == address.interface && other.address == address.address)?;
+            Some(found.address.to_string())
+        }),
+        Expectation::Fault(fault) => check_fault(lab, fault),
+    };
+    let (held, measured) = match result {
+        Ok(measured) => (true, measured),
+        Err(seen) => (false, seen),
+    };
+    let millis = began.elapsed().as_millis() as u64;
+    Outcome { expectation: expectation.to_string(), held, measured, millis }
+}
+
+// === private helpers ===
+
+/// `Ok` is the measurement of something that held, `Err` what was seen instead.
+type Finding = Result<String, String>;
+
+fn in_pod(lab: &Lab, pod: &str, work: impl FnOnce() -> Finding + Send) -> Finding {
+    let namespace = lab.namespace(pod).map_err(|error| error.chain())?;
+    namespace.run(work).map_err(|error| Error::kernel(format!("enter {pod}"))(error).chain())?
+}
+
+fn check_ping(ping: &Ping) -> Finding {
+    let end = Instant::now() + ping.within;
+    let mut lost_before = 0;
+    probe::until(ping.within, |_| {
+        let row = Echo::open(ping.to).and_then(|echo| echo.row(ping.count, end)).map_err(|error| {
+            lost_before += 1;
+            error.to_string()
+        })?;
+        if row.answered < u64::from(ping.count) {
+            lost_before += row.sent - row.answered;
+            return Err(format!("{} of {} answered", row.answered, ping.count));
+        }
+        let late = if lost_before == 0 { String::new() } else { format!(", after {lost_before} lost") };
+        Ok(format!("{} of {} answered, {} to {}{late}", row.answered, row.sent, ms(row.best), ms(row.worst)))
+    })
+}
+
+fn check_tcp(lab: &Lab, tcp: &Tcp) -> Finding {
+    match tcp.is {
+        PortState::Open => in_pod(lab, &tcp.from, || {
+            let (_, time) = connect(tcp.to, tcp.within.unwrap_or(WITHIN))?;
+            Ok(format!("connected in {}", ms(time)))
+        }),
+        PortState::Blocked => {
+            let within = tcp.within.unwrap_or(SILENCE);
+            let silent = in_pod(lab, &tcp.from, || match probe::connect(tcp.to, within) {
+                Connected::Silence => Ok(format!("no answer in {}", ms(within))),
+                Connected::Yes(_) => Err("it connects".into()),
+                Connected::Refused(error) => Err(format!("answered, not silent: {error}")),
+            })?;
+            let Some(pod) = &tcp.listens_in else { return Ok(silent) };
+            in_pod(lab, pod, || {
+                let local = SocketAddr::from((Ipv4Addr::LOCALHOST, tcp.to.port()));
+                match probe::connect(local, within) {
+                    Connected::Yes(_) => Ok(format!("{silent}, though it listens")),
+                    _ => Err(format!("{silent}, but nothing listens in {pod} either: that proves no filter")),
+                }
+            })
+        }
+    }
+}
+
+fn check_http(http: &Http) -> Finding {
+    let began = Instant::now();
+    let (mut stream, _) = connect(http.url.address, http.within)?;
+    let left = http.within.saturating_sub(began.elapsed());
+    let page =
+        probe::get(&mut stream, http.url.address, &http.url.path, left).map_err(|error| error.to_string())?;
+    let first = page.body.lines().next().unwrap_or_default();
+    let measured = format!("{} in {}: {first}", page.status, ms(began.elapsed()));
+    let body_fits = http.body.as_ref().is_none_or(|text| page.body.contains(text));
+    if page.status == http.status && body_fits { Ok(measured) } else { Err(measured) }
+}
+
+/// Connects, again and again while it is refused, and says how long the attempt took that worked.
+fn connect(to: SocketAddr, within: Duration) -> Result<(std::net::TcpStream, Duration), String> {
+    probe::until(within, |left| {
+        let began = Instant::now();
+        match probe::connect(to, left) {
+            Connected::Yes(stream) => Ok((stream, began.elapsed())),
+            Connected::Silence => Err(format!("no answer in {}", ms(within))),
+            Connected::Refused(error) => Err(error.to_string()),
+        }
+    })
+}
+
+fn present(
+    lab: &Lab,
+    pod: &str,
+    is: Presence,
+    within: Duration,
+    find: impl Fn(&Seen) -> Option<String>,
+) -> Finding {
+    let namespace = lab.namespace(pod).map_err(|error| error.chain())?;
+    let began = Instant::now();
+    probe::until(within, |_| {
+        let seen = Seen::of(namespace).map_err(|error| error.chain())?;
+        match (find(&seen), is) {
+            (Some(found), Presence::Present) => Ok(found),
+            (None, Presence::Gone) => Ok(format!("gone after {}", ms(began.elapsed()))),
+            (None, Presence::Present) => Err("not there".into()),
+            (Some(found), Presence::Gone) => Err(format!("still there: {found}")),
+        }
+    })
+}
+
+fn check_fault(lab: &Lab, fault: &Fault) -> Finding {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flood = match &fault.ping {
+        None => None,
+        Some(ping) => {
+            let to = ping.to;
+            let echo = lab
+                .namespace(&ping.from)
+                .map_err(|error| error.chain())?
+                .run(|| Echo::open(to))
+                .map_err(|error| error.to_string())?
+                .map_err(|error| format!("cannot ping before the fault: {error}"))?;
+            let stop = stop.clone();
+            let thread = thread::spawn(move || echo.flood(EVERY, &stop));
+            thread::sleep(BESIDE);
+            Some(thread)
+        }
+    };
+    let signal = match fault.signal {
+        FaultSignal::KILL => Signal::KILL,
+        FaultSignal::TERM => Signal::TERM,
+    };
+    let done = end_and_restart(lab, fault, signal);
+    let row = flood.map(|thread| {
+        thread::sleep(BESIDE);
+        stop.store(true, Ordering::Relaxed);
+        thread.join()
+    });
+    let mut measured = done?;
+    if let Some(row) = row {
+        let row = row.map_err(|_| "the ping thread panicked".to_owned())?;
+        let lost = row.sent - row.answered;
+        measured = format!("{measured}, {lost} of {} lost, slowest {}", row.sent, ms(row.worst));
+        if lost > fault.lost || row.answered == 0 {
+            return Err(measured);
+        }
+    }
+    Ok(measured)
+}
+
+fn end_and_restart(lab: &Lab, fault: &Fault, signal: Signal) -> Finding {
+    let began = Instant::now();
+    lab.supervisor.end(&fault.kill, signal, fault.within).map_err(|error| error.chain())?;
+    let ended = began.elapsed();
+    if !fault.restart {
+        return Ok(format!("ended in {}", ms(ended)));
+    }
+    let again = Instant::now();
+    lab.start(&fault.kill).map_err(|error| error.chain())?;
+    lab.supervisor.wait_ready(&[&fault.kill], fault.within).map_err(|error| error.chain())?;
+    Ok(format!("ended in {}, ready again in {}", ms(ended), ms(again.elapsed())))
+}
+
+/// Milliseconds with as many digits as mean something.
+pub(crate) fn ms(time: Duration) -> String {
+    let ms = time.as_secs_f64() * 1e3;
+    if ms < 10.0 { format!("{ms:.2} ms") } else { format!("{ms:.0} ms") }
+}

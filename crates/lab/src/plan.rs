@@ -1,0 +1,513 @@
+//! From a scenario to what has to exist: namespaces, cables, files, processes. Pure data; nothing is touched here.
+//!
+//! ```text
+//!   <lab>.underlay   br0 ──┬── node1 ┄┄ eth0   <lab>.node1   manager, forwarder (and the registry)
+//!   (identity)             └── node2 ┄┄ eth0   <lab>.node2   manager, forwarder
+//!                                               <lab>.<pod>   one program of the mesh, HTTP servers
+//! ```
+
+use std::collections::BTreeMap;
+use std::fmt::{self, Write as _};
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::{Path, PathBuf};
+
+use ipnet::{IpNet, Ipv4Net};
+use serde::Serialize;
+
+use crate::scenario::{CableEnd, Pod, Scenario};
+
+/// Directory of all labs; a lab has `<ROOT>/<lab>/`.
+pub const ROOT: &str = "/run/nsm/lab";
+/// TCP port of managers (`spec/registry.md` 9).
+const MANAGER_PORT: u16 = 5001;
+/// TCP port of the registry (`spec/registry.md` 9).
+const REGISTRY_PORT: u16 = 5002;
+/// The underlay's network: node n has address n.
+const UNDERLAY: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(10, 255, 0, 0), 24);
+
+/// All that `up` makes.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// The lab's name.
+    pub lab: String,
+    /// Name of the bridge in the underlay's namespace.
+    pub bridge: String,
+    /// Namespaces without the lab's prefix: `underlay`, nodes, pods.
+    pub namespaces: Vec<String>,
+    /// Cables: of the nodes to the underlay, and those of the scenario.
+    pub cables: Vec<Cable>,
+    /// Sysctls per namespace.
+    pub sysctls: Vec<Sysctl>,
+    /// Files below the lab's directory.
+    pub files: Vec<PlannedFile>,
+    /// Programs in the order in which they may start.
+    pub processes: Vec<Process>,
+    /// HTTP servers of the lab itself.
+    pub servers: Vec<Server>,
+    /// Who gets which SPIFFE ID besides the daemons (which are known by their pids).
+    pub pods: Vec<PodEntry>,
+}
+
+/// A veth pair made straight into two namespaces.
+#[derive(Debug, Clone)]
+pub struct Cable {
+    /// The first end.
+    pub a: End,
+    /// The other end.
+    pub b: End,
+}
+
+/// One end of a [`Cable`].
+#[derive(Debug, Clone)]
+pub struct End {
+    /// Namespace without the lab's prefix.
+    pub namespace: String,
+    /// Interface name.
+    pub interface: String,
+    /// Addresses.
+    pub addresses: Vec<IpNet>,
+    /// Routes: destination, gateway.
+    pub routes: Vec<(IpNet, Option<IpAddr>)>,
+    /// Whether it is a port of the underlay's bridge.
+    pub bridged: bool,
+}
+
+/// A sysctl of one namespace.
+#[derive(Debug, Clone)]
+pub struct Sysctl {
+    /// Namespace without the lab's prefix.
+    pub namespace: String,
+    /// With dots: `net.ipv4.ip_forward`.
+    pub key: String,
+    /// What is written.
+    pub value: String,
+}
+
+/// A file that a process reads.
+#[derive(Debug, Clone)]
+pub struct PlannedFile {
+    /// Absolute.
+    pub path: PathBuf,
+    /// Its text.
+    pub content: String,
+}
+
+/// One `nsm` process.
+#[derive(Debug, Clone)]
+pub struct Process {
+    /// `registry`, `node1/manager`, `client`.
+    pub name: String,
+    /// Namespace without the lab's prefix.
+    pub namespace: String,
+    /// Arguments of `nsm`.
+    pub args: Vec<String>,
+    /// Environment on top of the lab's own.
+    pub env: BTreeMap<String, String>,
+    /// Processes that must be ready first.
+    pub after: Vec<String>,
+    /// How identity recognises it.
+    pub attested: Attested,
+    /// Whether it takes part in the mesh as a client, which is ended before all others.
+    pub client: bool,
+}
+
+/// How the identity process recognises a process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Attested {
+    /// It serves identities itself.
+    No,
+    /// By pid and start time: several daemons share a node's namespace. Contains node and SPIFFE ID.
+    ByPid {
+        /// Through which node's socket.
+        node: String,
+        /// What it gets.
+        spiffe_id: String,
+    },
+    /// By its pod's namespace, see [`PodEntry`].
+    ByNamespace,
+}
+
+/// The SPIFFE ID of whatever runs in a pod's namespace.
+#[derive(Debug, Clone)]
+pub struct PodEntry {
+    /// The pod.
+    pub pod: String,
+    /// Its node.
+    pub node: String,
+    /// What it gets.
+    pub spiffe_id: String,
+}
+
+/// The lab's small HTTP server in a pod.
+#[derive(Debug, Clone)]
+pub struct Server {
+    /// The pod.
+    pub pod: String,
+    /// Where it listens, on all addresses of both families.
+    pub ports: Vec<u16>,
+}
+
+// === impl Plan ===
+
+impl Plan {
+    /// Plans a scenario.
+    #[must_use]
+    pub fn new(scenario: &Scenario) -> Self {
+        let lab = &scenario.name;
+        let at = Paths::new(lab);
+        let node_ip = |index: usize| {
+            let bits = u32::from(UNDERLAY.network()) + index as u32 + 1;
+            IpAddr::V4(Ipv4Addr::from(bits))
+        };
+        let registry = format!("tcp://{}:{REGISTRY_PORT}", node_ip(0));
+        let trust_domain = format!("{lab}.lab");
+
+        let mut cables = Vec::new();
+        let mut processes = vec![Process {
+            name: "identity".into(),
+            namespace: "underlay".into(),
+            args: strings(&["identity", "--config", &at.identity_config().to_string_lossy()]),
+            env: BTreeMap::new(),
+            after: Vec::new(),
+            attested: Attested::No,
+            client: false,
+        }];
+        let daemon = |name: &str, node: &str, args: Vec<String>, after: Vec<String>| Process {
+            name: name.into(),
+            namespace: node.into(),
+            args,
+            env: BTreeMap::from([("SPIFFE_ENDPOINT_SOCKET".into(), at.url(node, "identity.sock"))]),
+            after,
+            attested: Attested::ByPid {
+                node: node.into(),
+                spiffe_id: format!("spiffe://{trust_domain}/{name}"),
+            },
+            client: false,
+        };
+        let mut files = Vec::new();
+        let mut registry_args = strings(&["registry", "--name", "registry", "--listen-on", &registry]);
+        if !scenario.network_services.is_empty() {
+            let path = at.root.join("network-services.yaml");
+            registry_args.extend(strings(&["--network-services", &path.to_string_lossy()]));
+            files.push(PlannedFile { path, content: scenario.network_services.join("---\n") });
+        }
+        if let Some(first) = scenario.nodes.first() {
+            processes.push(daemon("registry", first, registry_args, strings(&["identity"])));
+        }
+        for (index, node) in scenario.nodes.iter().enumerate() {
+            let ip = node_ip(index);
+            cables.push(Cable {
+                a: End {
+                    namespace: node.clone(),
+                    interface: "eth0".into(),
+                    addresses: vec![IpNet::new_assert(ip, UNDERLAY.prefix_len())],
+                    routes: Vec::new(),
+                    bridged: false,
+                },
+                b: End {
+                    namespace: "underlay".into(),
+                    interface: format!("port{}", index + 1),
+                    addresses: Vec::new(),
+                    routes: Vec::new(),
+                    bridged: true,
+                },
+            });
+            let (manager, forwarder) = (format!("{node}/manager"), format!("{node}/forwarder"));
+            let manager_socket = at.url(node, "nsm.io.sock");
+            let listen = format!("{manager_socket},tcp://{ip}:{MANAGER_PORT}");
+            let args = ["manager", "--name", &format!("manager-{node}"), "--listen-on", &listen];
+            let args = [&args[..], &["--registry-url", &registry]].concat();
+            processes.push(daemon(&manager, node, strings(&args), strings(&["registry"])));
+            let (socket, state) = (at.url(node, "forwarder.sock"), at.node(node).join("forwarder"));
+            let args = ["forwarder", "--name", &format!("forwarder-{node}"), "--connect-to", &manager_socket];
+            let tunnel = ip.to_string();
+            let more =
+                ["--listen-on", &socket, "--tunnel-ip", &tunnel, "--state-dir", &state.to_string_lossy()];
+            processes.push(daemon(&forwarder, node, strings(&[&args[..], &more].concat()), vec![manager]));
+        }
+
+        // Serving pods wait for their own node only; clients wait for everybody, because discovery does not wait
+        // for endpoints to appear (spec/registry.md 6.2).
+        let (clients, others): (Vec<_>, Vec<_>) =
+            scenario.pods.iter().partition(|pod| pod.wanted_services().is_some());
+        for pod in others {
+            let after = vec![format!("{}/forwarder", pod.node)];
+            processes.extend(pod_process(pod, &at, after, &mut files));
+        }
+        let everybody: Vec<String> = processes.iter().map(|process| process.name.clone()).collect();
+        for pod in clients {
+            processes.extend(pod_process(pod, &at, everybody.clone(), &mut files));
+        }
+
+        let planned_end = |end: &CableEnd| End {
+            namespace: end.pod.clone(),
+            interface: end.interface.clone(),
+            addresses: end.addresses.clone(),
+            routes: end.routes.iter().map(|route| (route.to, route.via)).collect(),
+            bridged: false,
+        };
+        cables.extend(scenario.cables.iter().map(|[a, b]| Cable { a: planned_end(a), b: planned_end(b) }));
+        let pods = || scenario.pods.iter();
+        Self {
+            lab: lab.clone(),
+            bridge: "br0".into(),
+            namespaces: std::iter::once("underlay".to_owned())
+                .chain(scenario.nodes.iter().cloned())
+                .chain(pods().map(|pod| pod.name.clone()))
+                .collect(),
+            cables,
+            sysctls: pods()
+                .flat_map(|pod| {
+                    pod.sysctls.iter().map(|(key, value)| Sysctl {
+                        namespace: pod.name.clone(),
+                        key: key.clone(),
+                        value: value.clone(),
+                    })
+                })
+                .collect(),
+            files,
+            processes,
+            servers: pods()
+                .filter(|pod| !pod.serve.is_empty())
+                .map(|pod| Server { pod: pod.name.clone(), ports: pod.serve.clone() })
+                .collect(),
+            pods: pods()
+                .map(|pod| PodEntry {
+                    pod: pod.name.clone(),
+                    node: pod.node.clone(),
+                    spiffe_id: format!("spiffe://{trust_domain}/pod/{}", pod.name),
+                })
+                .collect(),
+        }
+    }
+
+    /// Where the lab keeps its files.
+    #[must_use]
+    pub fn paths(&self) -> Paths {
+        Paths::new(&self.lab)
+    }
+
+    /// Full name of a namespace: `<lab>.<name>`.
+    #[must_use]
+    pub fn namespace(&self, name: &str) -> String {
+        format!("{}.{name}", self.lab)
+    }
+
+    /// The identity process' configuration, given the daemons that run: name → (pid, start time in ticks).
+    #[must_use]
+    pub fn identity_config(&self, running: &BTreeMap<String, (u32, u64)>) -> String {
+        let at = self.paths();
+        let nodes = self.cables.iter().filter(|cable| cable.b.bridged).map(|cable| &cable.a.namespace);
+        let sockets =
+            nodes.map(|node| Socket { path: at.node(node).join("identity.sock"), node: node.clone() });
+        let daemons = self.processes.iter().filter_map(|process| {
+            let Attested::ByPid { node, spiffe_id } = &process.attested else { return None };
+            let (pid, start) = running.get(&process.name)?;
+            let selectors = Selectors { pid: Some(*pid), pid_start: Some(*start), netns: None };
+            Some(Entry { spiffe_id: spiffe_id.clone(), node: node.clone(), selectors })
+        });
+        let pods = self.pods.iter().map(|pod| Entry {
+            spiffe_id: pod.spiffe_id.clone(),
+            node: pod.node.clone(),
+            selectors: Selectors { netns: Some(self.namespace(&pod.pod)), ..Selectors::default() },
+        });
+        let config = IdentityConfig {
+            trust_domain: format!("{}.lab", self.lab),
+            sockets: sockets.collect(),
+            entries: daemons.chain(pods).collect(),
+        };
+        // JSON is YAML, and these types always serialise.
+        serde_json::to_string_pretty(&config).unwrap_or_default()
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "lab {}", self.lab)?;
+        writeln!(f, "namespaces")?;
+        for name in &self.namespaces {
+            writeln!(f, "  {}", self.namespace(name))?;
+        }
+        writeln!(f, "cables")?;
+        for cable in &self.cables {
+            writeln!(f, "  {} -- {}", End::describe(&cable.a), End::describe(&cable.b))?;
+        }
+        for sysctl in &self.sysctls {
+            writeln!(f, "  {}: {} = {}", sysctl.namespace, sysctl.key, sysctl.value)?;
+        }
+        writeln!(f, "files")?;
+        for file in &self.files {
+            writeln!(f, "  {}", file.path.display())?;
+        }
+        writeln!(f, "  {}", self.paths().identity_config().display())?;
+        writeln!(f, "processes")?;
+        for process in &self.processes {
+            writeln!(f, "  {} in {}: nsm {}", process.name, process.namespace, process.args.join(" "))?;
+            if !process.after.is_empty() {
+                writeln!(f, "    after {}", process.after.join(", "))?;
+            }
+        }
+        for server in &self.servers {
+            let ports: Vec<_> = server.ports.iter().map(u16::to_string).collect();
+            writeln!(f, "  HTTP server in {}: {}", server.pod, ports.join(", "))?;
+        }
+        Ok(())
+    }
+}
+
+impl End {
+    fn describe(&self) -> String {
+        let mut text = format!("{}:{}", self.namespace, self.interface);
+        for address in &self.addresses {
+            let _ = write!(text, " {address}");
+        }
+        for (to, via) in &self.routes {
+            let _ = write!(text, " [{to}");
+            if let Some(via) = via {
+                let _ = write!(text, " via {via}");
+            }
+            text.push(']');
+        }
+        text
+    }
+}
+
+/// Where a lab keeps its files.
+#[derive(Debug, Clone)]
+pub struct Paths {
+    /// `/run/nsm/lab/<lab>`.
+    pub root: PathBuf,
+}
+
+impl Paths {
+    /// Of the lab with that name.
+    #[must_use]
+    pub fn new(lab: &str) -> Self {
+        Self { root: Path::new(ROOT).join(lab) }
+    }
+
+    /// Sockets and state of a node's daemons.
+    #[must_use]
+    pub fn node(&self, node: &str) -> PathBuf {
+        self.root.join(node)
+    }
+
+    /// What a process writes to stdout and stderr.
+    #[must_use]
+    pub fn log(&self, process: &str) -> PathBuf {
+        self.root.join("logs").join(format!("{}.log", process.replace('/', ".")))
+    }
+
+    /// Where a process says that it is ready.
+    #[must_use]
+    pub fn notify(&self, process: &str) -> PathBuf {
+        self.root.join("notify").join(process.replace('/', "."))
+    }
+
+    /// The lab's own record, see [`crate::State`].
+    #[must_use]
+    pub fn state(&self) -> PathBuf {
+        self.root.join("state.json")
+    }
+
+    /// See [`Plan::identity_config`].
+    #[must_use]
+    pub fn identity_config(&self) -> PathBuf {
+        self.root.join("identity.yaml")
+    }
+
+    fn url(&self, node: &str, socket: &str) -> String {
+        format!("unix://{}", self.node(node).join(socket).display())
+    }
+}
+
+// === private helpers ===
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct IdentityConfig {
+    trust_domain: String,
+    sockets: Vec<Socket>,
+    entries: Vec<Entry>,
+}
+
+#[derive(Serialize)]
+struct Socket {
+    path: PathBuf,
+    node: String,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Entry {
+    spiffe_id: String,
+    node: String,
+    selectors: Selectors,
+}
+
+#[derive(Serialize, Default)]
+#[serde(rename_all = "camelCase")]
+struct Selectors {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    netns: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pid: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pid_start: Option<u64>,
+}
+
+/// The program of a pod, if it has one.
+fn pod_process(pod: &Pod, at: &Paths, after: Vec<String>, files: &mut Vec<PlannedFile>) -> Option<Process> {
+    let mut args = strings(&["--name", &pod.name, "--connect-to", &at.url(&pod.node, "nsm.io.sock")]);
+    let role = if let Some(services) = pod.wanted_services() {
+        args.extend(["--network-services".into(), services]);
+        "client"
+    } else if let Some(endpoint) = &pod.endpoint {
+        args.extend(["--service-names".into(), endpoint.services.join(",")]);
+        args.extend(labels(&endpoint.labels));
+        args.extend(["--cidr-prefix".into(), list(&endpoint.cidr_prefix)]);
+        if !endpoint.routes.is_empty() {
+            args.extend(["--routes".into(), list(&endpoint.routes)]);
+        }
+        args.extend(strings(&["--register-service", "false"]));
+        "endpoint"
+    } else if let Some(firewall) = &pod.firewall {
+        let path = at.root.join(format!("{}.acl.yaml", pod.name));
+        args.extend(strings(&["--service-name", &firewall.service]));
+        args.extend(labels(&firewall.labels));
+        args.extend(strings(&["--acl-config-path", &path.to_string_lossy()]));
+        files.push(PlannedFile { path, content: firewall.acl_config.clone() });
+        "firewall"
+    } else {
+        let passthrough = pod.passthrough.as_ref()?;
+        args.extend(strings(&["--service-name", &passthrough.service]));
+        args.extend(labels(&passthrough.labels));
+        "passthrough"
+    };
+    args.insert(0, role.into());
+    let mut env = pod.env.clone();
+    env.insert("SPIFFE_ENDPOINT_SOCKET".into(), at.url(&pod.node, "identity.sock"));
+    Some(Process {
+        name: pod.name.clone(),
+        namespace: pod.name.clone(),
+        args,
+        env,
+        after,
+        attested: Attested::ByNamespace,
+        client: role == "client",
+    })
+}
+
+/// `--labels a:1,b:2`, upstream's form of a map in the environment.
+fn labels(labels: &BTreeMap<String, String>) -> Vec<String> {
+    let pairs: Vec<_> = labels.iter().map(|(key, value)| format!("{key}:{value}")).collect();
+    if pairs.is_empty() { Vec::new() } else { vec!["--labels".into(), pairs.join(",")] }
+}
+
+fn list<T: ToString>(items: &[T]) -> String {
+    items.iter().map(T::to_string).collect::<Vec<_>>().join(",")
+}
+
+fn strings(items: &[&str]) -> Vec<String> {
+    items.iter().map(|&item| item.to_owned()).collect()
+}
