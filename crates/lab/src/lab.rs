@@ -290,11 +290,9 @@ impl Lab {
             crate::expect::ms(began.elapsed())
         ));
         for sysctl in &self.plan.sysctls {
-            let path = Path::new("/proc/sys").join(sysctl.key.replace('.', "/"));
             self.namespace(&sysctl.namespace)?
-                .run(|| fs::write(&path, &sysctl.value))
-                .map_err(Error::kernel(format!("enter {}", sysctl.namespace)))?
-                .map_err(Error::files("write sysctl", &path))?;
+                .set_sysctl(&sysctl.key, &sysctl.value)
+                .map_err(Error::kernel(format!("set {} in {}", sysctl.key, sysctl.namespace)))?;
         }
         for file in &self.plan.files {
             fs::write(&file.path, &file.content).map_err(Error::files("write", &file.path))?;

@@ -262,16 +262,10 @@ fn commit(
     batch: Vec<Request<RouteNetlinkMessage>>,
     namespace: &str,
 ) -> Result<(), Error> {
-    use nsm_kernel::netlink::{Attempt, BatchError};
-    if batch.is_empty() {
-        return Ok(());
-    }
-    socket.commit(batch).map_err(|error| {
-        let attempt = match error {
-            BatchError::Refused(at) => Attempt::Refused(at.refusal),
-            BatchError::Failed(error) => Attempt::Failed(error),
-        };
-        Error::kernel(format!("lay the cables of {namespace}"))(attempt.during("make or set up a link"))
+    let failed = || Error::kernel(format!("lay the cables of {namespace}"));
+    let refused = socket.commit(batch).map_err(failed())?.into_iter().next();
+    refused.map_or(Ok(()), |at| {
+        Err(failed()(nsm_kernel::Error::Refused { what: "make or set up a link".into(), source: at.refusal }))
     })
 }
 
