@@ -358,8 +358,7 @@ fn read_again(file: &Path, current: &watch::Sender<Arc<Config>>) {
             }));
         }
         Err(error) => {
-            let cause = std::error::Error::source(&error).map(ToString::to_string);
-            warn!(%error, cause, "the configuration is not changed");
+            warn!(error = crate::explain(&error), "the configuration is not changed");
         }
     }
 }
@@ -470,8 +469,9 @@ impl NodeApi {
                 let due = tokio::time::Instant::now();
                 if sent.as_ref().is_none_or(|(old, again)| *old != ids || *again <= due) {
                     let message = answer(&shared, &ids, &now).map_err(|e| {
-                        warn!(error = %e, "cannot issue");
-                        Status::internal(e.to_string())
+                        let reason = crate::explain(&e);
+                        warn!(reason, "cannot issue");
+                        Status::internal(reason)
                     });
                     let failed = message.is_err();
                     if sender.send(message).await.is_err() || failed {

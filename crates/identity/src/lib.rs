@@ -84,6 +84,14 @@ pub enum Error {
         /// What is wrong with it.
         reason: &'static str,
     },
+    /// The Workload API gave no identity.
+    #[error("the Workload API at {path} gives this process no identity: {reason}")]
+    WorkloadApi {
+        /// Its socket.
+        path: String,
+        /// What it says.
+        reason: String,
+    },
     /// A second daemon.
     #[error(
         "somebody listens at {0} already: a second daemon on the same socket? Stop it, or configure another path"
@@ -102,4 +110,33 @@ pub enum Error {
     /// The CA's configuration or state.
     #[error(transparent)]
     Ca(#[from] ca::CaError),
+}
+
+/// An error with its causes in one line, for logs and for the status of a call, which is all that its caller sees.
+///
+/// rustls shows the reason of a custom verifier in `Debug` form only; here it is the verifier's own text.
+pub fn explain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = String::new();
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let this = match error.downcast_ref() {
+            Some(rustls::Error::InvalidCertificate(rustls::CertificateError::Other(verifier))) => {
+                verifier.0.to_string()
+            }
+            _ => error.to_string(),
+        };
+        // Many wrappers repeat what they wrap.
+        if text.is_empty() {
+            text = this;
+        } else if !text.ends_with(&this) {
+            text.push_str(": ");
+            text.push_str(&this);
+        }
+        // An `io::Error` hides what it was made of behind its source's source.
+        next = match error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
+            Some(inner) => Some(inner),
+            None => error.source(),
+        };
+    }
+    text
 }

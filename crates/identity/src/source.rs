@@ -56,15 +56,7 @@ impl Source {
     /// # Errors
     /// The address names no Unix socket.
     pub async fn open(endpoint: &str) -> Result<Self, Error> {
-        let invalid = |reason| Error::Endpoint { value: endpoint.into(), reason };
-        let path = endpoint.strip_prefix("unix://").or_else(|| endpoint.strip_prefix("unix:"));
-        let path = path.ok_or_else(|| invalid("only unix: sockets can attest their callers"))?;
-        if !path.starts_with('/') {
-            return Err(invalid("the path must be absolute"));
-        }
-        let channel =
-            Endpoint::from_shared(format!("unix://{path}")).map_err(|_| invalid("not a URL"))?.connect_lazy();
-        let mut follower = Follower::new(path.to_owned(), SpiffeWorkloadApiClient::new(channel));
+        let mut follower = Follower::new(endpoint)?;
         let mut stream = None;
         let first = follower.next(&mut stream).await;
         info!(id = %first.id(), expires = %humantime::format_rfc3339_seconds(first.svid().not_after()), "identity");
@@ -85,6 +77,19 @@ impl Source {
             }
         });
         Ok(Self { current })
+    }
+
+    /// Asks the Workload API at `endpoint` once, without waiting for anything but its answer: for diagnosis.
+    ///
+    /// # Errors
+    /// As [`Source::open`], and [`Error::WorkloadApi`] with what the server says.
+    pub async fn fetch_once(endpoint: &str) -> Result<Identity, Error> {
+        let mut follower = Follower::new(endpoint)?;
+        let reason = match follower.try_next(&mut None).await {
+            Ok(identity) => return Ok(identity),
+            Err(reason) => reason,
+        };
+        Err(Error::WorkloadApi { path: follower.path, reason })
     }
 
     /// A source that somebody else renews: for a process that is its own CA.
@@ -125,8 +130,17 @@ struct Follower {
 }
 
 impl Follower {
-    fn new(path: String, client: Client) -> Self {
-        Self { path, client, pause: FIRST_PAUSE, reminded: None }
+    fn new(endpoint: &str) -> Result<Self, Error> {
+        let invalid = |reason| Error::Endpoint { value: endpoint.into(), reason };
+        let path = endpoint.strip_prefix("unix://").or_else(|| endpoint.strip_prefix("unix:"));
+        let path = path.ok_or_else(|| invalid("only unix: sockets can attest their callers"))?;
+        if !path.starts_with('/') {
+            return Err(invalid("the path must be absolute"));
+        }
+        let channel =
+            Endpoint::from_shared(format!("unix://{path}")).map_err(|_| invalid("not a URL"))?.connect_lazy();
+        let client = SpiffeWorkloadApiClient::new(channel);
+        Ok(Self { path: path.into(), client, pause: FIRST_PAUSE, reminded: None })
     }
 
     /// The next identity. `stream` is kept outside so that this future may be dropped.
@@ -156,7 +170,7 @@ impl Follower {
     async fn try_next(&mut self, stream: &mut Option<Responses>) -> Result<Identity, String> {
         let explain = |status: Status| match status.code() {
             Code::PermissionDenied => format!("no entry for this process: {}", status.message()),
-            Code::Unavailable => format!("nobody serves the socket: {}", status.message()),
+            Code::Unavailable => format!("nobody serves the socket: {}", crate::explain(&status)),
             code => format!("{code:?}: {}", status.message()),
         };
         let responses = match stream {
@@ -171,7 +185,7 @@ impl Follower {
             }
         };
         match responses.message().await {
-            Ok(Some(response)) => identity(response).map_err(|e| chain(&e)),
+            Ok(Some(response)) => identity(response).map_err(|e| crate::explain(&e)),
             Ok(None) => Err("the server ended the stream".into()),
             Err(status) => Err(explain(status)),
         }
@@ -194,16 +208,4 @@ fn identity(response: pb::X509svidResponse) -> Result<Identity, Error> {
     let svid = Svid::new(chain, PrivatePkcs8KeyDer::from(svid.x509_svid_key))?;
     bundles.insert(svid.id().trust_domain(), &roots)?;
     Identity::new(svid, bundles)
-}
-
-/// An error with its causes, for a log line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }

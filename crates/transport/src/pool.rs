@@ -31,7 +31,7 @@ use http::{HeaderValue, Request, Response, Uri, uri::Authority};
 use http_body::{Body, Frame, SizeHint};
 use hyper::{body::Incoming, client::conn::http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use nsm_identity::{FileId, Identity, Source, token::DEFAULT_MAX_LIFETIME};
+use nsm_identity::{FileId, Identity, Source, explain, token::DEFAULT_MAX_LIFETIME};
 use parking_lot::Mutex;
 use rustls_pki_types::ServerName;
 use tokio::{
@@ -170,7 +170,7 @@ impl DialError {
 
 impl From<DialError> for Status {
     fn from(error: DialError) -> Self {
-        Status::unavailable(with_causes(&error))
+        Status::unavailable(explain(&error))
     }
 }
 
@@ -364,7 +364,7 @@ impl Connection {
             .0
             .peer
             .token(self.0.max_token_lifetime, SystemTime::now())
-            .map_err(|e| Status::unavailable(with_causes(&e)))?;
+            .map_err(|e| Status::unavailable(explain(&e)))?;
         let header =
             |text: &str| HeaderValue::from_str(text).map_err(|_| Status::internal("a token is no header"));
         let mut secret = header(token.jwt())?;
@@ -379,7 +379,7 @@ impl Connection {
     }
 
     fn broken(&self, error: &hyper::Error) -> Status {
-        let mut text = format!("the connection to {} broke: {}", self.0.peer.address(), with_causes(error));
+        let mut text = format!("the connection to {} broke: {}", self.0.peer.address(), explain(error));
         if let Some(end) = self.0.end.get() {
             text.push_str(": ");
             text.push_str(end);
@@ -505,7 +505,7 @@ async fn open(
     tokio::spawn(async move {
         let reason = match driver.await {
             Ok(()) => "closed".to_owned(),
-            Err(e) => with_causes(&e),
+            Err(e) => explain(&e),
         };
         debug!(url = driver_url, reason, "connection ended");
         let _ = driver_end.set(reason);
@@ -558,21 +558,6 @@ fn describe(target: &DialTarget) -> String {
             Err(_) => "a socket descriptor".into(),
         },
     }
-}
-
-/// An error with its causes: the status of a call is all its caller sees.
-fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.ends_with(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        source = cause.source();
-    }
-    text
 }
 
 impl fmt::Debug for Pool {

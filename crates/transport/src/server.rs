@@ -9,7 +9,7 @@ use futures::FutureExt;
 use http::{Request, Response};
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use nsm_identity::{Identity, Source, UnixSocket};
+use nsm_identity::{Identity, Source, UnixSocket, explain};
 use tokio::{
     net::{TcpListener, UnixListener},
     sync::watch,
@@ -277,7 +277,7 @@ async fn handshake(
     address: &str,
 ) -> Result<(TlsStream<Wire>, Peer), String> {
     let acceptor = TlsAcceptor::from(identity.server_config().clone());
-    let stream = acceptor.accept(wire).await.map_err(|e| e.to_string())?;
+    let stream = acceptor.accept(wire).await.map_err(|e| explain(&e))?;
     let (wire, connection) = stream.get_ref();
     let peer = Peer::new(connection, wire, identity, address.to_owned()).map_err(|e| e.to_string())?;
     Ok((stream, peer))
@@ -309,7 +309,9 @@ async fn connection(
     };
     match result {
         Ok(()) => debug!(id = %peer.id(), address = peer.address(), "disconnected"),
-        Err(reason) => debug!(id = %peer.id(), address = peer.address(), %reason, "connection broke"),
+        Err(reason) => {
+            debug!(id = %peer.id(), address = peer.address(), reason = explain(&reason), "connection broke")
+        }
     }
 }
 

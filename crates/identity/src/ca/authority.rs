@@ -145,7 +145,9 @@ impl Authority {
     fn parse(pem: &str) -> Result<Self, &'static str> {
         let certificate =
             CertificateDer::from_pem_slice(pem.as_bytes()).map_err(|_| "no certificate in it")?;
-        let key = KeyPair::from_pem(pem).map_err(|_| "no private key in it")?;
+        let key = PrivatePkcs8KeyDer::from_pem_slice(pem.as_bytes()).map_err(|_| "no private key in it")?;
+        let key = KeyPair::from_pkcs8_der_and_sign_algo(&key, &PKCS_ECDSA_P256_SHA256)
+            .map_err(|_| "its private key is no P-256 key")?;
         let (_, parsed) =
             X509Certificate::from_der(&certificate).map_err(|_| "its certificate is damaged")?;
         if parsed.public_key().subject_public_key.data.as_ref() != key.public_key_raw() {
