@@ -24,6 +24,7 @@ mod apply;
 mod error;
 pub mod netlink;
 pub mod netns;
+pub mod nft;
 pub mod plan;
 mod reaper;
 mod rt;

@@ -72,6 +72,8 @@ const BUFFER: usize = 32 * 1024;
 /// Answers wait in a receive buffer of 208 KiB (about 1 KiB each, by the kernel's way of counting), so a longer batch
 /// is sent in parts.
 const MESSAGES_PER_SEND: usize = 64;
+/// What fits a socket's send buffer as the kernel makes it (208 KiB, half of it for its own books).
+const SEND_BUFFER: usize = 96 * 1024;
 /// How often a dump is repeated that the kernel says is inconsistent because something changed meanwhile.
 const DUMP_ATTEMPTS: u32 = 8;
 
@@ -143,21 +145,36 @@ impl<F: Family> Socket<F> {
             let Some(last) = part.last_mut() else { return Ok(refused) };
             last.flags |= NLM_F_ACK;
             let count = part.len();
-            self.writes += count as u64;
-            let first = self.send(part)?;
-            let mut complete = false;
-            self.receive(first, count, |index, _, answer| {
-                if let Answer::Status(status) = answer {
-                    complete |= index + 1 == count;
-                    refused.extend(status.err().map(|refusal| RefusedAt { index: done + index, refusal }));
-                }
-                Ok(complete)
-            })?;
-            if !complete {
-                return Err(Error::Protocol("a batch was not acknowledged".into()));
-            }
+            let part = self.exchange(part, count - 1)?;
+            refused.extend(part.into_iter().map(|at| RefusedAt { index: done + at.index, ..at }));
             done += count;
         }
+    }
+
+    /// Changes several things as one, for protocols that know transactions: all messages go in one datagram, with the
+    /// flags that they have. The answer to number `awaited`, which has to ask for one (`NLM_F_ACK`), is waited for;
+    /// what the kernel refused is returned.
+    pub fn transact(&mut self, requests: Vec<Request<F::Message>>, awaited: usize) -> Result<Vec<RefusedAt>> {
+        self.exchange(requests, awaited)
+    }
+
+    fn exchange(&mut self, part: Vec<Request<F::Message>>, awaited: usize) -> Result<Vec<RefusedAt>> {
+        let count = part.len();
+        self.writes += count as u64;
+        let first = self.send(part)?;
+        let (mut refused, mut complete) = (Vec::new(), false);
+        self.receive(first, count, |index, _, answer| {
+            if let Answer::Status(status) = answer {
+                complete |= index == awaited;
+                refused.extend(status.err().map(|refusal| RefusedAt { index, refusal }));
+            }
+            Ok(complete)
+        })?;
+        // A transaction that is refused as a whole answers for its first message only.
+        if !complete && refused.is_empty() {
+            return Err(Error::Protocol("a batch was not acknowledged".into()));
+        }
+        Ok(refused)
     }
 
     /// Asks for several single things at once; each has its own answer, in order.
@@ -233,10 +250,13 @@ impl<F: Family> Socket<F> {
             datagram.resize((start + length).next_multiple_of(4), 0);
             message.serialize(&mut datagram[start..start + length]);
         }
-        match rustix::net::send(&self.inner, &datagram, SendFlags::empty()) {
-            Ok(_) => Ok(first),
-            Err(e) => Err(Error::Socket { what: "send", source: e.into() }),
+        let failed = |e: Errno| Error::Socket { what: "send", source: e.into() };
+        if datagram.len() > SEND_BUFFER {
+            rustix::net::sockopt::set_socket_send_buffer_size_force(&self.inner, datagram.len())
+                .map_err(failed)?;
         }
+        rustix::net::send(&self.inner, &datagram, SendFlags::empty()).map_err(failed)?;
+        Ok(first)
     }
 
     /// Hands every answer to the `count` messages from `first` on to `take`, until that says `true` or there are no
