@@ -291,7 +291,7 @@ impl Lab {
         ));
         for sysctl in &self.plan.sysctls {
             self.namespace(&sysctl.namespace)?
-                .set_sysctl(&sysctl.key, &sysctl.value)
+                .set_sysctl(&sysctl.key.replace('.', "/"), &sysctl.value)
                 .map_err(Error::kernel(format!("set {} in {}", sysctl.key, sysctl.namespace)))?;
         }
         for file in &self.plan.files {

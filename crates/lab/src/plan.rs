@@ -484,6 +484,10 @@ fn pod_process(pod: &Pod, at: &Paths, after: Vec<String>, files: &mut Vec<Planne
         args.extend(labels(&passthrough.labels));
         "passthrough"
     };
+    if role != "client" {
+        // Its default is a fresh temporary directory, which a killed program leaves behind.
+        args.extend(["--listen-on".into(), at.url(&pod.node, &format!("{}.sock", pod.name))]);
+    }
     args.insert(0, role.into());
     let mut env = pod.env.clone();
     env.insert("SPIFFE_ENDPOINT_SOCKET".into(), at.url(&pod.node, "identity.sock"));
@@ -510,4 +514,98 @@ fn list<T: ToString>(items: &[T]) -> String {
 
 fn strings(items: &[&str]) -> Vec<String> {
     items.iter().map(|&item| item.to_owned()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn planned(file: &str) -> Plan {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scenarios").join(file);
+        Plan::new(&Scenario::load(&path).expect("a scenario of ours is good"))
+    }
+
+    fn position(plan: &Plan, name: &str) -> usize {
+        plan.processes.iter().position(|process| process.name == name).expect("planned")
+    }
+
+    #[test]
+    fn every_scenario_of_ours_can_be_planned() {
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scenarios");
+        for entry in std::fs::read_dir(directory).expect("scenarios") {
+            let path = entry.expect("entry").path();
+            let scenario = Scenario::load(&path).expect("good");
+            assert_eq!(path.file_stem().and_then(|stem| stem.to_str()), Some(scenario.name.as_str()));
+            assert!(!scenario.expect.is_empty(), "{} expects nothing", scenario.name);
+            assert!(!Plan::new(&scenario).processes.is_empty());
+        }
+    }
+
+    #[test]
+    fn a_process_starts_after_those_it_needs_and_clients_after_everybody() {
+        let plan = planned("secure-intranet.yaml");
+        for (index, process) in plan.processes.iter().enumerate() {
+            for before in &process.after {
+                assert!(position(&plan, before) < index, "{} waits for {before}", process.name);
+            }
+        }
+        let client = &plan.processes[position(&plan, "client")];
+        assert_eq!(client.after.len(), plan.processes.len() - 1);
+        assert!(client.client);
+        // Nodes do not wait for each other, nor functions of the chain.
+        assert_eq!(plan.processes[position(&plan, "node2/manager")].after, ["registry"]);
+        assert_eq!(plan.processes[position(&plan, "passthrough-1")].after, ["node2/forwarder"]);
+    }
+
+    #[test]
+    fn nodes_hang_on_the_underlay_and_pods_do_not() {
+        let plan = planned("vpn-gateway.yaml");
+        let bridged: Vec<_> = plan.cables.iter().filter(|cable| cable.b.bridged).collect();
+        assert_eq!(
+            bridged.iter().map(|cable| cable.a.namespace.as_str()).collect::<Vec<_>>(),
+            ["node1", "node2"]
+        );
+        assert_eq!(bridged[1].a.addresses, ["10.255.0.2/24".parse().expect("prefix")]);
+        let cable = plan.cables.last().expect("the scenario's own");
+        assert_eq!((cable.a.namespace.as_str(), cable.b.namespace.as_str()), ("gateway", "intranet"));
+        assert_eq!(plan.namespaces, ["underlay", "node1", "node2", "client", "gateway", "intranet"]);
+        assert!(plan.to_string().contains("HTTP server in intranet: 80"));
+    }
+
+    #[test]
+    fn flags_are_those_of_the_roles() {
+        let plan = planned("vpn-gateway.yaml");
+        let gateway = &plan.processes[position(&plan, "gateway")];
+        let args = gateway.args.join(" ");
+        assert!(
+            args.starts_with("endpoint --name gateway --connect-to unix:///run/nsm/lab/vpn-gateway/node2/"),
+            "{args}"
+        );
+        assert!(
+            args.contains("--cidr-prefix 172.16.1.2/31 --routes 10.10.0.0/24 --register-service false"),
+            "{args}"
+        );
+        assert_eq!(
+            gateway.env["SPIFFE_ENDPOINT_SOCKET"],
+            "unix:///run/nsm/lab/vpn-gateway/node2/identity.sock"
+        );
+    }
+
+    #[test]
+    fn identities_follow_the_processes_that_run() {
+        let plan = planned("kernel2kernel.yaml");
+        let entries = |running: &[(&str, u32)]| -> Vec<serde_json::Value> {
+            let running = running.iter().map(|(name, pid)| ((*name).to_owned(), (*pid, 7))).collect();
+            let config: serde_json::Value =
+                serde_json::from_str(&plan.identity_config(&running)).expect("JSON");
+            config["entries"].as_array().expect("entries").clone()
+        };
+        // Pods are known by their namespaces from the start.
+        assert_eq!(entries(&[]).len(), 2);
+        let with = entries(&[("node1/manager", 4711), ("identity", 1), ("client", 2)]);
+        assert_eq!(with.len(), 3, "neither identity itself nor pods are known by pid");
+        assert_eq!(with[0]["spiffeId"], "spiffe://kernel2kernel.lab/node1/manager");
+        assert_eq!(with[0]["selectors"], serde_json::json!({"pid": 4711, "pidStart": 7}));
+        assert_eq!(with[1]["selectors"], serde_json::json!({"netns": "kernel2kernel.client"}));
+    }
 }

@@ -426,3 +426,128 @@ fn not_ready(table: &Table, name: &str, waited: Duration) -> Error {
     let log = process.map(|process| tail(&process.log)).unwrap_or_default();
     Error::NotReady { process: name.to_owned(), waited, status, log }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A shell script, in the namespace of the test itself: only starting and watching are tried here.
+    fn start(supervisor: &Supervisor, directory: &Path, name: &str, script: &str) -> ProcessId {
+        let program = Program {
+            name: name.into(),
+            exe: "/bin/sh".into(),
+            args: vec!["-c".into(), script.into()],
+            env: BTreeMap::new(),
+            log: directory.join(format!("{name}.log")),
+            notify: directory.join(name),
+        };
+        match Namespace::current()
+            .map_err(Error::kernel("open it"))
+            .and_then(|here| supervisor.start(&program, &here))
+        {
+            Ok(id) => id,
+            Err(error) => panic!("{}", error.chain()),
+        }
+    }
+
+    /// Leaves nothing running, also when the test fails.
+    struct Guard(Supervisor);
+
+    impl Guard {
+        fn new() -> (Self, Supervisor) {
+            let supervisor = Supervisor::default();
+            (Self(supervisor.clone()), supervisor)
+        }
+    }
+
+    impl Drop for Guard {
+        fn drop(&mut self) {
+            let names: Vec<_> = self.0.processes().into_iter().map(|(name, ..)| name).collect();
+            let names: Vec<_> = names.iter().map(String::as_str).collect();
+            self.0.end_all(&names, Signal::KILL);
+            let _ = self.0.wait_end(&names, LONG);
+        }
+    }
+
+    /// Entering even one's own namespace needs CAP_SYS_ADMIN.
+    fn may_not(test: &str) -> bool {
+        let skip = !crate::confine::is_privileged();
+        if skip {
+            println!("SKIPPED {test}: needs CAP_SYS_ADMIN to enter a network namespace");
+        }
+        skip
+    }
+
+    const LONG: Duration = Duration::from_secs(20);
+
+    #[test]
+    fn a_death_is_noticed_and_named_with_the_end_of_the_log() {
+        if may_not("a_death_is_noticed_and_named_with_the_end_of_the_log") {
+            return;
+        }
+        let directory = tempfile::tempdir().expect("directory");
+        let (_guard, supervisor) = Guard::new();
+        let sleeper = start(&supervisor, directory.path(), "sleeper", "exec sleep 1000");
+        start(&supervisor, directory.path(), "dier", "echo first; echo the disk is full >&2; exit 3");
+        let error = supervisor.wait_ready(&["sleeper"], LONG).expect_err("one died");
+        let text = error.to_string();
+        assert!(text.starts_with("dier ended with exit status 3 ("), "{text}");
+        assert!(text.ends_with("  first\n  the disk is full"), "{text}");
+        // An end that was ordered is none that fails, and nothing of the first death is forgotten.
+        supervisor.end("sleeper", Signal::KILL, LONG).expect("ends");
+        assert!(!sleeper.is_alive());
+        assert!(matches!(supervisor.check(), Err(Error::Died { process, .. }) if process == "dier"));
+    }
+
+    #[test]
+    fn readiness_is_what_the_process_says() {
+        if may_not("readiness_is_what_the_process_says") {
+            return;
+        }
+        let directory = tempfile::tempdir().expect("directory");
+        let (_guard, supervisor) = Guard::new();
+        start(&supervisor, directory.path(), "slow", "exec sleep 1000");
+        let say = |text: &str| {
+            let socket = UnixDatagram::unbound().expect("socket");
+            socket.send_to(text.as_bytes(), directory.path().join("slow")).expect("it listens");
+        };
+        say("STATUS=looking for the registry");
+        let before = supervisor.wait_change(1);
+        assert!(before > 1);
+        let error = supervisor.wait_ready(&["slow"], Duration::ZERO).expect_err("not ready");
+        assert!(error.to_string().contains("(it says: looking for the registry)"), "{error}");
+        assert!(error.to_string().contains("slow.log is empty"), "{error}");
+        say("READY=1\nSTATUS=fine");
+        supervisor.wait_ready(&["slow"], LONG).expect("ready");
+        assert_eq!(supervisor.ready(), BTreeSet::from(["slow".to_owned()]));
+        supervisor.end("slow", Signal::TERM, LONG).expect("ends");
+        supervisor.check().expect("its end was ordered");
+        assert_eq!(supervisor.ready(), BTreeSet::new());
+    }
+
+    #[test]
+    fn a_stop_wakes_what_waits_and_lets_nothing_start() {
+        if may_not("a_stop_wakes_what_waits_and_lets_nothing_start") {
+            return;
+        }
+        let directory = tempfile::tempdir().expect("directory");
+        let (_guard, supervisor) = Guard::new();
+        start(&supervisor, directory.path(), "slow", "exec sleep 1000");
+        let waiting = supervisor.clone();
+        let waiter = thread::spawn(move || waiting.wait_ready(&["slow"], LONG));
+        supervisor.stop("SIGTERM");
+        supervisor.stop("again");
+        let error = waiter.join().expect("no panic").expect_err("stopped");
+        assert_eq!(error.to_string(), "interrupted: SIGTERM");
+        supervisor.end("slow", Signal::KILL, LONG).expect("ending still works");
+        assert!(matches!(supervisor.check(), Err(Error::Interrupted(_))));
+    }
+
+    #[test]
+    fn a_pid_is_not_a_process() {
+        let own = ProcessId::own().expect("we live");
+        assert!(own.is_alive());
+        assert!(!ProcessId { start: own.start + 1, ..own }.is_alive(), "same pid, other start");
+        assert_eq!(ProcessId::of(0), None);
+    }
+}
