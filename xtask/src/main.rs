@@ -1,2 +1,203 @@
-//! The project's own commands.
-fn main() {}
+//! The project's own commands: `cargo xtask demo`, `cargo xtask test`, `cargo xtask bench`.
+//!
+//! Small on purpose: it is built before anything else, and everything that knows the mesh is in `nsm` itself.
+
+use std::collections::BTreeMap;
+use std::env;
+use std::io::{self, BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+
+/// Set for tests, so that leak snapshots recognise every process that a test started (`nsm_lab::leaks::MARK`).
+const MARK: (&str, &str) = ("NSM_TEST_RUN", "1");
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+enum Task {
+    /// Build nsm and run the secure-intranet chain on this machine
+    Demo {
+        /// Further arguments of `nsm lab run`, for example --keep
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Format, lints, all tests including those on the real kernel, doc tests
+    Test {
+        /// Also the slow tests that are ignored otherwise
+        #[arg(long)]
+        all: bool,
+    },
+    /// Build nsm and measure: arguments are those of `nsm bench`
+    Bench {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    let done = match Task::parse() {
+        Task::Demo { args } => demo(&args),
+        Task::Test { all } => test(all),
+        Task::Bench { args } => nsm(&["bench"], &args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn demo(args: &[String]) -> Result<()> {
+    install(&[])?;
+    let scenario = root().join("scenarios/secure-intranet.yaml");
+    nsm(&["lab", "run", &scenario.to_string_lossy()], args)
+}
+
+fn test(all: bool) -> Result<()> {
+    // Tests read the kernel back with the system's own programs, so that ours is not judge in its own cause.
+    install(&[("ip", "iproute2"), ("nft", "nftables")])?;
+    let mut stages = Stages::default();
+    stages.run("format", cargo(&["fmt", "--all", "--check"]))?;
+    let clippy = ["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"];
+    stages.run("lints", cargo(&clippy))?;
+    stages.run("build", cargo(&["test", "--workspace", "--no-run", "--quiet"]))?;
+    let ignored: &[&str] = if all { &["--include-ignored"] } else { &[] };
+    let tests =
+        ["test", "--workspace", "--lib", "--bins", "--tests", "--no-fail-fast", "--", "--show-output"];
+    stages.run_tests("tests", cargo(&[&tests, ignored].concat()))?;
+    stages.run_tests(
+        "doc tests",
+        cargo(&["test", "--workspace", "--doc", "--no-fail-fast", "--", "--show-output"]),
+    )?;
+    stages.report()
+}
+
+/// Builds `nsm` for real and runs it; its exit status is ours.
+fn nsm(command: &[&str], args: &[String]) -> Result<()> {
+    let mut cargo = cargo(&["run", "--release", "--package", "nsm", "--"]);
+    let status = cargo.args(command).args(args).status().context("start cargo")?;
+    if !status.success() {
+        bail!("nsm {} ended with {status}", command.join(" "));
+    }
+    Ok(())
+}
+
+/// Installs what is missing of `(program, Debian package)`, as root; otherwise says what to type, and stops.
+fn install(needed: &[(&str, &str)]) -> Result<()> {
+    // A compiler for the C and assembler parts of the crypto library; Rust's own linker driver is the same program.
+    let needed = [&[("cc", "build-essential")], needed].concat();
+    let packages: Vec<_> =
+        needed.iter().filter(|(program, _)| !exists(program)).map(|(_, package)| *package).collect();
+    if packages.is_empty() {
+        return Ok(());
+    }
+    let line = format!("apt-get install --yes --no-install-recommends {}", packages.join(" "));
+    let root = Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout.trim_ascii() == b"0");
+    if !root {
+        bail!("system packages are missing; install them with\n\n    sudo {line}\n");
+    }
+    eprintln!("xtask: installing {} ({line})", packages.join(", "));
+    let apt = |args: &str| {
+        let mut command = Command::new("apt-get");
+        command.args(args.split(' ').skip(1)).env("DEBIAN_FRONTEND", "noninteractive").stdin(Stdio::null());
+        command.stdout(Stdio::null()).status().context("start apt-get: is this Debian or Ubuntu?")
+    };
+    // A fresh machine has no list of packages yet.
+    if apt(&line)?.success() || apt("apt-get update")?.success() && apt(&line)?.success() {
+        return Ok(());
+    }
+    bail!("apt-get could not install {}", packages.join(", "))
+}
+
+fn exists(program: &str) -> bool {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let system = ["/usr/sbin", "/sbin"].map(PathBuf::from);
+    env::split_paths(&path).chain(system).any(|directory| directory.join(program).is_file())
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
+}
+
+fn cargo(args: &[&str]) -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(args).current_dir(root()).env(MARK.0, MARK.1).stdin(Stdio::null());
+    // Those that `cargo run` set for us are not for the crates that we build.
+    for (key, _) in env::vars_os() {
+        if key.to_string_lossy().starts_with("CARGO_PKG_") || key == "CARGO_MANIFEST_DIR" {
+            command.env_remove(key);
+        }
+    }
+    command
+}
+
+/// What was run, how long it took, how it went, and which tests said that they cannot run here.
+#[derive(Default)]
+struct Stages {
+    done: Vec<(&'static str, Duration, bool)>,
+    skipped: BTreeMap<String, String>,
+}
+
+impl Stages {
+    /// Runs a stage; the next ones run also if it fails, so that one run shows everything.
+    fn run(&mut self, name: &'static str, mut command: Command) -> Result<()> {
+        eprintln!("== {name}");
+        let began = Instant::now();
+        let status = command.status().with_context(|| format!("start {command:?}"))?;
+        self.done.push((name, began.elapsed(), status.success()));
+        Ok(())
+    }
+
+    /// Runs tests, passing on what is worth reading and collecting the `SKIPPED test: why` lines.
+    fn run_tests(&mut self, name: &'static str, mut command: Command) -> Result<()> {
+        eprintln!("== {name}");
+        let began = Instant::now();
+        let mut child =
+            command.stdout(Stdio::piped()).spawn().with_context(|| format!("start {command:?}"))?;
+        // The output of tests that passed, which is asked for only to find the skipped ones.
+        let mut passed = false;
+        let mut out = io::stdout().lock();
+        for line in child.stdout.take().into_iter().flat_map(|stdout| BufReader::new(stdout).lines()) {
+            let line = line.context("read the output of the tests")?;
+            if let Some((test, why)) = line.strip_prefix("SKIPPED ").and_then(|rest| rest.split_once(": ")) {
+                self.skipped.insert(test.to_owned(), why.to_owned());
+            }
+            match line.as_str() {
+                "successes:" => passed = true,
+                "failures:" => passed = false,
+                line if line.starts_with("test result:") => passed = false,
+                _ => {}
+            }
+            if !passed && !line.is_empty() {
+                writeln!(out, "{line}").context("write")?;
+            }
+        }
+        let status = child.wait().context("wait for the tests")?;
+        self.done.push((name, began.elapsed(), status.success()));
+        Ok(())
+    }
+
+    fn report(self) -> Result<()> {
+        if !self.skipped.is_empty() {
+            eprintln!("\ncould not run on this machine:");
+            for (test, why) in &self.skipped {
+                eprintln!("  {test}: {why}");
+            }
+        }
+        eprintln!("\n{:<12} {:>8}", "stage", "minutes");
+        for (name, time, good) in &self.done {
+            let mark = if *good { "" } else { "  FAILED" };
+            eprintln!("{name:<12} {:>8.2}{mark}", time.as_secs_f64() / 60.0);
+        }
+        let failed: Vec<_> = self.done.iter().filter(|(_, _, good)| !good).map(|(name, ..)| *name).collect();
+        if !failed.is_empty() {
+            bail!("failed: {}", failed.join(", "));
+        }
+        Ok(())
+    }
+}
