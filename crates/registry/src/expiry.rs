@@ -1,0 +1,176 @@
+//! When registrations end: deadlines by name, without a clock or a timer.
+//!
+//! The time is an argument, of any type that is ordered: the registry uses the monotonic clock, so
+//! that setting the wall clock ends nobody's registration, and tests use numbers. An endpoint
+//! expires exactly at its `expiration_time` (upstream's registries already expire it when the time
+//! that the RPC deadline left is reached: spec/registry.md 2.7).
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use prost_types::Timestamp;
+
+/// How long an endpoint lives without a refresh if nothing shorter is asked for.
+pub const DEFAULT_LIFETIME: Duration = Duration::from_secs(60);
+
+/// Deadlines by name.
+#[derive(Debug, Clone)]
+pub struct Expiry<I> {
+    by_name: HashMap<String, I>,
+    by_time: BTreeSet<(I, String)>,
+}
+
+impl<I> Default for Expiry<I> {
+    fn default() -> Self {
+        Self { by_name: HashMap::new(), by_time: BTreeSet::new() }
+    }
+}
+
+impl<I: Ord + Copy> Expiry<I> {
+    /// Sets the deadline of a name, in place of its earlier one.
+    pub fn set(&mut self, name: &str, at: I) {
+        if let Some(before) = self.by_name.insert(name.to_owned(), at) {
+            self.by_time.remove(&(before, name.to_owned()));
+        }
+        self.by_time.insert((at, name.to_owned()));
+    }
+
+    /// Forgets a name.
+    pub fn clear(&mut self, name: &str) {
+        if let Some(before) = self.by_name.remove(name) {
+            self.by_time.remove(&(before, name.to_owned()));
+        }
+    }
+
+    /// The earliest deadline.
+    #[must_use]
+    pub fn next(&self) -> Option<I> {
+        self.by_time.first().map(|(at, _)| *at)
+    }
+
+    /// Whose deadlines are reached at `now`, earliest first. They are not forgotten: a refresh may be
+    /// on its way, so whoever ends a registration asks [`Expiry::is_due`] again when it is its turn.
+    #[must_use]
+    pub fn due(&self, now: I) -> Vec<String> {
+        self.by_time.iter().take_while(|(at, _)| *at <= now).map(|(_, name)| name.clone()).collect()
+    }
+
+    /// Whether the deadline of this name is reached.
+    #[must_use]
+    pub fn is_due(&self, name: &str, now: I) -> bool {
+        self.by_name.get(name).is_some_and(|at| *at <= now)
+    }
+
+    /// How many names have a deadline.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.by_name.len()
+    }
+
+    /// Whether no name has a deadline.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.by_name.is_empty()
+    }
+}
+
+/// When a registration ends: the earliest of what the registrant asks for, the ends of the tokens
+/// that vouch for it, and the default lifetime. It is never raised (spec/registry.md 2.7).
+#[must_use]
+pub fn expiration_time(
+    now: SystemTime,
+    requested: Option<SystemTime>,
+    tokens: impl IntoIterator<Item = SystemTime>,
+    lifetime: Duration,
+) -> SystemTime {
+    let limit = now.checked_add(lifetime).unwrap_or(now);
+    requested.into_iter().chain(tokens).fold(limit, SystemTime::min)
+}
+
+/// A protobuf timestamp as a time; before 1970 and beyond what the clock can say become its ends.
+#[must_use]
+pub fn time_of(timestamp: &Timestamp) -> SystemTime {
+    let nanos = u32::try_from(timestamp.nanos).unwrap_or(0).min(999_999_999);
+    let since = Duration::new(u64::try_from(timestamp.seconds).unwrap_or(0), nanos);
+    // Half of the range leaves room for arithmetic.
+    UNIX_EPOCH.checked_add(since).unwrap_or(UNIX_EPOCH + Duration::from_secs(u64::MAX >> 4))
+}
+
+/// A time as a protobuf timestamp.
+#[must_use]
+pub fn timestamp_of(time: SystemTime) -> Timestamp {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    Timestamp {
+        seconds: i64::try_from(since.as_secs()).unwrap_or(i64::MAX),
+        nanos: i32::try_from(since.subsec_nanos()).unwrap_or(0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_refresh_moves_the_deadline_and_due_names_stay_until_they_are_cleared() {
+        let mut expiry = Expiry::default();
+        expiry.set("a", 60);
+        expiry.set("b", 50);
+        expiry.set("c", 60);
+        assert_eq!((expiry.next(), expiry.due(49)), (Some(50), vec![]));
+        expiry.set("b", 90);
+        assert_eq!((expiry.next(), expiry.due(60)), (Some(60), vec!["a".to_owned(), "c".to_owned()]));
+        assert!(expiry.is_due("a", 60) && !expiry.is_due("a", 59) && !expiry.is_due("b", 60));
+        // a refresh that was queued before the end of a registration saves it
+        expiry.set("a", 100);
+        assert!(!expiry.is_due("a", 60));
+        expiry.clear("c");
+        expiry.clear("c");
+        assert_eq!((expiry.due(90), expiry.len()), (vec!["b".to_owned()], 2));
+    }
+
+    #[test]
+    fn the_earliest_limit_counts() {
+        let now = UNIX_EPOCH + Duration::from_secs(1000);
+        let at = |s| UNIX_EPOCH + Duration::from_secs(s);
+        let minute = Duration::from_secs(60);
+        assert_eq!(expiration_time(now, None, [], minute), at(1060));
+        assert_eq!(expiration_time(now, Some(at(1030)), [at(1040)], minute), at(1030));
+        assert_eq!(expiration_time(now, Some(at(2000)), [at(1040), at(1050)], minute), at(1040));
+        assert_eq!(expiration_time(now, Some(at(5)), [], minute), at(5), "already over");
+        assert_eq!(expiration_time(now, None, [], Duration::MAX), now);
+    }
+
+    #[test]
+    fn strange_timestamps_do_not_panic() {
+        for (seconds, nanos) in [(i64::MIN, i32::MIN), (i64::MAX, i32::MAX), (-1, 5), (7, -5)] {
+            let time = time_of(&Timestamp { seconds, nanos });
+            let _ = timestamp_of(time);
+            let _ = expiration_time(SystemTime::now(), Some(time), [], DEFAULT_LIFETIME);
+        }
+        let whole = Timestamp { seconds: 1_760_000_060, nanos: 120_000_000 };
+        assert_eq!(timestamp_of(time_of(&whole)), whole);
+    }
+
+    proptest! {
+        #[test]
+        fn it_agrees_with_a_plain_map(steps in proptest::collection::vec((0..5_u8, proptest::option::of(0..40_u32), 0..40_u32), 0..60)) {
+            let mut expiry = Expiry::default();
+            let mut model: std::collections::BTreeMap<String, u32> = Default::default();
+            for (name, at, now) in steps {
+                let name = name.to_string();
+                match at {
+                    Some(at) => { expiry.set(&name, at); model.insert(name.clone(), at); }
+                    None => { expiry.clear(&name); model.remove(&name); }
+                }
+                let mut due: Vec<_> = model.iter().filter(|(_, at)| **at <= now).map(|(n, at)| (*at, n.clone())).collect();
+                due.sort();
+                prop_assert_eq!(expiry.due(now), due.into_iter().map(|(_, n)| n).collect::<Vec<_>>());
+                prop_assert_eq!(expiry.next(), model.values().min().copied());
+                prop_assert_eq!(expiry.is_due(&name, now), model.get(&name).is_some_and(|at| *at <= now));
+            }
+        }
+    }
+}
