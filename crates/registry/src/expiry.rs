@@ -10,7 +10,9 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use parking_lot::Mutex;
 use prost_types::Timestamp;
+use tokio::{sync::Notify, time::Instant};
 
 /// How long an endpoint lives without a refresh if nothing shorter is asked for.
 pub const DEFAULT_LIFETIME: Duration = Duration::from_secs(60);
@@ -50,17 +52,22 @@ impl<I: Ord + Copy> Expiry<I> {
         self.by_time.first().map(|(at, _)| *at)
     }
 
-    /// Whose deadlines are reached at `now`, earliest first. They are not forgotten: a refresh may be
-    /// on its way, so whoever ends a registration asks [`Expiry::is_due`] again when it is its turn.
-    #[must_use]
-    pub fn due(&self, now: I) -> Vec<String> {
-        self.by_time.iter().take_while(|(at, _)| *at <= now).map(|(_, name)| name.clone()).collect()
+    /// Takes out the names whose deadlines are reached at `now`, earliest first.
+    pub fn pop_due(&mut self, now: I) -> Vec<String> {
+        let mut due = Vec::new();
+        while self.next().is_some_and(|at| at <= now) {
+            if let Some((_, name)) = self.by_time.pop_first() {
+                self.by_name.remove(&name);
+                due.push(name);
+            }
+        }
+        due
     }
 
-    /// Whether the deadline of this name is reached.
+    /// The deadline of a name.
     #[must_use]
-    pub fn is_due(&self, name: &str, now: I) -> bool {
-        self.by_name.get(name).is_some_and(|at| *at <= now)
+    pub fn deadline(&self, name: &str) -> Option<I> {
+        self.by_name.get(name).copied()
     }
 
     /// How many names have a deadline.
@@ -73,6 +80,61 @@ impl<I: Ord + Copy> Expiry<I> {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.by_name.is_empty()
+    }
+}
+
+/// An [`Expiry`] that runs on tokio's clock. What a deadline stands for changes under the same lock
+/// as the deadline, so that nothing expires in the middle of its refresh.
+#[derive(Debug, Default)]
+pub struct Timers {
+    expiry: Mutex<Expiry<Instant>>,
+    earlier: Notify,
+}
+
+impl Timers {
+    /// Sets the deadline of a name and does what belongs to it.
+    pub fn set(&self, name: &str, at: Instant, change: impl FnOnce()) {
+        let mut expiry = self.expiry.lock();
+        let first = expiry.next().is_none_or(|next| at < next);
+        expiry.set(name, at);
+        change();
+        drop(expiry);
+        if first {
+            self.earlier.notify_one();
+        }
+    }
+
+    /// Forgets the deadline of a name and does what belongs to it.
+    pub fn clear(&self, name: &str, change: impl FnOnce()) {
+        let mut expiry = self.expiry.lock();
+        expiry.clear(name);
+        change();
+    }
+
+    /// The deadline of a name.
+    #[must_use]
+    pub fn deadline(&self, name: &str) -> Option<Instant> {
+        self.expiry.lock().deadline(name)
+    }
+
+    /// Calls `expired` for each name whose deadline is reached, under the lock; for ever.
+    pub async fn run(&self, mut expired: impl FnMut(&str)) {
+        loop {
+            let next = {
+                let mut expiry = self.expiry.lock();
+                expiry.pop_due(Instant::now()).iter().for_each(|name| expired(name));
+                expiry.next()
+            };
+            tokio::select! {
+                () = self.earlier.notified() => {}
+                () = async {
+                    match next {
+                        Some(at) => tokio::time::sleep_until(at).await,
+                        None => std::future::pending().await,
+                    }
+                } => {}
+            }
+        }
     }
 }
 
@@ -114,21 +176,46 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn a_refresh_moves_the_deadline_and_due_names_stay_until_they_are_cleared() {
+    fn a_refresh_moves_the_deadline() {
         let mut expiry = Expiry::default();
         expiry.set("a", 60);
         expiry.set("b", 50);
         expiry.set("c", 60);
-        assert_eq!((expiry.next(), expiry.due(49)), (Some(50), vec![]));
+        assert_eq!((expiry.next(), expiry.pop_due(49)), (Some(50), vec![]));
         expiry.set("b", 90);
-        assert_eq!((expiry.next(), expiry.due(60)), (Some(60), vec!["a".to_owned(), "c".to_owned()]));
-        assert!(expiry.is_due("a", 60) && !expiry.is_due("a", 59) && !expiry.is_due("b", 60));
-        // a refresh that was queued before the end of a registration saves it
-        expiry.set("a", 100);
-        assert!(!expiry.is_due("a", 60));
-        expiry.clear("c");
-        expiry.clear("c");
-        assert_eq!((expiry.due(90), expiry.len()), (vec!["b".to_owned()], 2));
+        assert_eq!((expiry.next(), expiry.deadline("b")), (Some(60), Some(90)));
+        assert_eq!(expiry.pop_due(60), ["a", "c"]);
+        assert_eq!((expiry.deadline("a"), expiry.len()), (None, 1));
+        expiry.clear("b");
+        expiry.clear("b");
+        assert!(expiry.is_empty() && expiry.pop_due(u64::MAX).is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn timers_fire_exactly_and_a_refresh_postpones_them() {
+        let timers = std::sync::Arc::new(Timers::default());
+        let start = Instant::now();
+        let at = |s| start + Duration::from_secs(s);
+        let (sender, mut fired) = tokio::sync::mpsc::unbounded_channel();
+        let running = tokio::spawn({
+            let timers = timers.clone();
+            async move { timers.run(|name| drop(sender.send((name.to_owned(), start.elapsed().as_secs())))).await }
+        });
+        tokio::task::yield_now().await;
+        timers.set("late", at(60), || {});
+        timers.set("early", at(20), || {});
+        timers.set("refreshed", at(30), || {});
+        timers.set("gone", at(10), || {});
+        timers.clear("gone", || {});
+        tokio::time::sleep(Duration::from_secs(25)).await;
+        timers.set("refreshed", at(55), || {});
+        let mut all = vec![];
+        for _ in 0..3 {
+            all.push(fired.recv().await.expect("fires"));
+        }
+        let expected = [("early", 20), ("refreshed", 55), ("late", 60)];
+        assert_eq!(all, expected.map(|(name, at)| (name.to_owned(), at)));
+        running.abort();
     }
 
     #[test]
@@ -165,11 +252,12 @@ mod tests {
                     Some(at) => { expiry.set(&name, at); model.insert(name.clone(), at); }
                     None => { expiry.clear(&name); model.remove(&name); }
                 }
+                prop_assert_eq!(expiry.deadline(&name), model.get(&name).copied());
                 let mut due: Vec<_> = model.iter().filter(|(_, at)| **at <= now).map(|(n, at)| (*at, n.clone())).collect();
                 due.sort();
-                prop_assert_eq!(expiry.due(now), due.into_iter().map(|(_, n)| n).collect::<Vec<_>>());
+                model.retain(|_, at| *at > now);
+                prop_assert_eq!(expiry.pop_due(now), due.into_iter().map(|(_, n)| n).collect::<Vec<_>>());
                 prop_assert_eq!(expiry.next(), model.values().min().copied());
-                prop_assert_eq!(expiry.is_due(&name, now), model.get(&name).is_some_and(|at| *at <= now));
             }
         }
     }

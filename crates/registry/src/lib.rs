@@ -1,5 +1,205 @@
-//! The directory of services and endpoints: model, matching, watch, expiry, stores.
+//! The directory of services and endpoints: who serves what, where.
+//!
+//! ```text
+//!  endpoints, forwarders          managers                         registry
+//!  Client --------- unix ------> ManagerRegistry ------ tcp -----> Registry
+//!   keeps what it registers       local sockets by descriptor,      Store, expiry
+//!   registered, finds others      the node's labels and URL         preloaded services
+//! ```
+//!
+//! Both servers are the same front (path, policies, ownership, one change at a time for each name)
+//! before different directories. The pure parts — [`store`], [`expiry`], [`path`] — know no RPC.
+//! Facts: spec/registry.md sections 1 to 3; its defects (section 11) are not reproduced.
 
+mod client;
 pub mod expiry;
+mod lanes;
+pub mod limits;
+mod manager;
+mod memory;
 pub mod path;
+mod rpc;
+mod server;
 pub mod store;
+
+use nsm_api::limits::Malformed;
+use nsm_identity::Denial;
+use nsm_transport::{DialError, FdError, UrlError};
+use tonic::{Code, Status};
+
+pub use client::{Client, ClientConfig, Endpoint, EndpointEvent, Registration, State};
+pub use manager::{Local, ManagerConfig, ManagerRegistry, node_labels};
+pub use server::{Config, Registry, SERVICES, WatchLimit};
+
+/// Why a registration or a look-up fails.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A field beyond its bound.
+    #[error(transparent)]
+    Malformed(#[from] Malformed),
+    /// Nothing can be kept without a name.
+    #[error("the {kind} has no name; names are chosen by whoever registers")]
+    NoName {
+        /// What was to be registered.
+        kind: &'static str,
+    },
+    /// An endpoint that nobody could dial.
+    #[error("endpoint {name:?} has no usable url; expected tcp://host:port, or a Unix socket of this node")]
+    NoUrl {
+        /// The endpoint.
+        name: String,
+    },
+    /// A name of another domain.
+    #[error(
+        "{name:?} is a name of another domain (it has an @); interdomain look-ups are not served here yet"
+    )]
+    Interdomain {
+        /// The name.
+        name: String,
+    },
+    /// A registration path that contradicts itself.
+    #[error(transparent)]
+    Path(#[from] path::PathError),
+    /// A policy says no.
+    #[error("no sufficient privileges: {0}")]
+    Denied(Denial),
+    /// The registrant's clock or tokens leave no time.
+    #[error("{name:?} would already have expired when it is registered; compare the clocks of the nodes")]
+    AlreadyOver {
+        /// The endpoint.
+        name: String,
+    },
+    /// Earlier changes of the same name took too long.
+    #[error("the deadline passed while earlier changes of {name:?} were carried out")]
+    Deadline {
+        /// The name.
+        name: String,
+    },
+    /// A bound on open watches.
+    #[error("{id} has {limit} watches open, the most that one identity may have")]
+    TooManyWatches {
+        /// Who.
+        id: String,
+        /// The bound.
+        limit: usize,
+    },
+    /// The watcher did not read.
+    #[error("the watch was closed because its reader fell behind; watch again")]
+    TooSlow,
+    /// A socket was named that did not come along.
+    #[error(transparent)]
+    Descriptor(#[from] FdError),
+    /// A socket was named over a connection that carries no descriptors.
+    #[error(
+        "{url} names a file of the sender's node, which only a Unix socket can carry; register over the manager's \
+         Unix socket, or with a tcp:// url"
+    )]
+    NotLocal {
+        /// The URL as given.
+        url: String,
+    },
+    /// A URL that nobody can dial.
+    #[error(transparent)]
+    Url(#[from] UrlError),
+    /// The socket file of an endpoint cannot be opened.
+    #[error("cannot open the endpoint's socket {path}; does it listen before it registers?")]
+    Socket {
+        /// The socket file.
+        path: std::path::PathBuf,
+        /// The system's answer.
+        source: std::sync::Arc<std::io::Error>,
+    },
+    /// The next registry is not there.
+    #[error("the registry cannot be reached")]
+    Unreachable(#[from] DialError),
+    /// The next registry said no.
+    #[error("{} (from the registry, {:?})", .0.message(), .0.code())]
+    Refused(Box<Status>),
+    /// No token can be signed.
+    #[error("no token can be made for {peer}")]
+    NoToken {
+        /// For whom.
+        peer: String,
+        /// Why.
+        source: std::sync::Arc<nsm_identity::Error>,
+    },
+    /// A listener.
+    #[error(transparent)]
+    Listen(std::sync::Arc<nsm_transport::Error>),
+    /// A defect of this program.
+    #[error("the handler of this call panicked; see the server's log")]
+    Panicked,
+}
+
+impl Error {
+    /// May the same call succeed later without anybody changing anything? A refusal is not tried
+    /// again by those who wait for a first registration.
+    #[must_use]
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Unreachable(error) => error.is_transient(),
+            Self::Refused(status) => !matches!(
+                status.code(),
+                Code::InvalidArgument
+                    | Code::PermissionDenied
+                    | Code::Unimplemented
+                    | Code::FailedPrecondition
+            ),
+            Self::Deadline { .. }
+            | Self::Descriptor(_)
+            | Self::TooSlow
+            | Self::NoToken { .. }
+            | Self::Panicked => true,
+            Self::Denied(denial) => matches!(denial, Denial::Expired { .. }),
+            _ => false,
+        }
+    }
+}
+
+impl From<Denial> for Error {
+    fn from(denial: Denial) -> Self {
+        Self::Denied(denial)
+    }
+}
+
+impl From<Status> for Error {
+    fn from(status: Status) -> Self {
+        Self::Refused(Box::new(status))
+    }
+}
+
+impl From<nsm_transport::Error> for Error {
+    fn from(error: nsm_transport::Error) -> Self {
+        Self::Listen(std::sync::Arc::new(error))
+    }
+}
+
+impl From<Error> for Status {
+    fn from(error: Error) -> Self {
+        let code = match &error {
+            Error::Refused(status) => return (**status).clone(),
+            Error::Unreachable(dial) => return dial.clone().into(),
+            Error::Denied(_) => Code::PermissionDenied,
+            Error::Malformed(_)
+            | Error::NoName { .. }
+            | Error::NoUrl { .. }
+            | Error::Path(_)
+            | Error::Url(_) => Code::InvalidArgument,
+            Error::Interdomain { .. } => Code::Unimplemented,
+            Error::AlreadyOver { .. } | Error::NotLocal { .. } => Code::FailedPrecondition,
+            Error::Deadline { .. } | Error::Descriptor(_) => Code::DeadlineExceeded,
+            Error::TooManyWatches { .. } => Code::ResourceExhausted,
+            Error::TooSlow => Code::Aborted,
+            Error::NoToken { .. } => Code::Unavailable,
+            Error::Socket { .. } | Error::Listen(_) | Error::Panicked => Code::Internal,
+        };
+        let mut text = error.to_string();
+        let mut source = std::error::Error::source(&error);
+        while let Some(cause) = source {
+            text = format!("{text}: {cause}");
+            source = cause.source();
+        }
+        Status::new(code, text)
+    }
+}

@@ -15,6 +15,7 @@ use std::{
 
 use futures::Stream;
 use nsm_api::{
+    limits::Malformed,
     matching,
     pb::registry::{
         NetworkService, NetworkServiceEndpoint, NetworkServiceEndpointQuery, NetworkServiceEndpointResponse,
@@ -23,6 +24,8 @@ use nsm_api::{
 };
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
+
+use crate::limits;
 
 /// Events that a watcher may be behind before it is cut off.
 pub const WATCH_BUFFER: usize = 1024;
@@ -44,6 +47,13 @@ pub trait Item: Clone + PartialEq + Default + Send + Sync + 'static {
     fn path_ids(&self) -> &[String];
     /// Replaces [`Item::path_ids`].
     fn set_path_ids(&mut self, ids: Vec<String>);
+    /// Whether its fields keep their bounds.
+    ///
+    /// # Errors
+    /// The first that does not.
+    fn check(&self) -> Result<(), Malformed>;
+    /// Whether somebody who would register this gets all of it from `known`, which is another's.
+    fn is_served_by(&self, known: &Self) -> bool;
     /// Whether it answers `query`, whose empty fields match everything (spec/registry.md 2.2).
     fn answers(&self, query: &Self) -> bool;
     /// Takes a Find request apart: the example to match, and whether to go on watching. A missing
@@ -344,6 +354,16 @@ impl Item for NetworkService {
         self.path_ids = ids;
     }
 
+    fn check(&self) -> Result<(), Malformed> {
+        limits::check_service(self)
+    }
+
+    /// Many endpoints of a service register it, each as it knows it: mostly just by name.
+    fn is_served_by(&self, known: &Self) -> bool {
+        (self.payload.is_empty() || self.payload == known.payload)
+            && (self.matches.is_empty() || self.matches == known.matches)
+    }
+
     fn answers(&self, query: &Self) -> bool {
         matching::service_answers(query, self)
     }
@@ -384,6 +404,14 @@ impl Item for NetworkServiceEndpoint {
 
     fn set_path_ids(&mut self, ids: Vec<String>) {
         self.path_ids = ids;
+    }
+
+    fn check(&self) -> Result<(), Malformed> {
+        limits::check_endpoint(self)
+    }
+
+    fn is_served_by(&self, _: &Self) -> bool {
+        false
     }
 
     fn answers(&self, query: &Self) -> bool {

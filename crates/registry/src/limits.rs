@@ -1,0 +1,72 @@
+//! Bounds of what a peer may register or ask for: far above what meshes use, far below what hurts.
+
+use std::collections::BTreeMap;
+
+use nsm_api::{
+    limits::{MAX_ENTRIES, Malformed},
+    pb::registry::{NetworkService, NetworkServiceEndpoint},
+};
+
+/// A name: bytes. Kubernetes stores objects under names of at most 253.
+pub const MAX_NAME: usize = 253;
+/// A URL: bytes.
+pub const MAX_URL: usize = 1024;
+/// A label's key or value, a payload, a SPIFFE ID: bytes.
+pub const MAX_LABEL: usize = 2048;
+/// Services of one endpoint, path ids of one object, routes of one match.
+pub const MAX_LIST: usize = 64;
+/// Matches of one service.
+pub const MAX_MATCHES: usize = 256;
+
+/// Checks a service that is registered or asked for.
+///
+/// # Errors
+/// The first bound that is passed.
+pub fn check_service(service: &NetworkService) -> Result<(), Malformed> {
+    short("name", &service.name, MAX_NAME)?;
+    short("payload", &service.payload, MAX_LABEL)?;
+    few("matches", service.matches.len(), MAX_MATCHES)?;
+    path_ids(&service.path_ids)?;
+    for m in &service.matches {
+        labels("source_selector", &m.source_selector)?;
+        few("routes", m.routes.len(), MAX_LIST)?;
+        m.routes.iter().try_for_each(|route| labels("destination_selector", &route.destination_selector))?;
+        m.metadata.iter().try_for_each(|metadata| labels("metadata.labels", &metadata.labels))?;
+    }
+    Ok(())
+}
+
+/// Checks an endpoint that is registered or asked for.
+///
+/// # Errors
+/// The first bound that is passed.
+pub fn check_endpoint(endpoint: &NetworkServiceEndpoint) -> Result<(), Malformed> {
+    short("name", &endpoint.name, MAX_NAME)?;
+    short("url", &endpoint.url, MAX_URL)?;
+    few("network_service_names", endpoint.network_service_names.len(), MAX_LIST)?;
+    endpoint.network_service_names.iter().try_for_each(|n| short("network_service_names", n, MAX_NAME))?;
+    few("network_service_labels", endpoint.network_service_labels.len(), MAX_LIST)?;
+    for (service, entry) in &endpoint.network_service_labels {
+        short("network_service_labels", service, MAX_NAME)?;
+        labels("network_service_labels", &entry.labels)?;
+    }
+    path_ids(&endpoint.path_ids)
+}
+
+fn path_ids(ids: &[String]) -> Result<(), Malformed> {
+    few("path_ids", ids.len(), MAX_LIST)?;
+    ids.iter().try_for_each(|id| short("path_ids", id, MAX_LABEL))
+}
+
+fn labels(what: &'static str, labels: &BTreeMap<String, String>) -> Result<(), Malformed> {
+    few(what, labels.len(), MAX_ENTRIES)?;
+    labels.iter().try_for_each(|(k, v)| short(what, k, MAX_LABEL).and_then(|()| short(what, v, MAX_LABEL)))
+}
+
+fn few(what: &'static str, got: usize, max: usize) -> Result<(), Malformed> {
+    if got > max { Err(Malformed::TooMany { what, got, max }) } else { Ok(()) }
+}
+
+fn short(what: &'static str, text: &str, max: usize) -> Result<(), Malformed> {
+    if text.len() > max { Err(Malformed::TooLong { what, got: text.len(), max }) } else { Ok(()) }
+}

@@ -1,0 +1,487 @@
+//! The manager's registry: what endpoints and forwarders of a node talk to (spec/registry.md 3.4).
+//!
+//! Services pass through to the cluster's registry. Endpoints are kept here as [`Local`]s too: their
+//! sockets come as descriptors and stay here, and the registry learns the manager's URL instead
+//! (2.12, 2.13). A look-up from this node gets the descriptor back; anybody else dials the manager.
+//! So "the forwarders of this node" is a question that is answered here, without the registry.
+//!
+//! The manager itself asks in process, see the methods of [`ManagerRegistry`].
+
+use std::{
+    collections::BTreeMap,
+    env,
+    os::fd::OwnedFd,
+    sync::{Arc, Weak},
+    time::{Duration, SystemTime},
+};
+
+use async_trait::async_trait;
+use futures::{Stream, StreamExt, TryStreamExt};
+use nsm_api::{
+    mechanism::InodeUrl,
+    pb::registry::{
+        NetworkService, NetworkServiceEndpoint,
+        network_service_endpoint_registry_server::NetworkServiceEndpointRegistryServer,
+        network_service_registry_server::NetworkServiceRegistryServer,
+    },
+};
+use nsm_identity::token;
+use nsm_transport::{DialTarget, DialUrl, FileId, Peer, Pool};
+use parking_lot::Mutex;
+use rustix::fs::FileType;
+use tokio::{sync::watch, task::JoinHandle, time::Instant};
+use tonic::service::Routes;
+use tracing::{debug, info};
+
+use crate::{
+    Error,
+    client::Endpoint,
+    expiry::{self, Timers, time_of},
+    lanes::Lanes,
+    memory::{Endpoints, Services},
+    path::RegistrationPath,
+    rpc::{CALL, Upstream},
+    server::{Context, Directory, Events, Front, WatchLimit},
+};
+
+/// How a manager's registry behaves.
+#[derive(Debug, Clone)]
+pub struct ManagerConfig {
+    /// The cluster's registry; `None` keeps everything in this process.
+    pub registry: Option<DialUrl>,
+    /// The URL under which managers of other nodes reach this one; it stands for all endpoints of
+    /// this node.
+    pub public_url: String,
+    /// Labels that endpoints of this node get where they do not have them: [`node_labels`].
+    pub labels: Vec<(String, String)>,
+    /// The service that forwarders register under (`NSM_FORWARDER_NETWORK_SERVICE_NAME`).
+    pub forwarder_service: String,
+    /// How long an endpoint lives without a refresh, at most.
+    pub lifetime: Duration,
+    /// Longest lifetime of tokens made here (`NSM_MAX_TOKEN_LIFETIME`).
+    pub max_token_lifetime: Duration,
+    /// How long connecting to the registry may take (`NSM_DIAL_TIMEOUT`).
+    pub dial_timeout: Duration,
+    /// Watches of one identity.
+    pub watches: WatchLimit,
+}
+
+impl ManagerConfig {
+    /// Upstream's defaults for everything but the URLs.
+    #[must_use]
+    pub fn new(registry: Option<DialUrl>, public_url: impl Into<String>) -> Self {
+        Self {
+            registry,
+            public_url: public_url.into(),
+            labels: node_labels(),
+            forwarder_service: "forwarder".to_owned(),
+            lifetime: expiry::DEFAULT_LIFETIME,
+            max_token_lifetime: token::DEFAULT_MAX_LIFETIME,
+            dial_timeout: Duration::from_millis(750),
+            watches: WatchLimit::default(),
+        }
+    }
+}
+
+/// The labels `nodeName`, `podName` and `clusterName` from the environment variables `NODE_NAME`,
+/// `POD_NAME` and `CLUSTER_NAME`, where they exist (spec/registry.md 2.14).
+#[must_use]
+pub fn node_labels() -> Vec<(String, String)> {
+    let variables = [("NODE_NAME", "nodeName"), ("POD_NAME", "podName"), ("CLUSTER_NAME", "clusterName")];
+    let label = |(variable, label): (&str, &str)| Some((label.to_owned(), env::var(variable).ok()?));
+    variables.into_iter().filter_map(label).collect()
+}
+
+/// An endpoint of this node.
+#[derive(Debug, Clone)]
+pub struct Local {
+    /// As the registry knows it, but with the URL that the endpoint gave.
+    pub nse: Arc<NetworkServiceEndpoint>,
+    /// How this process reaches it.
+    reach: Reach,
+    /// The path of its registration, to end it when it expires.
+    path: RegistrationPath,
+}
+
+#[derive(Debug, Clone)]
+enum Reach {
+    Url(DialUrl),
+    /// An `O_PATH` descriptor of the socket's file, and its numbers.
+    Socket(Arc<OwnedFd>, InodeUrl),
+}
+
+impl Local {
+    /// How this process reaches it.
+    #[must_use]
+    pub fn dial(&self) -> DialTarget {
+        match &self.reach {
+            Reach::Url(url) => url.into(),
+            Reach::Socket(socket, _) => socket.clone().into(),
+        }
+    }
+}
+
+impl From<Local> for Endpoint {
+    fn from(local: Local) -> Self {
+        Self { dial: local.dial(), nse: (*local.nse).clone() }
+    }
+}
+
+/// A manager's registry: gRPC services for peers, look-ups for the manager. Clones share it.
+#[derive(Debug, Clone)]
+pub struct ManagerRegistry {
+    services: Front<NetworkService>,
+    endpoints: Front<NetworkServiceEndpoint>,
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    config: ManagerConfig,
+    services: Arc<dyn Directory<NetworkService>>,
+    endpoints: Arc<dyn Directory<NetworkServiceEndpoint>>,
+    locals: Mutex<BTreeMap<String, Local>>,
+    /// Counts changes of `locals`.
+    changed: watch::Sender<u64>,
+    timers: Arc<Timers>,
+    lanes: Lanes,
+    expiring: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl ManagerRegistry {
+    /// Sets up the services; `pool` makes the connections to the cluster's registry. Needs a tokio
+    /// runtime.
+    #[must_use]
+    pub fn new(config: ManagerConfig, pool: Pool) -> Self {
+        let upstream = config.registry.clone().map(|url| Upstream { pool, url, dial: config.dial_timeout });
+        let (services, endpoints): (Arc<dyn Directory<_>>, Arc<dyn Directory<_>>) = match upstream {
+            Some(upstream) => (Arc::new(upstream.clone()), Arc::new(upstream)),
+            None => (Arc::new(Services::default()), Arc::new(Endpoints::new(config.lifetime))),
+        };
+        let inner = Arc::new(Inner {
+            services,
+            endpoints,
+            locals: Mutex::default(),
+            changed: watch::Sender::new(0),
+            timers: Arc::default(),
+            lanes: Lanes::default(),
+            expiring: Mutex::default(),
+            config,
+        });
+        *inner.expiring.lock() = Some(tokio::spawn(expire(inner.timers.clone(), Arc::downgrade(&inner))));
+        let config = &inner.config;
+        Self {
+            services: Front::new(inner.services.clone(), &config.watches, config.max_token_lifetime),
+            endpoints: Front::with_lanes(
+                Arc::new(LocalEndpoints(inner.clone())),
+                &config.watches,
+                config.max_token_lifetime,
+                inner.lanes.clone(),
+            ),
+            inner,
+        }
+    }
+
+    /// Adds the two gRPC services to those of the manager; their names for health are
+    /// [`crate::SERVICES`].
+    #[must_use]
+    pub fn add_to(&self, routes: Routes) -> Routes {
+        routes
+            .add_service(NetworkServiceRegistryServer::new(self.services.clone()))
+            .add_service(NetworkServiceEndpointRegistryServer::new(self.endpoints.clone()))
+    }
+
+    /// Ends the watches of peers: for a shutdown that does not wait for them.
+    pub fn end_watches(&self) {
+        self.services.end_watches();
+        self.endpoints.end_watches();
+    }
+
+    /// The network service of exactly this name; an empty `payload` fits any
+    /// (spec/control-plane.md 8.1).
+    ///
+    /// # Errors
+    /// The registry does not answer.
+    pub async fn find_service(&self, name: &str, payload: &str) -> Result<Option<NetworkService>, Error> {
+        let query =
+            NetworkService { name: name.to_owned(), payload: payload.to_owned(), ..Default::default() };
+        let found = self.inner.services.find(query, false, None).await?;
+        let found: Vec<_> = found.try_collect().await?;
+        Ok(found.into_iter().map(|(service, _)| service).find(|service| service.name == name))
+    }
+
+    /// A network service and its changes: `None` when it is gone. The stream ends with an error when
+    /// the registry is lost: watch anew after a pause.
+    ///
+    /// # Errors
+    /// The registry does not answer.
+    pub async fn watch_service(
+        &self,
+        name: &str,
+    ) -> Result<impl Stream<Item = Result<Option<NetworkService>, Error>> + Send + Unpin + use<>, Error> {
+        let query = NetworkService { name: name.to_owned(), ..Default::default() };
+        let events = self.inner.services.find(query, true, None).await?;
+        Ok(events.map_ok(|(service, deleted)| (!deleted).then_some(service)))
+    }
+
+    /// The endpoint of exactly this name: of this node with its socket, of another with the URL of
+    /// its manager.
+    ///
+    /// # Errors
+    /// The registry does not answer.
+    pub async fn find_endpoint(&self, name: &str) -> Result<Option<Endpoint>, Error> {
+        if let Some(local) = self.local_endpoint(name) {
+            return Ok(Some(local.into()));
+        }
+        let query = NetworkServiceEndpoint { name: name.to_owned(), ..Default::default() };
+        Ok(self.find_endpoints(query).await?.into_iter().find(|endpoint| endpoint.nse.name == name))
+    }
+
+    /// The endpoints that answer a query (spec/registry.md 2.2), here and elsewhere.
+    ///
+    /// # Errors
+    /// The registry does not answer.
+    pub async fn find_endpoints(&self, query: NetworkServiceEndpoint) -> Result<Vec<Endpoint>, Error> {
+        let found = self.inner.endpoints.find(query, false, None).await?;
+        let found: Vec<_> = found.try_collect().await?;
+        let mut endpoints = Vec::with_capacity(found.len());
+        for (nse, _) in found {
+            match self.inner.place(&nse, false).await {
+                Place::Here(local) => endpoints.push(local.into()),
+                Place::Elsewhere => endpoints.extend(Endpoint::dialed_by_url(nse)),
+                Place::Nowhere => {}
+            }
+        }
+        Ok(endpoints)
+    }
+
+    /// An endpoint of this node.
+    #[must_use]
+    pub fn local_endpoint(&self, name: &str) -> Option<Local> {
+        self.inner.local(name)
+    }
+
+    /// All endpoints of this node, forwarders included, ordered by name.
+    #[must_use]
+    pub fn locals(&self) -> Vec<Local> {
+        self.inner.locals.lock().values().cloned().collect()
+    }
+
+    /// The forwarders of this node, ordered by name: candidates for
+    /// [`nsm_api::matching::Policy::forwarders`].
+    #[must_use]
+    pub fn forwarders(&self) -> Vec<Endpoint> {
+        let service = &self.inner.config.forwarder_service;
+        let mut locals = self.locals();
+        locals.retain(|local| local.nse.network_service_names.contains(service));
+        locals.into_iter().map(Endpoint::from).collect()
+    }
+
+    /// The service that forwarders register under.
+    #[must_use]
+    pub fn forwarder_service(&self) -> &str {
+        &self.inner.config.forwarder_service
+    }
+
+    /// Changes whenever an endpoint of this node appears, changes or goes: for those who wait for
+    /// one.
+    #[must_use]
+    pub fn locals_changed(&self) -> watch::Receiver<u64> {
+        self.inner.changed.subscribe()
+    }
+}
+
+/// Where an endpoint is that the registry names.
+enum Place {
+    Here(Local),
+    Elsewhere,
+    /// It has this manager's URL but this manager does not know it: a registration from before a
+    /// restart, which its endpoint will renew.
+    Nowhere,
+}
+
+impl Inner {
+    fn local(&self, name: &str) -> Option<Local> {
+        self.locals.lock().get(name).cloned()
+    }
+
+    async fn place(&self, nse: &NetworkServiceEndpoint, deleted: bool) -> Place {
+        if let Some(local) = self.local(&nse.name) {
+            return Place::Here(local);
+        }
+        if nse.url != self.config.public_url || deleted {
+            return Place::Elsewhere;
+        }
+        // The registry may tell of a registration before its answer is dealt with here.
+        let soon = Some(Instant::now() + CALL);
+        let settled = self.lanes.enter(&nse.name, soon).await;
+        drop(settled);
+        self.local(&nse.name).map_or(Place::Nowhere, Place::Here)
+    }
+
+    fn changed(&self) {
+        self.changed.send_modify(|count| *count = count.wrapping_add(1));
+    }
+
+    /// How this process reaches an endpoint that gives this URL.
+    async fn reach(&self, cx: &Context, endpoint: &NetworkServiceEndpoint) -> Result<Reach, Error> {
+        if endpoint.url.is_empty() {
+            return Err(Error::NoUrl { name: endpoint.name.clone() });
+        }
+        let Ok(inode) = endpoint.url.parse::<InodeUrl>() else {
+            return Ok(Reach::Url(endpoint.url.parse()?));
+        };
+        match self.local(&endpoint.name).map(|local| local.reach) {
+            Some(Reach::Socket(socket, known)) if known == inode => return Ok(Reach::Socket(socket, known)),
+            _ => {}
+        }
+        let fds = cx.peer.as_ref().and_then(Peer::fds);
+        let fds = fds.ok_or_else(|| Error::NotLocal { url: endpoint.url.clone() })?;
+        let file = FileId { dev: inode.dev, ino: inode.ino };
+        let socket = fds.take(file, cx.deadline.unwrap_or_else(|| Instant::now() + CALL)).await?;
+        let is_socket = |stat: rustix::fs::Stat| FileType::from_raw_mode(stat.st_mode) == FileType::Socket;
+        if !rustix::fs::fstat(&socket).is_ok_and(is_socket) {
+            return Err(Error::NoUrl { name: endpoint.name.clone() });
+        }
+        Ok(Reach::Socket(Arc::new(socket), inode))
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        if let Some(expiring) = self.expiring.lock().take() {
+            expiring.abort();
+        }
+    }
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ManagerRegistry")
+            .field("config", &self.config)
+            .field("locals", &self.locals.lock().len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Ends the registrations that nobody refreshed.
+async fn expire(timers: Arc<Timers>, inner: Weak<Inner>) {
+    timers
+        .run(|name| {
+            let Some(inner) = inner.upgrade() else { return };
+            let name = name.to_owned();
+            tokio::spawn(async move {
+                let Ok(_lane) = inner.lanes.enter(&name, None).await else { return };
+                if inner.timers.deadline(&name).is_some() {
+                    // A refresh was before us.
+                    return;
+                }
+                let Some(local) = inner.locals.lock().remove(&name) else { return };
+                inner.changed();
+                info!(name, "an endpoint of this node was not refreshed and has expired");
+                let mut cx = Context {
+                    path: local.path,
+                    peer: None,
+                    deadline: None,
+                    token_ends: Vec::new(),
+                    known: true,
+                };
+                let nse =
+                    NetworkServiceEndpoint { url: inner.config.public_url.clone(), ..(*local.nse).clone() };
+                // The registry ends it at the same time by itself.
+                if let Err(reason) = inner.endpoints.unregister(&mut cx, nse).await {
+                    debug!(name, %reason, "the registry was not told of an expired endpoint");
+                }
+            });
+        })
+        .await;
+}
+
+/// The endpoints of this node before those of the registry.
+struct LocalEndpoints(Arc<Inner>);
+
+#[async_trait]
+impl Directory<NetworkServiceEndpoint> for LocalEndpoints {
+    fn known(&self, name: &str) -> Option<Arc<NetworkServiceEndpoint>> {
+        self.0.local(name).map(|local| local.nse)
+    }
+
+    async fn register(
+        &self,
+        cx: &mut Context,
+        mut endpoint: NetworkServiceEndpoint,
+    ) -> Result<NetworkServiceEndpoint, Error> {
+        let inner = &self.0;
+        for entry in endpoint.network_service_labels.values_mut() {
+            for (label, value) in &inner.config.labels {
+                entry.labels.entry(label.clone()).or_insert_with(|| value.clone());
+            }
+        }
+        cx.time_to_live(&mut endpoint, inner.config.lifetime, SystemTime::now())?;
+        let reach = inner.reach(cx, &endpoint).await?;
+        // Peers know an endpoint by the name that they sent.
+        let name = endpoint.name.clone();
+        let url = std::mem::replace(&mut endpoint.url, inner.config.public_url.clone());
+
+        let mut answer = inner.endpoints.register(cx, endpoint).await?;
+        answer.url = url;
+        let now = SystemTime::now();
+        let end = answer.expiration_time.as_ref().map(time_of);
+        let left = end.map_or(inner.config.lifetime, |end| end.duration_since(now).unwrap_or_default());
+        let local = Local { nse: Arc::new(answer.clone()), reach, path: cx.path.clone() };
+        inner.timers.set(&name, Instant::now() + left, || {
+            inner.locals.lock().insert(name.clone(), local);
+        });
+        inner.changed();
+        Ok(answer)
+    }
+
+    async fn unregister(&self, cx: &mut Context, mut endpoint: NetworkServiceEndpoint) -> Result<(), Error> {
+        let inner = &self.0;
+        inner.config.public_url.clone_into(&mut endpoint.url);
+        let name = endpoint.name.clone();
+        inner.endpoints.unregister(cx, endpoint).await?;
+        inner.timers.clear(&name, || {
+            inner.locals.lock().remove(&name);
+        });
+        inner.changed();
+        Ok(())
+    }
+
+    async fn find(
+        &self,
+        query: NetworkServiceEndpoint,
+        watch: bool,
+        peer: Option<&Peer>,
+    ) -> Result<Events<NetworkServiceEndpoint>, Error> {
+        let inner = self.0.clone();
+        let fds = peer.and_then(Peer::fds).cloned();
+        let events = inner.endpoints.find(query, watch, None).await?;
+        let events = events.try_filter_map(move |(mut nse, deleted)| {
+            let (inner, fds) = (inner.clone(), fds.clone());
+            async move {
+                match inner.place(&nse, deleted).await {
+                    Place::Nowhere => {
+                        debug!(
+                            name = nse.name,
+                            "a registration of this node that it does not know is passed over"
+                        );
+                        return Ok(None);
+                    }
+                    Place::Here(Local { reach: Reach::Url(url), .. }) => nse.url = url.to_string(),
+                    Place::Here(Local { reach: Reach::Socket(socket, inode), .. }) => {
+                        // Who cannot receive it dials this manager.
+                        if let Some(fds) = fds {
+                            nse.url = inode.to_string();
+                            if !deleted {
+                                fds.send(socket);
+                            }
+                        }
+                    }
+                    Place::Elsewhere => {}
+                }
+                Ok(Some((nse, deleted)))
+            }
+        });
+        Ok(events.boxed())
+    }
+}

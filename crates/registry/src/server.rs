@@ -1,0 +1,465 @@
+//! The gRPC front of a registry, and the registry that is served directly.
+//!
+//! A change goes through the same steps in every registry (spec/registry.md 3.1): bounds, path with
+//! tokens, policies, one change at a time for each name, ownership, and then a [`Directory`]. It runs
+//! in a task of its own, because the server drops a handler when its caller goes away, and half a
+//! registration is worse than none.
+
+use std::{
+    collections::HashMap,
+    pin::Pin,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use async_trait::async_trait;
+use futures::{Stream, StreamExt, stream::BoxStream};
+use nsm_api::pb::registry::{
+    NetworkService, NetworkServiceEndpoint, NetworkServiceEndpointQuery, NetworkServiceQuery,
+    network_service_endpoint_registry_server::{
+        NetworkServiceEndpointRegistry, NetworkServiceEndpointRegistryServer,
+    },
+    network_service_registry_server::{NetworkServiceRegistry, NetworkServiceRegistryServer},
+};
+use nsm_identity::{Source, SpiffeId, policy, token};
+use nsm_transport::{Deadline, Limits, ListenUrl, Peer, Server, client_token};
+use parking_lot::Mutex;
+use tokio::{sync::watch, time::Instant};
+use tonic::{Request, Response, Status, metadata::MetadataValue, service::Routes};
+use tracing::{debug, info, warn};
+
+use crate::{
+    Error, expiry,
+    lanes::Lanes,
+    memory::{Endpoints, Services},
+    path::{self, RegistrationPath},
+    store::Item,
+};
+
+/// The names of the gRPC services, for health.
+pub const SERVICES: [&str; 2] =
+    ["registry.NetworkServiceRegistry", "registry.NetworkServiceEndpointRegistry"];
+
+/// Watches that one identity may have open at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WatchLimit(pub usize);
+
+impl Default for WatchLimit {
+    /// A manager holds one for each of its endpoints and clients.
+    fn default() -> Self {
+        Self(16_384)
+    }
+}
+
+/// How a registry is served.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where to listen.
+    pub listen_on: Vec<ListenUrl>,
+    /// Services of the operator: they are there from the start, and no workload changes them.
+    pub services: Vec<NetworkService>,
+    /// How long an endpoint lives without a refresh, at most.
+    pub lifetime: Duration,
+    /// Longest lifetime of tokens made here (`NSM_MAX_TOKEN_LIFETIME`).
+    pub max_token_lifetime: Duration,
+    /// Watches of one identity.
+    pub watches: WatchLimit,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            listen_on: Vec::new(),
+            services: Vec::new(),
+            lifetime: expiry::DEFAULT_LIFETIME,
+            max_token_lifetime: token::DEFAULT_MAX_LIFETIME,
+            watches: WatchLimit::default(),
+        }
+    }
+}
+
+/// A registry in memory whose sockets are bound: peers can connect from now on.
+#[derive(Debug)]
+pub struct Registry {
+    server: Server,
+    services: Front<NetworkService>,
+    endpoints: Front<NetworkServiceEndpoint>,
+}
+
+impl Registry {
+    /// Binds the sockets of a registry. Needs a tokio runtime.
+    ///
+    /// # Errors
+    /// One of the URLs cannot be bound.
+    pub async fn bind(config: Config, source: Source) -> Result<Self, Error> {
+        let server = Server::bind(source, &config.listen_on).await?;
+        // A manager's watches all share one connection.
+        let server = server.with_limits(Limits { calls: 65_536, ..Limits::default() });
+        let services =
+            Front::new(Arc::new(Services::new(config.services)), &config.watches, config.max_token_lifetime);
+        let endpoints =
+            Front::new(Arc::new(Endpoints::new(config.lifetime)), &config.watches, config.max_token_lifetime);
+        Ok(Self { server, services, endpoints })
+    }
+
+    /// The URLs as they were bound.
+    #[must_use]
+    pub fn urls(&self) -> Vec<ListenUrl> {
+        self.server.urls()
+    }
+
+    /// Serves until `shutdown` is done.
+    pub async fn serve(self, shutdown: impl Future<Output = ()> + Send) {
+        let (services, endpoints) = (self.services.clone(), self.endpoints.clone());
+        let routes = Routes::new(NetworkServiceRegistryServer::new(self.services))
+            .add_service(NetworkServiceEndpointRegistryServer::new(self.endpoints));
+        let shutdown = async move {
+            shutdown.await;
+            // A watch has no end of its own: without this, every shutdown would wait for the watchers.
+            services.end_watches();
+            endpoints.end_watches();
+        };
+        self.server.serve(routes, &SERVICES, shutdown).await;
+    }
+}
+
+/// What stands behind a front.
+#[async_trait]
+pub(crate) trait Directory<T: Item>: Send + Sync + 'static {
+    /// The registration of a name that is accepted here, with its owner.
+    fn known(&self, name: &str) -> Option<Arc<T>>;
+    /// Registers an object in place of the one of its name.
+    async fn register(&self, cx: &mut Context, item: T) -> Result<T, Error>;
+    /// Removes the object of this name, also if it is not known here.
+    async fn unregister(&self, cx: &mut Context, item: T) -> Result<(), Error>;
+    /// What answers a query. `peer` is the one who asks, if it is not this process itself.
+    async fn find(&self, query: T, watch: bool, peer: Option<&Peer>) -> Result<Events<T>, Error>;
+}
+
+/// Objects that answer a query, or that are gone (`true`).
+pub(crate) type Events<T> = BoxStream<'static, Result<(T, bool), Error>>;
+
+/// What is known of a change besides the object.
+#[derive(Debug, Clone)]
+pub(crate) struct Context {
+    /// The path, with this process as its current segment.
+    pub(crate) path: RegistrationPath,
+    /// Who asked; nobody, when this process ends something itself.
+    pub(crate) peer: Option<Peer>,
+    /// When the one who asked gives up.
+    pub(crate) deadline: Option<Instant>,
+    /// When the caller's token and our own end.
+    pub(crate) token_ends: Vec<SystemTime>,
+    /// The name is registered here already.
+    pub(crate) known: bool,
+}
+
+/// The front of a directory, for one kind of object. Clones share it.
+pub(crate) struct Front<T: Item>(Arc<Shared<T>>);
+
+struct Shared<T: Item> {
+    directory: Arc<dyn Directory<T>>,
+    lanes: Lanes,
+    max_token_lifetime: Duration,
+    watch_limit: usize,
+    watches: Arc<Mutex<HashMap<SpiffeId, usize>>>,
+    end_watches: watch::Sender<bool>,
+}
+
+impl<T: Item> Clone for Front<T> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<T: Item> std::fmt::Debug for Front<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Front").field("kind", &T::KIND).finish_non_exhaustive()
+    }
+}
+
+/// A change that the policies let pass.
+struct Admitted {
+    cx: Context,
+    /// The index to put back into the answer's path.
+    asker: usize,
+    /// The subjects of the path's tokens.
+    path_ids: Vec<String>,
+}
+
+impl<T: Item> Front<T> {
+    pub(crate) fn new(
+        directory: Arc<dyn Directory<T>>,
+        watches: &WatchLimit,
+        max_token_lifetime: Duration,
+    ) -> Self {
+        Self::with_lanes(directory, watches, max_token_lifetime, Lanes::default())
+    }
+
+    /// For a directory that makes changes of its own, under the same turns.
+    pub(crate) fn with_lanes(
+        directory: Arc<dyn Directory<T>>,
+        watches: &WatchLimit,
+        max_token_lifetime: Duration,
+        lanes: Lanes,
+    ) -> Self {
+        Self(Arc::new(Shared {
+            directory,
+            lanes,
+            max_token_lifetime,
+            watch_limit: watches.0,
+            watches: Arc::default(),
+            end_watches: watch::Sender::new(false),
+        }))
+    }
+
+    /// Ends all watches, those that are opened later included.
+    pub(crate) fn end_watches(&self) {
+        self.0.end_watches.send_replace(true);
+    }
+
+    async fn register(&self, request: Request<T>) -> Result<Response<T>, Status> {
+        let Admitted { mut cx, asker, path_ids } = self.admit(&request)?;
+        let mut item = request.into_inner();
+        let shared = self.0.clone();
+        run(async move {
+            let _lane = shared.lanes.enter(item.name(), cx.deadline).await?;
+            let known = shared.directory.known(item.name());
+            cx.known = known.is_some();
+            let answer = match standing(known.as_deref(), &item, &path_ids) {
+                Ok(true) => {
+                    item.set_path_ids(path_ids);
+                    shared.directory.register(&mut cx, item).await?
+                }
+                // Whoever registers a service that exists as it is gets what it wants.
+                Ok(false) => known.map_or(item, |known| (*known).clone()),
+                Err(denial) => return Err(denial.into()),
+            };
+            Ok(respond(answer, cx.path, asker))
+        })
+        .await
+    }
+
+    async fn unregister(&self, request: Request<T>) -> Result<Response<()>, Status> {
+        let Admitted { mut cx, asker, path_ids } = self.admit(&request)?;
+        let mut item = request.into_inner();
+        let shared = self.0.clone();
+        run(async move {
+            let _lane = shared.lanes.enter(item.name(), cx.deadline).await?;
+            let known = shared.directory.known(item.name());
+            cx.known = known.is_some();
+            match known {
+                Some(known) if known.path_ids().is_empty() => {
+                    info!(kind = T::KIND, name = known.name(), "it stays: it is the operator's");
+                }
+                known => {
+                    if let Some(known) = known {
+                        owned(&*known, &path_ids)?;
+                        // As registered: callers may send the name only.
+                        item = (*known).clone();
+                    }
+                    item.set_path_ids(path_ids);
+                    shared.directory.unregister(&mut cx, item).await?;
+                }
+            }
+            Ok(respond((), cx.path, asker))
+        })
+        .await
+    }
+
+    async fn find(&self, request: Request<T::Query>) -> Result<Response<Found<T>>, Status> {
+        let peer = Peer::of(&request)?.clone();
+        let (query, watch) = T::query(request.into_inner());
+        check(&query)?;
+        let open = watch.then(|| self.count_watch(peer.id())).transpose()?;
+        let events = self.0.directory.find(query, watch, Some(&peer)).await?;
+        let mut end = self.0.end_watches.subscribe();
+        let end = async move {
+            // The sender is as old as the front, and the front outlives its streams.
+            let _ = end.wait_for(|end| *end).await;
+        };
+        let found = events.map(move |event| {
+            let _counted = &open;
+            event.map(|(item, deleted)| item.to_response(deleted)).map_err(Status::from)
+        });
+        Ok(Response::new(if watch { Box::pin(found.take_until(end)) } else { Box::pin(found) }))
+    }
+
+    /// Everything that is checked before a change waits for its turn.
+    fn admit(&self, request: &Request<T>) -> Result<Admitted, Error> {
+        let peer = Peer::of(request)?.clone();
+        let item = request.get_ref();
+        if item.name().is_empty() {
+            return Err(Error::NoName { kind: T::KIND });
+        }
+        check(item)?;
+        let now = SystemTime::now();
+        let caller = client_token(request.metadata());
+        let own = peer.token(self.0.max_token_lifetime, now);
+        let own = own.map_err(|e| Error::NoToken { peer: peer.id().to_string(), source: Arc::new(e) })?;
+        let mut path = RegistrationPath::default();
+        let mut asker = 0;
+        // If several values arrive the last one counts. Without a usable one nothing is handled, and
+        // the policies refuse what nobody signed for.
+        match request.metadata().get_all(path::HEADER).iter().next_back().map(|value| value.to_str()) {
+            Some(Ok(header)) => {
+                path = RegistrationPath::decode(header)?;
+                asker = path.step(caller.as_ref().map_or("", |token| token.jwt()), own.jwt())?;
+            }
+            header => debug!(peer = %peer.id(), missing = header.is_none(), "a registration without a path"),
+        }
+        let denied = |denial| {
+            warn!(peer = %peer.id(), kind = T::KIND, name = item.name(), %denial, "a registration is refused");
+            Error::Denied(denial)
+        };
+        policy::check_server(&path.tokens, path.index, peer.leaf(), now).map_err(denied)?;
+        let claims = policy::tokens_valid(&path.tokens).map_err(denied)?;
+        Ok(Admitted {
+            asker,
+            path_ids: claims.into_iter().map(|claims| claims.subject).collect(),
+            cx: Context {
+                path,
+                deadline: Deadline::of(request).map(|deadline| deadline.0),
+                token_ends: caller.iter().chain([&own]).map(|token| token.expires()).collect(),
+                peer: Some(peer),
+                known: false,
+            },
+        })
+    }
+
+    fn count_watch(&self, id: &SpiffeId) -> Result<OpenWatch, Error> {
+        let limit = self.0.watch_limit;
+        let mut watches = self.0.watches.lock();
+        let open = watches.entry(id.clone()).or_default();
+        if *open >= limit {
+            return Err(Error::TooManyWatches { id: id.to_string(), limit });
+        }
+        *open += 1;
+        Ok(OpenWatch { id: id.clone(), watches: self.0.watches.clone() })
+    }
+}
+
+/// Counts a watch for as long as it lives.
+struct OpenWatch {
+    id: SpiffeId,
+    watches: Arc<Mutex<HashMap<SpiffeId, usize>>>,
+}
+
+impl Drop for OpenWatch {
+    fn drop(&mut self) {
+        let mut watches = self.watches.lock();
+        if let Some(open) = watches.get_mut(&self.id) {
+            *open -= 1;
+            if *open == 0 {
+                watches.remove(&self.id);
+            }
+        }
+    }
+}
+
+fn check<T: Item>(item: &T) -> Result<(), Error> {
+    item.check()?;
+    let names = [item.name()].into_iter().chain(item.services().iter().map(String::as_str));
+    match names.into_iter().find(|name| name.contains('@')) {
+        Some(name) => Err(Error::Interdomain { name: name.to_owned() }),
+        None => Ok(()),
+    }
+}
+
+/// May the caller put `item` in place of what is known? `Ok(false)`: it need not, what is there is
+/// the operator's or does all that it asks for.
+fn standing<T: Item>(known: Option<&T>, item: &T, path_ids: &[String]) -> Result<bool, policy::Denial> {
+    match known {
+        Some(known) if known.path_ids().is_empty() => {
+            if !item.is_served_by(known) {
+                warn!(
+                    kind = T::KIND,
+                    name = item.name(),
+                    by = path_ids.first(),
+                    "the operator's definition stands"
+                );
+            }
+            Ok(false)
+        }
+        Some(known) => match owned(known, path_ids) {
+            Ok(()) => Ok(true),
+            Err(_) if item.is_served_by(known) => Ok(false),
+            Err(denial) => Err(denial),
+        },
+        None => Ok(true),
+    }
+}
+
+fn owned<T: Item>(known: &T, path_ids: &[String]) -> Result<(), policy::Denial> {
+    let caller = path_ids.first().map_or("", String::as_str);
+    policy::client_allowed(known.name(), Some(known.path_ids()), caller)
+}
+
+/// Runs a change to its end, whoever still waits for it.
+async fn run<R: Send + 'static>(
+    change: impl Future<Output = Result<R, Error>> + Send + 'static,
+) -> Result<R, Status> {
+    match tokio::spawn(change).await {
+        Ok(result) => result.map_err(Status::from),
+        Err(_) => Err(Error::Panicked.into()),
+    }
+}
+
+/// An answer with the path in its initial metadata.
+fn respond<R>(answer: R, mut path: RegistrationPath, asker: usize) -> Response<R> {
+    path.index = asker;
+    let mut response = Response::new(answer);
+    match MetadataValue::try_from(path.encode()) {
+        Ok(mut header) => {
+            header.set_sensitive(true);
+            response.metadata_mut().insert(path::HEADER, header);
+        }
+        Err(_) => debug!("a path is no header"),
+    }
+    response
+}
+
+type Found<T> = Pin<Box<dyn Stream<Item = Result<<T as Item>::Response, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl NetworkServiceRegistry for Front<NetworkService> {
+    type FindStream = Found<NetworkService>;
+
+    async fn register(&self, request: Request<NetworkService>) -> Result<Response<NetworkService>, Status> {
+        Front::register(self, request).await
+    }
+
+    async fn find(
+        &self,
+        request: Request<NetworkServiceQuery>,
+    ) -> Result<Response<Self::FindStream>, Status> {
+        Front::find(self, request).await
+    }
+
+    async fn unregister(&self, request: Request<NetworkService>) -> Result<Response<()>, Status> {
+        Front::unregister(self, request).await
+    }
+}
+
+#[tonic::async_trait]
+impl NetworkServiceEndpointRegistry for Front<NetworkServiceEndpoint> {
+    type FindStream = Found<NetworkServiceEndpoint>;
+
+    async fn register(
+        &self,
+        request: Request<NetworkServiceEndpoint>,
+    ) -> Result<Response<NetworkServiceEndpoint>, Status> {
+        Front::register(self, request).await
+    }
+
+    async fn find(
+        &self,
+        request: Request<NetworkServiceEndpointQuery>,
+    ) -> Result<Response<Self::FindStream>, Status> {
+        Front::find(self, request).await
+    }
+
+    async fn unregister(&self, request: Request<NetworkServiceEndpoint>) -> Result<Response<()>, Status> {
+        Front::unregister(self, request).await
+    }
+}
