@@ -110,6 +110,9 @@ pub fn hold(options: &Hold, exe: &Path) -> Result<bool, Error> {
     end_on_signals(&supervisor, &notes)?;
     end_with_front_end(&supervisor, &notes)?;
 
+    for warning in &scenario.warnings {
+        emit(&Event::Progress { at: at(), text: format!("note: {warning}") });
+    }
     let mut progress = |text| emit(&Event::Progress { at: at(), text });
     let lab = match Lab::build(plan, &options.file, exe, supervisor.clone(), &mut progress) {
         Ok(lab) => Arc::new(lab),

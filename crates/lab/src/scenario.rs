@@ -28,6 +28,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use ipnet::IpNet;
+use nsm_api::nsurl::NsUrl;
+use nsm_api::resource;
 use serde::de::{Error as _, IgnoredAny};
 use serde::{Deserialize, Deserializer};
 use serde_saphyr::Spanned;
@@ -58,6 +60,8 @@ pub struct Scenario {
     pub cables: Vec<[CableEnd; 2]>,
     /// What must hold, checked in this order.
     pub expect: Vec<Expectation>,
+    /// What is valid but may not mean what its author thinks.
+    pub warnings: Vec<String>,
 }
 
 /// A pod: a network namespace on a node, at most one program of the mesh, and servers.
@@ -379,7 +383,8 @@ impl Scenario {
             )
         })?;
         let lines = Lines::of(&file);
-        let scenario = file.into_scenario(text).map_err(|(line, message)| fail(line, message))?;
+        let mut scenario = file.into_scenario(text).map_err(|(line, message)| fail(line, message))?;
+        scenario.check_services(&lines).map_err(|(line, message)| fail(line, message))?;
         scenario.check(&lines).map_err(|(line, message)| fail(line, message))?;
         Ok(scenario)
     }
@@ -388,6 +393,31 @@ impl Scenario {
     #[must_use]
     pub fn pod(&self, name: &str) -> Option<&Pod> {
         self.pods.iter().find(|pod| pod.name == name)
+    }
+
+    /// Reads the resources as the registry will, so that a mistake is known before anything is made.
+    fn check_services(&mut self, lines: &Lines) -> Result<(), (u64, String)> {
+        let mut names = BTreeSet::new();
+        for (i, text) in self.network_services.iter().enumerate() {
+            let place = |place: &resource::Place, what: &str| {
+                let dot = if place.field.is_empty() { "" } else { "." };
+                let message = format!("networkServices[{i}]{dot}{}: {what}", place.field);
+                (lines.services[i] + place.line.saturating_sub(1), message)
+            };
+            let file = resource::parse(text).map_err(|e| place(&e.place, &e.problem.to_string()))?;
+            for warning in file.warnings {
+                let (line, message) = place(&warning.place, &warning.text);
+                self.warnings.push(format!("line {line}: {message}"));
+            }
+            for service in file.services {
+                if !names.insert(service.name.clone()) {
+                    let message =
+                        format!("networkServices[{i}].metadata.name: {:?} is used twice", service.name);
+                    return Err((lines.services[i], message));
+                }
+            }
+        }
+        Ok(())
     }
 
     fn check(&self, lines: &Lines) -> Result<(), (u64, String)> {
@@ -431,6 +461,16 @@ impl Scenario {
                     "endpoint.cidrPrefix",
                     "needs at least one prefix, for example 172.16.1.2/31".into(),
                 ));
+            }
+            if let Some(wanted) = pod.wanted_services() {
+                let urls =
+                    NsUrl::parse_list(&wanted).map_err(|error| at("annotations", error.to_string()))?;
+                if urls.is_empty() {
+                    return Err(at(
+                        "annotations",
+                        "asks for nothing; expected kernel://SERVICE/INTERFACE".into(),
+                    ));
+                }
             }
             if let Some(key) =
                 pod.sysctls.keys().find(|key| !key.starts_with("net.") || key.contains(['/', ' ']))
@@ -593,6 +633,7 @@ struct File {
 
 /// Where the items of the lists stand in the file.
 struct Lines {
+    services: Vec<u64>,
     pods: Vec<u64>,
     cables: Vec<u64>,
     expect: Vec<u64>,
@@ -601,6 +642,7 @@ struct Lines {
 impl Lines {
     fn of(file: &File) -> Self {
         Self {
+            services: file.network_services.iter().map(|item| item.referenced.line()).collect(),
             pods: file.pods.iter().map(|item| item.referenced.line()).collect(),
             cables: file.cables.iter().map(|item| item.referenced.line()).collect(),
             expect: file.expect.iter().map(|item| item.referenced.line()).collect(),
@@ -623,6 +665,7 @@ impl File {
             pods: self.pods.into_iter().map(|item| item.value).collect(),
             cables: self.cables.into_iter().map(|item| item.value).collect(),
             expect: self.expect.into_iter().map(|item| item.value).collect(),
+            warnings: Vec::new(),
         })
     }
 }
@@ -736,11 +779,12 @@ networkServices:
   kind: NetworkService
   metadata: {name: web}
   spec:
+    payload: IP
     matches:
     - match:
       route: # comment
       - destination:
-        destinationSelector: {app: b, version: 1.10}
+        destinationSelector: {app: b, version: \"1.10\"}
 
 # about the second
 - apiVersion: networkservicemesh.io/v1
@@ -777,7 +821,6 @@ expect:
             scenario.network_services[0]
                 .contains("- match:\n    route: # comment\n    - destination:\n      dest")
         );
-        assert!(scenario.network_services[0].contains("version: 1.10"), "no detour over numbers");
         assert_eq!(
             scenario.network_services[1],
             "apiVersion: networkservicemesh.io/v1\nkind: NetworkService\nmetadata: {name: other}\n"
@@ -790,25 +833,37 @@ expect:
     fn errors_name_file_line_field_and_what_is_expected() {
         let unknown =
             error(&GOOD.replace("from: client, to: 172.16.1.2, w", "frm: client, to: 172.16.1.2, w"));
-        assert!(unknown.starts_with("a.yaml:31: unknown field `frm`, expected one of from, to"), "{unknown}");
+        assert!(unknown.starts_with("a.yaml:32: unknown field `frm`, expected one of from, to"), "{unknown}");
         let pod = error(&GOOD.replace("- ping: {from: client", "- ping: {from: clinet"));
-        assert_eq!(pod, "a.yaml:31: expect[0].ping.from: no pod \"clinet\" (pods: client, fw)");
+        assert_eq!(pod, "a.yaml:32: expect[0].ping.from: no pod \"clinet\" (pods: client, fw)");
         let node = error(&GOOD.replace("node: node2", "node: node3"));
-        assert_eq!(node, "a.yaml:21: pods[1].node: no node \"node3\" (nodes: node1, node2)");
+        assert_eq!(node, "a.yaml:22: pods[1].node: no node \"node3\" (nodes: node1, node2)");
         let process = error(&GOOD.replace("kill: node2/manager", "kill: node2/mangler"));
         assert!(
-            process.starts_with("a.yaml:32: expect[1].fault.kill: no process \"node2/mangler\""),
+            process.starts_with("a.yaml:33: expect[1].fault.kill: no process \"node2/mangler\""),
             "{process}"
         );
         let duration = error(&GOOD.replace("300ms", "soon"));
         assert!(
-            duration.contains("a.yaml:31:") && duration.contains("not a duration such as 500ms"),
+            duration.contains("a.yaml:32:") && duration.contains("not a duration such as 500ms"),
             "{duration}"
         );
         let address = error(&GOOD.replace("to: 172.16.1.2, within", "to: 172.16.1, within"));
-        assert!(address.contains("a.yaml:31:") && address.contains("to: 172.16.1"), "{address}");
+        assert!(address.contains("a.yaml:32:") && address.contains("to: 172.16.1"), "{address}");
         let kind = error(&GOOD.replace("- ping:", "- pong:"));
         assert!(kind.contains("unknown variant `pong`, expected one of ping, tcp"), "{kind}");
+        let service = error(&GOOD.replace("destinationSelector", "destinationSelecter"));
+        assert!(
+            service.starts_with("a.yaml:14: networkServices[0].spec.matches[0].route[0].dest"),
+            "{service}"
+        );
+        let twice = error(&GOOD.replace("{name: other}", "{name: web}"));
+        assert_eq!(twice, "a.yaml:17: networkServices[1].metadata.name: \"web\" is used twice");
+        let annotation = error(&GOOD.replace("kernel://web/nsm0", "web/nsm0"));
+        assert!(
+            annotation.starts_with("a.yaml:21: pods[0].annotations: network service \"web/nsm0\""),
+            "{annotation}"
+        );
         assert!(error("name: Bad_Name\nnodes: [a]\n").contains("name: \"Bad_Name\" is not a name"));
         assert!(error("name: x\nnodes: []\n").contains("at least one node"));
         assert!(error("name: x\nnodes: [underlay]\n").contains("\"underlay\" is used twice"));
