@@ -13,6 +13,7 @@
 //! a link that we made and could not finish, because we were killed, is recognised as ours and replaced.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::RouteNetlinkMessage as Message;
@@ -23,7 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Refusal, Result};
 use crate::netlink::{Attempt, Request, Route as Rt, Socket};
-use crate::netns::{Namespace, NsId};
+use crate::netns::{self, Namespace, NsId};
 use crate::plan::{Change, Construction, EndPlan, Mac, Policy, Side, Vxlan, WirePlan, parse_mark};
 use crate::reaper::Reaper;
 use crate::rt::{self, BIRTH_GROUP, Link, MAIN_TABLE, Nsid, Rule, Which};
@@ -36,11 +37,17 @@ use crate::sysctl;
 /// be called from several threads at once. When they return, nothing is open in the namespace of a pod.
 #[derive(Debug)]
 pub struct Kernel {
-    pub(crate) node: Namespace,
-    sockets: Mutex<Vec<Socket<Rt>>>,
+    pub(crate) sockets: Arc<Sockets>,
     pub(crate) reaper: Reaper,
     /// Held while table numbers are chosen: two connections of one pod must not choose the same.
     tables: Mutex<()>,
+}
+
+/// Netlink sockets of the node's namespace.
+#[derive(Debug)]
+pub(crate) struct Sockets {
+    node: Namespace,
+    idle: Mutex<Vec<Socket<Rt>>>,
 }
 
 /// What [`Kernel::apply`] did.
@@ -95,9 +102,8 @@ const ROUNDS: u32 = 3;
 impl Kernel {
     /// Works from that namespace, the node's: there are the UDP sockets of tunnels, and the numbers of pods.
     pub fn new(node: Namespace) -> Result<Self> {
-        let socket = Socket::open_in(&node)?;
-        let reaper = Reaper::start(Socket::open_in(&node)?)?;
-        Ok(Self { node, sockets: Mutex::new(vec![socket]), reaper, tables: Mutex::new(()) })
+        let sockets = Arc::new(Sockets { idle: Mutex::new(vec![Socket::open_in(&node)?]), node });
+        Ok(Self { reaper: Reaper::new(Arc::clone(&sockets)), sockets, tables: Mutex::new(()) })
     }
 
     /// Makes the wire as planned, with the fewest changes: none if it is so already. A wire that had to be made is
@@ -110,9 +116,9 @@ impl Kernel {
     pub fn apply(&self, plan: &WirePlan, known: &[&Namespace]) -> Result<Applied> {
         plan.validate()?;
         let found = find_missing(plan, known)?;
-        let mut node = self.socket()?;
+        let mut node = self.sockets.get()?;
         let before = node.writes();
-        let ends = self.ends(&mut node, plan, known, &found)?;
+        let ends = ends(&mut node, plan, known, &found)?;
 
         let (links, created) = match self.links(&mut node, plan, &ends) {
             // A link that is going, but not gone, may be in the way.
@@ -122,20 +128,18 @@ impl Kernel {
             }
             other => other?,
         };
-        let mut writes = 0;
-        for (end, link) in ends.iter().zip(&links) {
-            match self.configure(plan, end, link, created) {
-                Ok(count) => writes += count,
-                Err(e) => {
-                    if created {
-                        delete(&mut node, links.iter().zip(&ends).map(|(link, end)| (link, end.nsid)))?;
-                    }
-                    return Err(e);
+        let jobs = ends.iter().zip(&links).map(|(end, link)| (end.ns, (end, link)));
+        let configured = netns::visit(jobs, |(end, link)| self.configure(plan, end, link, created));
+        let writes = match configured {
+            Ok(counts) => counts.iter().sum::<u64>() + node.writes() - before,
+            Err(e) => {
+                if created {
+                    delete(&mut node, links.iter().zip(&ends).map(|(link, end)| (link, end.nsid)))?;
                 }
+                return Err(e);
             }
-        }
-        writes += node.writes() - before;
-        self.give_back(node);
+        };
+        self.sockets.give_back(node);
 
         let state = |side| {
             let (end, link) = ends.iter().zip(&links).find(|(end, _)| end.side == side)?;
@@ -146,37 +150,10 @@ impl Kernel {
 
     /// How the node's namespace numbers that one; it is given a number now if it has none.
     pub fn nsid(&self, ns: &Namespace) -> Result<Nsid> {
-        let mut node = self.socket()?;
-        let nsid = node.assign_nsid(ns)?;
-        self.give_back(node);
-        Ok(nsid)
-    }
-
-    /// A socket in the node's namespace. It goes back with [`Kernel::give_back`] when all went well, and is closed when
-    /// not: then nobody knows what is still unread in it.
-    pub(crate) fn socket(&self) -> Result<Socket<Rt>> {
-        let idle = self.sockets.lock().pop();
-        idle.map_or_else(|| Socket::open_in(&self.node), Ok)
-    }
-
-    pub(crate) fn give_back(&self, socket: Socket<Rt>) {
-        self.sockets.lock().push(socket);
-    }
-
-    pub(crate) fn ends<'a>(
-        &self,
-        node: &mut Socket<Rt>,
-        plan: &'a WirePlan,
-        known: &[&'a Namespace],
-        found: &'a [Namespace],
-    ) -> Result<Vec<End<'a>>> {
-        plan.ends()
-            .map(|(side, end)| {
-                let ns = known.iter().copied().chain(found).find(|ns| ns.id() == end.ns);
-                let ns = ns.ok_or(Error::NamespaceGone(end.ns))?;
-                Ok(End { side, plan: end, mark: plan.mark(side), ns, nsid: node.assign_nsid(ns)? })
-            })
-            .collect()
+        let mut node = self.sockets.get()?;
+        let nsids = node.assign_nsids(&[ns])?;
+        self.sockets.give_back(node);
+        nsids.first().copied().ok_or(Error::NamespaceGone(ns.id()))
     }
 
     /// The links of the wire: those that are there if they are as planned, or else new ones. Whether they are new.
@@ -203,32 +180,30 @@ impl Kernel {
         Ok((create(node, plan, ends)?, true))
     }
 
-    /// Makes one end as planned; the link exists. How many messages that took.
+    /// Makes one end as planned, on a thread in its namespace; the link exists. How many messages that took.
     fn configure(&self, plan: &WirePlan, end: &End<'_>, link: &Link, created: bool) -> Result<u64> {
-        end.ns.run(|| {
-            prepare(end.plan, link)?;
-            let mut socket = Socket::open()?;
-            if let Construction::Vxlan(tunnel) = &plan.construction
-                && tunnel.port != tunnel.remote_port
-            {
-                set_vxlan_peer(&mut socket, link.index, tunnel)?;
+        prepare(end.plan, link, created)?;
+        let mut socket = Socket::open()?;
+        if let Construction::Vxlan(tunnel) = &plan.construction
+            && tunnel.port != tunnel.remote_port
+        {
+            set_vxlan_peer(&mut socket, link.index, tunnel)?;
+        }
+        let mut seen =
+            if created { Seen::newborn(end.plan, link) } else { observe(&mut socket, end.plan, link)? };
+        for _ in 0..ROUNDS {
+            let changes = work(end, &seen);
+            let removes = changes.iter().any(|change| matches!(change, Change::RemoveAddress(_)));
+            self.carry_out(&mut socket, end, &seen, changes)?;
+            if !removes {
+                break;
             }
-            let mut seen =
-                if created { Seen::newborn(end.plan, link) } else { observe(&mut socket, end.plan, link)? };
-            for _ in 0..ROUNDS {
-                let changes = work(end, &seen);
-                let removes = changes.iter().any(|change| matches!(change, Change::RemoveAddress(_)));
-                self.carry_out(&mut socket, end, &seen, changes)?;
-                if !removes {
-                    break;
-                }
-                let link =
-                    socket.links(vec![rt::get_link(Which::Index(link.index), None, false)])?.pop().flatten();
-                let link = link.ok_or_else(|| vanished(end))?;
-                seen = observe(&mut socket, end.plan, &link)?;
-            }
-            Ok(socket.writes())
-        })?
+            let link =
+                socket.links(vec![rt::get_link(Which::Index(link.index), None, false)])?.pop().flatten();
+            let link = link.ok_or_else(|| vanished(end))?;
+            seen = observe(&mut socket, end.plan, &link)?;
+        }
+        Ok(socket.writes())
     }
 
     /// Takes the policies of one end away, with rules that lost their interface.
@@ -300,7 +275,41 @@ impl Kernel {
     }
 }
 
-// === private helpers: which links are ours ===
+// === impl Sockets ===
+
+impl Sockets {
+    /// A socket. It goes back with [`Sockets::give_back`] when all went well, and is closed when not: then nobody
+    /// knows what is still unread in it.
+    pub(crate) fn get(&self) -> Result<Socket<Rt>> {
+        let idle = self.idle.lock().pop();
+        idle.map_or_else(|| Socket::open_in(&self.node), Ok)
+    }
+
+    pub(crate) fn give_back(&self, socket: Socket<Rt>) {
+        self.idle.lock().push(socket);
+    }
+}
+
+// === private helpers: which ends and links are ours ===
+
+/// The ends of a plan with their namespaces, which have a number from now on.
+pub(crate) fn ends<'a>(
+    node: &mut Socket<Rt>,
+    plan: &'a WirePlan,
+    known: &[&'a Namespace],
+    found: &'a [Namespace],
+) -> Result<Vec<End<'a>>> {
+    let namespaces = plan.ends().map(|(_, end)| {
+        let ns = known.iter().copied().chain(found).find(|ns| ns.id() == end.ns);
+        ns.ok_or(Error::NamespaceGone(end.ns))
+    });
+    let namespaces: Vec<_> = namespaces.collect::<Result<_>>()?;
+    let nsids = node.assign_nsids(&namespaces)?;
+    let ends = plan.ends().zip(namespaces).zip(nsids);
+    Ok(ends
+        .map(|(((side, plan_end), ns), nsid)| End { side, plan: plan_end, mark: plan.mark(side), ns, nsid })
+        .collect())
+}
 
 /// Of the link that carries our mark and the one that has the name we want: the one to use, and those to delete.
 fn claim(end: &End<'_>, marked: Option<Link>, named: Option<Link>) -> Result<(Option<Link>, Option<Link>)> {
@@ -447,10 +456,11 @@ fn link_message(seen: &Seen, mut attributes: Vec<LinkAttribute>, up: bool) -> Re
 }
 
 /// Settings of the namespace that a wire needs (data-plane 2.12).
-fn prepare(plan: &EndPlan, link: &Link) -> Result<()> {
+fn prepare(plan: &EndPlan, link: &Link, created: bool) -> Result<()> {
+    // Once in the life of a wire: the more namespaces there are, the longer the kernel searches for the file.
     // Lets unprivileged processes open echo sockets, for liveness. A user namespace without that many groups, or a
     // read-only /proc/sys, cannot have it, and the wire works without.
-    if let Err(error) = sysctl::set("net/ipv4/ping_group_range", "0 2147483647") {
+    if created && let Err(error) = sysctl::set("net/ipv4/ping_group_range", "0 2147483647") {
         tracing::debug!(%error, ns = %plan.ns, "unprivileged ping stays as it is");
     }
     if link.ipv6_disabled == Some(true) && plan.addresses.iter().any(|net| net.addr().is_ipv6()) {

@@ -214,11 +214,13 @@ impl Namespace {
     /// Runs a closure inside the namespace, on a thread that does nothing else and ends with it, so the caller's
     /// thread is never in a foreign namespace, whatever the closure does. A panic of the closure is the caller's.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
-        on_a_thread(|| {
-            move_into_link_name_space(self.fd.as_fd(), Some(LinkNameSpaceType::Network))
-                .map_err(|e| failed(format!("enter network namespace {}", self.id), e))?;
-            Ok(work())
-        })?
+        on_a_thread(|| self.enter().map(|()| work()))?
+    }
+
+    /// Moves the calling thread, which is one that ends soon.
+    fn enter(&self) -> Result<()> {
+        move_into_link_name_space(self.fd.as_fd(), Some(LinkNameSpaceType::Network))
+            .map_err(|e| failed(format!("enter network namespace {}", self.id), e))
     }
 }
 
@@ -235,6 +237,15 @@ impl From<Namespace> for OwnedFd {
 }
 
 // === private helpers ===
+
+/// Does jobs, each in a namespace, one after the other until one fails, all on one thread that ends with them. (A
+/// thread for each would wait for its turn on a busy machine each time.)
+pub(crate) fn visit<'n, J: Send, T: Send>(
+    jobs: impl IntoIterator<Item = (&'n Namespace, J)> + Send,
+    mut work: impl FnMut(J) -> Result<T> + Send,
+) -> Result<Vec<T>> {
+    on_a_thread(|| jobs.into_iter().map(|(ns, job)| ns.enter().and_then(|()| work(job))).collect())?
+}
 
 fn failed(what: String, errno: Errno) -> Error {
     Error::Namespace { what, source: errno.into() }

@@ -26,7 +26,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Refusal, Result};
-use crate::netlink::{Attempt, Request, Route as Rt, Socket};
+use crate::netlink::{Request, Route as Rt, Socket};
 use crate::netns::Namespace;
 use crate::plan::{Construction, EndPlan, Mac, Neighbour, PortRange, Route, Selector, Vxlan};
 
@@ -158,6 +158,8 @@ fn newborn(end: &EndPlan, ns: &Namespace) -> LinkMessage {
     link.attributes.push(LinkAttribute::IfName(end.ifname.clone()));
     link.attributes.push(LinkAttribute::NetNsFd(ns.as_fd().as_raw_fd()));
     link.attributes.push(LinkAttribute::Group(BIRTH_GROUP));
+    // A veth uses one queue in each direction, unless told otherwise, but allocates one for each possible CPU.
+    link.attributes.extend([LinkAttribute::NumTxQueues(1), LinkAttribute::NumRxQueues(1)]);
     link.attributes.extend(end.mtu.map(LinkAttribute::Mtu));
     link.attributes.extend(end.mac.map(|mac| LinkAttribute::Address(mac.0.to_vec())));
     link
@@ -581,45 +583,43 @@ pub(crate) fn rule_of(message: &Message) -> Option<Rule> {
 // === namespace ids ===
 
 impl Socket<Rt> {
-    /// How the socket's namespace numbers that one; `None` if it does not yet.
-    pub(crate) fn nsid_of(&mut self, ns: &Namespace) -> Result<Option<Nsid>> {
-        let mut question = NsidMessage::default();
-        question.attributes.push(NsidAttribute::Fd(ns.as_fd().as_raw_fd().unsigned_abs()));
-        let id = match self.one(Message::GetNsId(question))? {
-            Ok(Message::NewNsId(answer)) => {
-                answer.attributes.into_iter().find_map(|attribute| match attribute {
-                    NsidAttribute::Id(id) => Some(id),
-                    _ => None,
-                })
+    /// How the socket's namespace numbers those; who has no number yet is given one now.
+    pub(crate) fn assign_nsids(&mut self, namespaces: &[&Namespace]) -> Result<Vec<Nsid>> {
+        let numbers = self.nsids_of(namespaces)?;
+        if let Some(numbers) = numbers.iter().copied().collect() {
+            return Ok(numbers);
+        }
+        let missing = namespaces.iter().zip(numbers).filter(|(_, number)| number.is_none());
+        let requests = missing.map(|(ns, _)| {
+            let mut request = nsid_message(ns);
+            request.attributes.push(NsidAttribute::Id(-1)); // any
+            Request::with(Message::NewNsId(request), NLM_F_CREATE)
+        });
+        for at in self.commit(requests.collect())? {
+            // Somebody else was faster, or it is in the list twice: just as well.
+            if at.refusal.errno != Errno::EXIST {
+                return Err(Error::Refused { what: "number a namespace".into(), source: at.refusal });
             }
-            Ok(_) => None,
-            Err(source) => {
-                return Err(Error::Refused { what: format!("number namespace {}", ns.id()), source });
-            }
-        };
-        Ok(id.filter(|id| *id >= 0).map(Nsid))
+        }
+        let numbers: Option<_> = self.nsids_of(namespaces)?.into_iter().collect();
+        numbers.ok_or_else(|| Error::Protocol("a namespace has no number although it was given one".into()))
     }
 
-    /// The number of that namespace, given now if it has none.
-    pub(crate) fn assign_nsid(&mut self, ns: &Namespace) -> Result<Nsid> {
-        if let Some(nsid) = self.nsid_of(ns)? {
-            return Ok(nsid);
-        }
-        let mut request = NsidMessage::default();
-        request.attributes.push(NsidAttribute::Id(-1)); // any
-        request.attributes.push(NsidAttribute::Fd(ns.as_fd().as_raw_fd().unsigned_abs()));
-        match self.request(Request::with(Message::NewNsId(request), NLM_F_CREATE)) {
-            // Somebody else was faster: just as well.
-            Ok(()) | Err(Attempt::Refused(Refusal { errno: Errno::EXIST, .. })) => {}
-            Err(e) => return Err(e.during(format!("number namespace {}", ns.id()))),
-        }
-        self.nsid_of(ns)?.ok_or_else(|| Error::Protocol(format!("namespace {} has no number", ns.id())))
-    }
-
-    /// One question, one answer.
-    pub(crate) fn one(&mut self, question: Message) -> Result<Result<Message, Refusal>> {
-        let mut answers = self.ask(vec![question])?;
-        answers.pop().ok_or_else(|| Error::Protocol("a question was not answered".into()))
+    fn nsids_of(&mut self, namespaces: &[&Namespace]) -> Result<Vec<Option<Nsid>>> {
+        let answers = self.ask(namespaces.iter().map(|ns| Message::GetNsId(nsid_message(ns))).collect())?;
+        answers
+            .into_iter()
+            .map(|answer| match answer {
+                Ok(Message::NewNsId(answer)) => {
+                    Ok(answer.attributes.into_iter().find_map(|attribute| match attribute {
+                        NsidAttribute::Id(id) if id >= 0 => Some(Nsid(id)),
+                        _ => None,
+                    }))
+                }
+                Ok(_) => Ok(None),
+                Err(source) => Err(Error::Refused { what: "read the number of a namespace".into(), source }),
+            })
+            .collect()
     }
 
     /// Links that may not exist, in the order asked for.
@@ -637,6 +637,12 @@ impl Socket<Rt> {
 }
 
 // === private helpers ===
+
+fn nsid_message(ns: &Namespace) -> NsidMessage {
+    let mut message = NsidMessage::default();
+    message.attributes.push(NsidAttribute::Fd(ns.as_fd().as_raw_fd().unsigned_abs()));
+    message
+}
 
 fn family(ip: IpAddr) -> AddressFamily {
     if ip.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }

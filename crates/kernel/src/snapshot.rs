@@ -7,10 +7,10 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::apply::{End, Kernel, Nsids, find_missing};
+use crate::apply::{End, Kernel, Nsids, ends, find_missing};
 use crate::error::{Error, Result};
 use crate::netlink::{Attempt, Route as Rt, Socket};
-use crate::netns::Namespace;
+use crate::netns::{self, Namespace};
 use crate::plan::{
     Change, Construction, EndPlan, Mac, Policy, PortRange, Selector, Side, Vxlan, WirePlan, parse_mark,
 };
@@ -79,19 +79,17 @@ impl Kernel {
     /// [`Error::NamespaceGone`] if the namespace of an end is neither known nor found.
     pub fn snapshot(&self, plan: &WirePlan, known: &[&Namespace]) -> Result<Snapshot> {
         let found = find_missing(plan, known)?;
-        let mut node = self.socket()?;
-        let ends = self.ends(&mut node, plan, known, &found)?;
+        let mut node = self.sockets.get()?;
+        let ends = ends(&mut node, plan, known, &found)?;
         let questions = ends.iter().map(|end| rt::get_link(Which::Name(&end.mark), Some(end.nsid), true));
         let links = node.links(questions.collect())?;
-        self.give_back(node);
+        self.sockets.give_back(node);
 
         let mut seen =
             WirePlan { id: plan.id.clone(), construction: plan.construction.clone(), near: None, far: None };
         let (mut near, mut far) = (None, None);
-        for (end, link) in ends.iter().zip(links) {
-            let Some(link) = link else { continue };
-            let facts = facts(&link, end.nsid);
-            let (end_seen, tunnel) = end.ns.run(|| look(end, link))??;
+        let there = ends.iter().zip(links).filter_map(|(end, link)| Some((end.ns, (end, link?))));
+        for (end, facts, end_seen, tunnel) in netns::visit(there, |(end, link)| look(end, link))? {
             if let Some(tunnel) = tunnel {
                 seen.construction = Construction::Vxlan(tunnel);
             }
@@ -106,7 +104,7 @@ impl Kernel {
     /// Only whether the links are there and their traffic, by the numbers in the wire's record: needs no namespace to
     /// be open or found.
     pub fn facts(&self, id: &str, nsids: Nsids) -> Result<(Option<EndFacts>, Option<EndFacts>)> {
-        let mut node = self.socket()?;
+        let mut node = self.sockets.get()?;
         let mut look = |side, nsid: Option<Nsid>| -> Result<Option<EndFacts>> {
             let Some(nsid) = nsid else { return Ok(None) };
             let mark = crate::plan::mark(side, id);
@@ -114,15 +112,15 @@ impl Kernel {
             Ok(link.and_then(|link| facts(&link, nsid)))
         };
         let both = (look(Side::Near, nsids.near)?, look(Side::Far, nsids.far)?);
-        self.give_back(node);
+        self.sockets.give_back(node);
         Ok(both)
     }
 
     /// Every link in a namespace that carries a mark of ours, whoever we were then.
     pub fn owned(&self, nsid: Nsid) -> Result<Vec<Owned>> {
-        let mut node = self.socket()?;
+        let mut node = self.sockets.get()?;
         let links = node.dump(rt::list_links(Some(nsid))).map_err(|e| e.during("list interfaces"))?;
-        self.give_back(node);
+        self.sockets.give_back(node);
         Ok(links
             .into_iter()
             .filter_map(Link::of)
@@ -237,10 +235,18 @@ pub(crate) fn observe(socket: &mut Socket<Rt>, plan: &EndPlan, link: &Link) -> R
 // === private helpers ===
 
 /// In the end's namespace: the end, and the tunnel behind it if there is one.
-fn look(end: &End<'_>, link: Link) -> Result<(EndPlan, Option<Vxlan>)> {
+fn look<'e, 'p>(
+    end: &'e End<'p>,
+    link: Link,
+) -> Result<(&'e End<'p>, Option<EndFacts>, EndPlan, Option<Vxlan>)> {
     let mut socket = Socket::open()?;
     let seen = observe(&mut socket, end.plan, &link)?;
-    let Kind::Vxlan(facts) = link.kind else { return Ok((seen.plan, None)) };
+    let tunnel = tunnel(&mut socket, &link)?;
+    Ok((end, facts(&link, end.nsid), seen.plan, tunnel))
+}
+
+fn tunnel(socket: &mut Socket<Rt>, link: &Link) -> Result<Option<Vxlan>> {
+    let Kind::Vxlan(facts) = &link.kind else { return Ok(None) };
     let mut remote = facts.remote.map(|ip| (ip, None));
     if remote.is_none() {
         let entries =
@@ -254,8 +260,7 @@ fn look(end: &End<'_>, link: Link) -> Result<(EndPlan, Option<Vxlan>)> {
         port: facts.port,
         remote_port: port.unwrap_or(facts.port),
     });
-    let tunnel = tunnel.ok_or_else(|| Error::Protocol(format!("{} is no tunnel to one peer", link.name)))?;
-    Ok((seen.plan, Some(tunnel)))
+    tunnel.ok_or_else(|| Error::Protocol(format!("{} is no tunnel to one peer", link.name))).map(Some)
 }
 
 fn facts(link: &Link, nsid: Nsid) -> Option<EndFacts> {
