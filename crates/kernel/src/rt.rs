@@ -117,6 +117,8 @@ pub(crate) struct Address {
     pub(crate) ifindex: u32,
     pub(crate) net: IpNet,
     pub(crate) ours: bool,
+    /// Permanent and of the whole world: neither the kernel's nor a router's or a lease's.
+    pub(crate) settled: bool,
 }
 
 /// A rule of ours that leads to a table.
@@ -419,7 +421,6 @@ pub(crate) fn address(ifindex: u32, net: IpNet) -> AddressMessage {
 }
 
 impl Address {
-    /// Permanent addresses of the whole world; what the kernel or a router gives is none of our business.
     pub(crate) fn of(message: Message) -> Option<Self> {
         let Message::NewAddress(message) = message else { return None };
         let (mut local, mut address, mut flags, mut ours) = (None, None, AddressFlags::empty(), false);
@@ -432,10 +433,10 @@ impl Address {
                 _ => {}
             }
         }
-        let permanent =
+        let settled =
             flags.contains(AddressFlags::Permanent) && message.header.scope == AddressScope::Universe;
         let net = IpNet::new(local.or(address)?, message.header.prefix_len).ok()?;
-        permanent.then_some(Self { ifindex: message.header.index, net, ours })
+        Some(Self { ifindex: message.header.index, net, ours, settled })
     }
 }
 

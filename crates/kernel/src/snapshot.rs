@@ -4,6 +4,7 @@
 //! it. What others have hung on the interface is theirs: it does not show here, and is never removed.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
@@ -56,6 +57,17 @@ pub struct Owned {
     pub ifname: String,
     /// Its index.
     pub ifindex: u32,
+}
+
+/// The device of the node that has a certain address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Uplink {
+    /// Its name.
+    pub ifname: String,
+    /// Its index in the node's namespace.
+    pub ifindex: u32,
+    /// Its MTU. A tunnel's is less by [`vxlan_overhead`](crate::plan::vxlan_overhead).
+    pub mtu: u32,
 }
 
 /// One end as it is, beside the plan it is compared with.
@@ -114,6 +126,21 @@ impl Kernel {
         let both = (look(Side::Near, nsids.near)?, look(Side::Far, nsids.far)?);
         self.sockets.give_back(node);
         Ok(both)
+    }
+
+    /// Which device of the node owns that address; `None` if none does, so no tunnel can start there.
+    pub fn uplink(&self, ip: IpAddr) -> Result<Option<Uplink>> {
+        let mut node = self.sockets.get()?;
+        let addresses = node.dump(rt::list_addresses(0, None)).map_err(|e| e.during("list addresses"))?;
+        let owner = addresses.into_iter().filter_map(Address::of).find(|address| address.net.addr() == ip);
+        let link = match owner {
+            Some(address) => {
+                node.links(vec![rt::get_link(Which::Index(address.ifindex), None, false)])?.pop().flatten()
+            }
+            None => None,
+        };
+        self.sockets.give_back(node);
+        Ok(link.map(|link| Uplink { ifname: link.name, ifindex: link.index, mtu: link.mtu }))
     }
 
     /// Every link in a namespace that carries a mark of ours, whoever we were then.
@@ -184,7 +211,8 @@ pub(crate) fn observe(socket: &mut Socket<Rt>, plan: &EndPlan, link: &Link) -> R
 
     let addresses = socket.dump(rt::list_addresses(index, None)).map_err(|e| e.during("list addresses"))?;
     for address in addresses.into_iter().filter_map(Address::of) {
-        if address.ifindex == index && (address.ours || plan.addresses.contains(&address.net)) {
+        let wanted = address.settled && plan.addresses.contains(&address.net);
+        if address.ifindex == index && (address.ours || wanted) {
             seen.plan.addresses.push(address.net);
         }
     }
