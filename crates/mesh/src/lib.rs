@@ -1,1 +1,22 @@
-//! The request engine: chain runner, scopes and leases, path, selection, monitor, refresh.
+//! The request engine: a role is a list of [`Element`]s, the runner walks connections through it, and what a
+//! connection holds is a list of [`Lease`]s.
+//!
+//! The decisions (path, tokens' life, monitor matching, refresh timing) are pure functions here and in
+//! `nsm-api`; clocks and chance are arguments.
+
+pub mod auth;
+pub mod chain;
+pub mod dial;
+pub mod error;
+pub mod fds;
+pub mod hop;
+pub mod metrics;
+pub mod monitor;
+pub mod refresh;
+pub mod scope;
+pub mod server;
+
+pub use chain::{Answer, Call, Chain, Connections, Context, Element, Next};
+pub use error::{Error, Result};
+pub use hop::NextHop;
+pub use scope::{Lease, Reason, Release, Scope};

@@ -1,2 +1,83 @@
-//! nsm.
-fn main() {}
+//! `nsm`: one binary, every role a subcommand. This file reads flags and environment; the roles are in the
+//! crates of the same names.
+
+mod common;
+mod roles;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory as _, Parser};
+
+/// A network service mesh: ask for a network service by name, get a wire to it.
+///
+/// A workload (a pod, a container, a process) asks its node's manager for a service; the manager's forwarder
+/// builds a virtual wire, an interface with addresses and routes, to an endpoint that provides it: on this node
+/// or on another, directly or through a chain of functions such as firewalls.
+///
+/// Try it on this machine, no cluster needed:
+///
+///   nsm lab run scenarios/secure-intranet.yaml
+///
+/// Flags are environment variables too, named as upstream's programs name them (NSM_NAME, NSM_CONNECT_TO, …).
+/// Every role takes its identity from the SPIFFE Workload API at SPIFFE_ENDPOINT_SOCKET: `nsm identity` serves
+/// one, SPIRE another. There is no mode without mutual TLS.
+#[derive(Debug, Parser)]
+#[command(name = "nsm", version, max_term_width = 110, arg_required_else_help = true, subcommand_required = true)]
+enum Nsm {
+    /// The directory: which services there are, and which endpoints provide them
+    Registry(roles::Registry),
+    /// One per node: takes requests of workloads and of other nodes, chooses the forwarder
+    Manager(roles::Manager),
+    /// One per node: turns connections into wires of the kernel
+    Forwarder(roles::Forwarder),
+    /// Asks for wires and keeps them up
+    Client(roles::Client),
+    /// Provides a service: addresses for its clients, and answers to their pings
+    Endpoint(roles::Endpoint),
+    /// A function in the middle: lets pass what its rules allow, remembers flows, drops the rest
+    Firewall(roles::Firewall),
+    /// A function in the middle that lets everything pass
+    Passthrough(roles::Passthrough),
+    /// A small certificate authority: tells every process who it is (SPIFFE Workload API)
+    Identity(roles::Identity),
+    /// Prints a completion script for a shell
+    Completions {
+        /// bash, zsh, fish, elvish or powershell
+        shell: clap_complete::Shell,
+    },
+}
+
+fn main() -> ExitCode {
+    let command = Nsm::parse();
+    let result = match command {
+        Nsm::Registry(role) => common::run(&role.common.clone(), role.serve()),
+        Nsm::Manager(role) => common::run(&role.common.clone(), role.serve()),
+        Nsm::Forwarder(role) => common::run(&role.common.clone(), role.serve()),
+        Nsm::Client(role) => common::run(&role.common.clone(), role.serve()),
+        Nsm::Endpoint(role) => common::run(&role.common.clone(), role.serve()),
+        Nsm::Firewall(role) => common::run(&role.common.clone(), role.serve()),
+        Nsm::Passthrough(role) => common::run(&role.common.clone(), role.serve()),
+        Nsm::Identity(role) => common::run(&role.common.clone(), role.serve()),
+        Nsm::Completions { shell } => {
+            clap_complete::generate(shell, &mut Nsm::command(), "nsm", &mut std::io::stdout());
+            Ok(())
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("nsm: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Nsm::command().debug_assert();
+    }
+}

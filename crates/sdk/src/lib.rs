@@ -1,1 +1,6 @@
-//! Clients and endpoints: the public library.
+//! The public library: clients and endpoints of a network service mesh.
+
+pub mod client;
+pub mod endpoint;
+pub mod ipam;
+pub mod own_end;

@@ -1,0 +1,419 @@
+//! The heart of a forwarder: agrees on a mechanism with each side, and when the far side has answered, joins
+//! both with a wire of the kernel.
+//!
+//! ```text
+//!   near \ far │ KERNEL, this node        VXLAN, another node
+//!   ───────────┼──────────────────────────────────────────────────────
+//!   KERNEL     │ a veth pair              a VXLAN device in the client's pod
+//!   VXLAN      │ … in the endpoint's pod  refused: nothing on this node
+//! ```
+
+use std::{fmt, net::IpAddr, sync::Arc};
+
+use async_trait::async_trait;
+use nsm_api::{
+    mechanism::{LOCAL, REMOTE, interface_name, key, kind},
+    path,
+    pb::{
+        connection::{Connection, Mechanism},
+        networkservice::NetworkServiceRequest,
+    },
+};
+use nsm_kernel::{
+    netns::NsId,
+    plan::{ContextPolicy, ContextRoute, EndPlan, IpContext, Side, Vxlan, WirePlan},
+};
+use nsm_mesh::{Context, Element, Error, Lease, Next, Release, Result};
+
+use crate::{
+    tunnel::{self, TunnelEnd},
+    wires::{Record, Taken, Wires},
+};
+
+/// Tries to find a name that nobody has in the client's namespace, where the client left it to us.
+const NAME_TRIES: usize = 8;
+
+/// The element.
+#[derive(Debug)]
+pub struct CrossConnect {
+    /// The wires of this node.
+    pub wires: Arc<Wires>,
+    /// Our end of tunnels.
+    pub tunnel: TunnelEnd,
+}
+
+/// A VNI that this connection holds on this node.
+#[derive(Debug)]
+struct HeldVni {
+    wires: Arc<Wires>,
+    vni: u32,
+    id: String,
+}
+
+#[async_trait]
+impl Lease for HeldVni {
+    fn name(&self) -> &'static str {
+        "vni"
+    }
+
+    async fn release(self: Box<Self>, _: &Release) -> Result<()> {
+        self.wires.vnis().release(self.vni, &self.id);
+        Ok(())
+    }
+}
+
+/// The wire itself.
+#[derive(Debug)]
+struct Wire {
+    wires: Arc<Wires>,
+    id: String,
+    far: Mechanism,
+}
+
+#[async_trait]
+impl Lease for Wire {
+    fn name(&self) -> &'static str {
+        "wire"
+    }
+
+    async fn release(self: Box<Self>, _: &Release) -> Result<()> {
+        self.wires.remove(&self.id).await
+    }
+}
+
+impl CrossConnect {
+    /// What is remembered of the far side: by this process, or by the one before it.
+    fn remembered(&self, cx: &Context<'_>, id: &str) -> Option<Mechanism> {
+        cx.scope.get::<Wire>().map(|wire| wire.far.clone()).or_else(|| self.wires.record(id).map(|r| r.far))
+    }
+
+    /// Chooses what joins us with the side next to the client, and fills in our half.
+    fn near(&self, cx: &mut Context<'_>, request: &mut NetworkServiceRequest) -> Result<Mechanism> {
+        let conn = request.connection.get_or_insert_default();
+        let mut near = choose(conn.mechanism.as_ref(), &request.mechanism_preferences)?;
+        tunnel::clamp_mtu(conn, tunnel::DEFAULT_MTU);
+        if near.r#type == kind::KERNEL {
+            if near.get(key::INODE_URL).is_none() {
+                return Err(Error::invalid("the KERNEL mechanism names no network namespace (parameter inodeURL)"));
+            }
+            return Ok(near);
+        }
+        self.tunnel.accept(&mut near);
+        tunnel::clamp_mtu(conn, near.number(key::MTU).unwrap_or(self.tunnel.mtu));
+        self.tunnel.peer(&near, false).map_err(Error::invalid)?;
+        if let Some(held) = cx.scope.get::<HeldVni>().map(|held| held.vni) {
+            // A refresh keeps it; a peer that found it taken on its node proposes another.
+            if near.vni().is_none_or(|vni| vni == held) {
+                near.set(key::VNI, held.to_string());
+                return Ok(near);
+            }
+            if let Some(old) = cx.scope.take::<HeldVni>() {
+                self.wires.vnis().release(old.vni, &old.id);
+            }
+        }
+        let id = conn.id.clone();
+        let vni = match near.vni() {
+            Some(vni) if self.wires.vnis().claim(vni, &id) => vni,
+            Some(vni) => {
+                return Err(Error::new(
+                    tonic::Code::AlreadyExists,
+                    format!("VNI {vni} is taken by another wire of this node"),
+                )
+                .hint("ask again without a VNI, or with another"));
+            }
+            None => self.draw(&near, &id)?,
+        };
+        near.set(key::VNI, vni.to_string());
+        cx.scope.lease(HeldVni { wires: Arc::clone(&self.wires), vni, id });
+        Ok(near)
+    }
+
+    fn draw(&self, m: &Mechanism, id: &str) -> Result<u32> {
+        self.wires
+            .vnis()
+            .draw(m, id, rand::random)
+            .ok_or_else(|| Error::new(tonic::Code::ResourceExhausted, "every VNI of this node is in use"))
+    }
+
+    /// What we offer the next hop.
+    fn offers(&self, local: bool) -> Vec<Mechanism> {
+        if local { vec![Mechanism::new(LOCAL, kind::KERNEL)] } else { vec![self.tunnel.offer()] }
+    }
+
+    fn plan(&self, conn: &Connection, near: &Mechanism, far: &Mechanism) -> Result<WirePlan> {
+        let end = |side, m| self.end(side, m, conn);
+        match (near.r#type.as_str(), far.r#type.as_str()) {
+            (kind::KERNEL, kind::KERNEL) => {
+                Ok(WirePlan::veth(&conn.id, end(Side::Near, near)?, end(Side::Far, far)?))
+            }
+            (kind::KERNEL, kind::VXLAN) => {
+                Ok(WirePlan::vxlan(&conn.id, self.vxlan(far, true)?, Side::Near, end(Side::Near, near)?))
+            }
+            (kind::VXLAN, kind::KERNEL) => {
+                Ok(WirePlan::vxlan(&conn.id, self.vxlan(near, false)?, Side::Far, end(Side::Far, far)?))
+            }
+            (near, far) => Err(Error::invalid(format!("nothing joins {near} with {far} on one node"))),
+        }
+    }
+
+    fn vxlan(&self, m: &Mechanism, we_are_source: bool) -> Result<Vxlan> {
+        let (remote, remote_port) = self.tunnel.peer(m, we_are_source).map_err(Error::invalid)?;
+        let vni = m.vni().ok_or_else(|| {
+            Error::invalid(format!("the tunnel's VNI is {:?}; expected 1 to 16777215", m.get(key::VNI).unwrap_or("")))
+        })?;
+        Ok(Vxlan { vni, local: self.tunnel.ip, remote, port: self.tunnel.port, remote_port })
+    }
+
+    fn end(&self, side: Side, m: &Mechanism, conn: &Connection) -> Result<EndPlan> {
+        let url = m.inode().map_err(|e| Error::invalid(e.to_string()))?;
+        let url = url.ok_or_else(|| {
+            Error::invalid(format!("the {} side names no network namespace (parameter inodeURL)", whose(side)))
+        })?;
+        let name = m.get(key::NAME).ok_or_else(|| {
+            Error::invalid(format!("the {} side names no interface (parameter name)", whose(side)))
+        })?;
+        let mut end = EndPlan::new(side, NsId { dev: url.dev, ino: url.ino }, name, path::client_id(conn));
+        let context = conn.context.clone().unwrap_or_default();
+        end.mtu = Some(context.mtu).filter(|mtu| *mtu != 0);
+        if m.is_true(key::UNNUMBERED) {
+            return Ok(end);
+        }
+        end.with_context(side, &ip_context(&context.ip_context.unwrap_or_default()))
+            .map_err(|e| Error::invalid(format!("the {} side: {e}", whose(side))))
+    }
+
+    /// Makes the wire; where a name or a VNI turns out to be taken and the choice was ours, makes another.
+    async fn join(
+        &self,
+        cx: &mut Context<'_>,
+        conn: &mut Connection,
+        near: &mut Mechanism,
+        far: &Mechanism,
+        name_is_ours: bool,
+        vni_is_ours: bool,
+    ) -> std::result::Result<(), Unjoined> {
+        for _ in 0..NAME_TRIES {
+            let plan = self.plan(conn, near, far)?;
+            let record = Record::new(plan, far.clone(), conn);
+            match self.wires.apply(record, &cx.fds).await {
+                Ok(()) => return Ok(()),
+                Err(Taken::Name { near: true, .. }) if name_is_ours => {
+                    near.set(key::NAME, interface_name(&conn.network_service, rand::random));
+                }
+                Err(Taken::Vni) if vni_is_ours => {
+                    let Some(old) = cx.scope.take::<HeldVni>() else { return Err(Unjoined::Vni) };
+                    let vni = self.draw(near, &conn.id)?;
+                    self.wires.vnis().release(old.vni, &old.id);
+                    near.set(key::VNI, vni.to_string());
+                    cx.scope.lease(HeldVni { vni, ..*old });
+                }
+                Err(Taken::Vni) => return Err(Unjoined::Vni),
+                Err(Taken::Name { near, name, by }) => {
+                    let whose = if near { "client" } else { "endpoint" };
+                    return Err(Error::new(
+                        tonic::Code::AlreadyExists,
+                        format!("the {whose}'s namespace has an interface {name:?} already, {by}"),
+                    )
+                    .hint("choose another interface name in the network-service URL, or remove that interface")
+                    .into());
+                }
+                Err(Taken::Other(error)) => return Err(error.into()),
+            }
+        }
+        Err(Error::new(tonic::Code::ResourceExhausted, "no free interface name was found").into())
+    }
+}
+
+enum Unjoined {
+    /// The far side's VNI is in use here.
+    Vni,
+    Error(Error),
+}
+
+impl From<Error> for Unjoined {
+    fn from(error: Error) -> Self {
+        Self::Error(error)
+    }
+}
+
+#[async_trait]
+impl Element for CrossConnect {
+    fn name(&self) -> &'static str {
+        "cross-connect"
+    }
+
+    async fn request(
+        &self,
+        cx: &mut Context<'_>,
+        mut request: NetworkServiceRequest,
+        next: Next<'_>,
+    ) -> Result<Connection> {
+        let mut near = self.near(cx, &mut request)?;
+        let local = cx.next_hop.as_ref().is_some_and(nsm_transport::DialTarget::is_local);
+        let conn = request.connection.get_or_insert_default();
+        let id = conn.id.clone();
+        let class = if local { LOCAL } else { REMOTE };
+        conn.mechanism = self.remembered(cx, &id).filter(|m| m.cls == class);
+        request.mechanism_preferences = self.offers(local);
+
+        let name_is_ours = near.r#type == kind::KERNEL && near.get(key::NAME).is_none();
+        if name_is_ours {
+            let known = self.wires.record(&id).and_then(|r| r.plan.near.map(|end| end.ifname));
+            near.set(key::NAME, known.unwrap_or_else(|| interface_name(&conn.network_service, rand::random)));
+        }
+        // The number was drawn by us, for a tunnel that the peer has not seen yet.
+        let vni_is_ours = near.r#type == kind::VXLAN && self.wires.record(&id).is_none();
+
+        let mut proposed = None;
+        loop {
+            let mut attempt = request.clone();
+            if let Some(vni) = proposed {
+                for offer in &mut attempt.mechanism_preferences {
+                    offer.set(key::VNI, u32::to_string(&vni));
+                }
+            }
+            let mut answer = next.request(cx, attempt).await?;
+            let far = answer
+                .mechanism
+                .clone()
+                .ok_or_else(|| Error::new(tonic::Code::Unknown, "the next hop's answer has no mechanism"))?;
+            let limit = answer.context.as_ref().map_or(0, |c| c.mtu);
+            tunnel::clamp_mtu(&mut answer, if limit == 0 { tunnel::DEFAULT_MTU } else { limit });
+            if far.r#type == kind::VXLAN {
+                tunnel::clamp_mtu(&mut answer, far.number(key::MTU).unwrap_or(self.tunnel.mtu).min(self.tunnel.mtu));
+            }
+            let far_vni = far.vni().filter(|_| far.r#type == kind::VXLAN);
+            let free = far_vni.is_none_or(|vni| self.wires.vnis().claim(vni, &id));
+            let joined = if free {
+                self.join(cx, &mut answer, &mut near, &far, name_is_ours, vni_is_ours).await
+            } else {
+                Err(Unjoined::Vni)
+            };
+            match joined {
+                Ok(()) => {
+                    if let Some(vni) = far_vni
+                        && cx.scope.get::<HeldVni>().is_none()
+                    {
+                        cx.scope.lease(HeldVni { wires: Arc::clone(&self.wires), vni, id: id.clone() });
+                    }
+                    match cx.scope.get_mut::<Wire>() {
+                        Some(wire) => wire.far = far.clone(),
+                        None => cx.scope.lease(Wire { wires: Arc::clone(&self.wires), id: id.clone(), far: far.clone() }),
+                    }
+                    note_interfaces(&mut answer, &near, &far);
+                    answer.mechanism = Some(near);
+                    return Ok(answer);
+                }
+                Err(Unjoined::Vni) if proposed.is_none() && far_vni.is_some() => {
+                    // The peer's choice is taken here. Ours is proposed once: a peer keeps what comes with a
+                    // source address (spec/control-plane.md 3.5 rule 2).
+                    if free && let Some(vni) = far_vni {
+                        self.wires.vnis().release(vni, &id);
+                    }
+                    let vni = self.draw(&far, &id)?;
+                    tracing::info!(taken = far_vni, proposed = vni, "the peer's VNI is taken on this node");
+                    proposed = Some(vni);
+                    let mut again = far.clone();
+                    again.set(key::VNI, vni.to_string());
+                    request.connection.get_or_insert_default().mechanism = Some(again);
+                    cx.scope.lease(HeldVni { wires: Arc::clone(&self.wires), vni, id: id.clone() });
+                }
+                Err(Unjoined::Vni) => {
+                    return Err(Error::new(
+                        tonic::Code::AlreadyExists,
+                        format!("VNI {} is taken on this node", far_vni.or(near.vni()).unwrap_or_default()),
+                    )
+                    .hint("another program made a VXLAN device with this VNI on this port; the next try draws another"));
+                }
+                Err(Unjoined::Error(error)) => {
+                    if let Some(vni) = far_vni
+                        && cx.scope.get::<HeldVni>().is_none()
+                    {
+                        self.wires.vnis().release(vni, &id);
+                    }
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    async fn close_forgotten(&self, cx: &mut Context<'_>, mut conn: Connection, next: Next<'_>) -> Result<()> {
+        if let Some(record) = self.wires.record(&conn.id) {
+            self.wires.remove(&conn.id).await?;
+            conn.mechanism = Some(record.far);
+        }
+        next.close_forgotten(cx, conn).await
+    }
+}
+
+/// A chosen mechanism beats the preferences; of these the first that we can build is taken.
+fn choose(chosen: Option<&Mechanism>, preferences: &[Mechanism]) -> Result<Mechanism> {
+    let ours = |m: &&Mechanism| {
+        matches!((m.cls.as_str(), m.r#type.as_str()), (LOCAL, kind::KERNEL) | (REMOTE, kind::VXLAN))
+    };
+    let said = |m: &Mechanism| format!("{} {}", m.cls, m.r#type);
+    if let Some(chosen) = chosen.filter(|m| !m.r#type.is_empty()) {
+        return ours(&chosen).then(|| chosen.clone()).ok_or_else(|| {
+            Error::invalid(format!("unsupported mechanism {}", said(chosen)))
+                .hint("this forwarder builds LOCAL KERNEL and REMOTE VXLAN")
+        });
+    }
+    preferences.iter().find(ours).cloned().ok_or_else(|| {
+        let offered: Vec<_> = preferences.iter().map(said).collect();
+        Error::invalid(format!("cannot support any of the requested mechanism: {}", offered.join(", ")))
+            .hint("this forwarder builds LOCAL KERNEL and REMOTE VXLAN")
+    })
+}
+
+/// Tells people which interfaces belong to this hop (spec/control-plane.md 4.5).
+fn note_interfaces(conn: &mut Connection, near: &Mechanism, far: &Mechanism) {
+    let text = |m: &Mechanism| match (m.get(key::NAME), m.vni()) {
+        (Some(name), _) => format!("{}/{name}", m.r#type),
+        (None, Some(vni)) => format!("{}/{vni}", m.r#type),
+        (None, None) => format!("{}/unknown", m.r#type),
+    };
+    if let Some(segment) = path::current_mut(conn) {
+        segment.metrics.insert("server_interface".into(), text(near));
+        segment.metrics.insert("client_interface".into(), text(far));
+    }
+}
+
+fn whose(side: Side) -> &'static str {
+    match side {
+        Side::Near => "client's",
+        Side::Far => "endpoint's",
+    }
+}
+
+/// The wire's context in the kernel crate's own words.
+fn ip_context(ip: &nsm_api::pb::connectioncontext::IpContext) -> IpContext {
+    let route = |r: &nsm_api::pb::connectioncontext::Route| ContextRoute {
+        prefix: r.prefix.clone(),
+        next_hop: r.next_hop.clone(),
+    };
+    IpContext {
+        src_addrs: ip.src_ip_addrs.clone(),
+        dst_addrs: ip.dst_ip_addrs.clone(),
+        src_routes: ip.src_routes.iter().map(route).collect(),
+        dst_routes: ip.dst_routes.iter().map(route).collect(),
+        neighbours: ip.ip_neighbors.iter().map(|n| (n.ip.clone(), n.hardware_address.clone())).collect(),
+        policies: ip
+            .policies
+            .iter()
+            .map(|p| ContextPolicy {
+                from: p.from.clone(),
+                proto: p.proto.clone(),
+                dst_port: p.dst_port.clone(),
+                src_port: p.src_port.clone(),
+                routes: p.routes.iter().map(route).collect(),
+            })
+            .collect(),
+    }
+}
+
+impl fmt::Display for TunnelEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ip: IpAddr = self.ip;
+        write!(f, "{ip} port {} MTU {}", self.port, self.mtu)
+    }
+}

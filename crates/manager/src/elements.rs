@@ -1,0 +1,78 @@
+//! The manager's own elements: who this node is, which forwarder builds the wire, what addresses are taken.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use async_trait::async_trait;
+use ipnet::IpNet;
+use nsm_api::{
+    path,
+    pb::{
+        connection::{Connection, State},
+        networkservice::NetworkServiceRequest,
+    },
+};
+use nsm_mesh::{Context, Element, Error, Next, Result};
+
+/// Adds labels that say where the client runs, where it did not say so itself
+/// (`nodeName`, `podName`, `clusterName`; spec/control-plane.md 6.3).
+#[derive(Debug)]
+pub struct ClientInfo(pub BTreeMap<String, String>);
+
+impl ClientInfo {
+    /// What the environment of this process says.
+    #[must_use]
+    pub fn from_environment() -> Self {
+        let labels = [("NODE_NAME", "nodeName"), ("POD_NAME", "podName"), ("CLUSTER_NAME", "clusterName")];
+        let set = |(variable, label): (&str, &str)| Some((label.to_owned(), std::env::var(variable).ok()?));
+        Self(labels.into_iter().filter_map(set).collect())
+    }
+}
+
+#[async_trait]
+impl Element for ClientInfo {
+    fn name(&self) -> &'static str {
+        "client-info"
+    }
+
+    async fn request(
+        &self,
+        cx: &mut Context<'_>,
+        mut request: NetworkServiceRequest,
+        next: Next<'_>,
+    ) -> Result<Connection> {
+        let labels = &mut request.connection.get_or_insert_default().labels;
+        for (key, value) in &self.0 {
+            labels.entry(key.clone()).or_insert_with(|| value.clone());
+        }
+        next.request(cx, request).await
+    }
+}
+
+/// Adds the prefixes that endpoints must not hand out on this cluster, and makes sure that the contexts which
+/// upstream's endpoints read without asking are there.
+#[derive(Debug, Default)]
+pub struct ExcludedPrefixes(pub Arc<Vec<IpNet>>);
+
+#[async_trait]
+impl Element for ExcludedPrefixes {
+    fn name(&self) -> &'static str {
+        "excluded-prefixes"
+    }
+
+    async fn request(
+        &self,
+        cx: &mut Context<'_>,
+        mut request: NetworkServiceRequest,
+        next: Next<'_>,
+    ) -> Result<Connection> {
+        let context = request.connection.get_or_insert_default().context.get_or_insert_default();
+        context.dns_context.get_or_insert_default();
+        let ip = context.ip_context.get_or_insert_default();
+        for prefix in self.0.iter().map(IpNet::to_string) {
+            if !ip.excluded_prefixes.contains(&prefix) {
+                ip.excluded_prefixes.push(prefix);
+            }
+        }
+        next.request(cx, request).await
+    }
+}

@@ -1,0 +1,148 @@
+//! Who speaks: the tokens of the path, and the checks before anything is made
+//! (spec/control-plane.md sections 5.2 and 13).
+
+use std::{
+    collections::BTreeSet,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use async_trait::async_trait;
+use nsm_api::{
+    mechanism::InodeUrl,
+    path,
+    pb::{connection::Connection, networkservice::NetworkServiceRequest},
+};
+use nsm_identity::{SpiffeId, policy};
+use nsm_transport::Peer;
+
+use crate::{
+    chain::{Caller, Context, Element, Next},
+    error::{Error, Result},
+};
+
+/// Writes the caller's token into its segment and our own, addressed to the caller, into ours; then makes the
+/// four checks of a server on everything left of here. Requests of this process itself pass: there is no
+/// caller to check.
+#[derive(Debug, Clone)]
+pub struct Authorize {
+    /// How long our tokens live (`NSM_MAX_TOKEN_LIFETIME`).
+    pub max_token_lifetime: Duration,
+}
+
+impl Authorize {
+    fn check(&self, cx: &Context<'_>, conn: &mut Connection) -> Result<()> {
+        let Some(Caller { peer, token }) = &cx.caller else { return Ok(()) };
+        let now = SystemTime::now();
+        if let (Some(token), Some(previous)) = (token, path::previous_mut(conn)) {
+            token.jwt().clone_into(&mut previous.token);
+            previous.expires = Some(path::to_timestamp(token.expires()));
+        }
+        let own = peer
+            .token(self.max_token_lifetime, now)
+            .map_err(|e| Error::internal(format!("no token can be made: {e}")))?;
+        if let Some(segment) = path::current_mut(conn) {
+            own.jwt().clone_into(&mut segment.token);
+            segment.expires = Some(path::to_timestamp(own.expires()));
+        }
+        let tokens: Vec<&str> = path::segments(conn).iter().map(|s| s.token.as_str()).collect();
+        policy::check_server(&tokens, path::index(conn), peer.leaf(), now)
+            .map_err(|denial| Error::denied(format!("no sufficient privileges: {denial}")))
+    }
+}
+
+#[async_trait]
+impl Element for Authorize {
+    fn name(&self) -> &'static str {
+        "authorize"
+    }
+
+    async fn request(
+        &self,
+        cx: &mut Context<'_>,
+        mut request: NetworkServiceRequest,
+        next: Next<'_>,
+    ) -> Result<Connection> {
+        self.check(cx, request.connection.get_or_insert_default())?;
+        next.request(cx, request).await
+    }
+
+    async fn close_forgotten(
+        &self,
+        cx: &mut Context<'_>,
+        mut conn: Connection,
+        next: Next<'_>,
+    ) -> Result<()> {
+        self.check(cx, &mut conn)?;
+        next.close_forgotten(cx, conn).await
+    }
+}
+
+/// What an edge client checks of an answer: every token on the path is in date and addressed to the next hop's,
+/// and the next hop's is its own (section 13.3).
+///
+/// # Errors
+/// The first check that fails.
+pub fn check_answer(conn: &Connection, peer: &Peer, now: SystemTime) -> Result<()> {
+    let tokens: Vec<&str> = path::segments(conn).iter().map(|s| s.token.as_str()).collect();
+    policy::check_client(&tokens, path::index(conn), peer.leaf(), now)
+        .map_err(|denial| Error::denied(format!("the answer of {} is refused: {denial}", peer.id())))
+}
+
+/// Accepts a namespace from a workload only if it is the workload's own: the descriptor that came must be the
+/// network namespace of the process at the other end of the Unix socket. Identities on the list may hand over
+/// other namespaces (a side-car for a VM, a CNI plugin).
+#[derive(Debug, Clone, Default)]
+pub struct OwnNamespace {
+    /// Who may speak for namespaces that are not its own.
+    pub allowed: Arc<BTreeSet<SpiffeId>>,
+}
+
+impl OwnNamespace {
+    /// Checks what `peer` handed over.
+    ///
+    /// # Errors
+    /// A namespace that is not the peer's, or a peer that is gone.
+    pub fn check(&self, peer: &Peer, fds: &crate::fds::Fds) -> Result<()> {
+        if fds.is_empty() || self.allowed.contains(peer.id()) {
+            return Ok(());
+        }
+        let Some(unix) = peer.unix() else { return Ok(()) };
+        let own = unix.netns_id().map_err(|e| {
+            Error::denied(format!(
+                "the network namespace of {} (pid {}) cannot be read: {e}",
+                peer.id(),
+                unix.pid()
+            ))
+        })?;
+        let own = InodeUrl { dev: own.dev, ino: own.ino };
+        match fds.urls().find(|url| *url != own) {
+            None => Ok(()),
+            Some(other) => Err(Error::denied(format!(
+                "{other} is not the network namespace of {} (pid {}), which is {own}",
+                peer.id(),
+                unix.pid()
+            ))
+            .hint("a workload may only ask for wires into its own namespace; list its SPIFFE ID in NSM_NAMESPACE_DELEGATES if it speaks for others")),
+        }
+    }
+}
+
+#[async_trait]
+impl Element for OwnNamespace {
+    fn name(&self) -> &'static str {
+        "own-namespace"
+    }
+
+    async fn request(
+        &self,
+        cx: &mut Context<'_>,
+        request: NetworkServiceRequest,
+        next: Next<'_>,
+    ) -> Result<Connection> {
+        if let Some(caller) = &cx.caller {
+            self.check(&caller.peer, &cx.fds)?;
+        }
+        next.request(cx, request).await
+    }
+}

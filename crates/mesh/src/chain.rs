@@ -1,0 +1,447 @@
+//! The chain runner: a role is a list of elements, and each connection walks it.
+//!
+//! A request goes down the list and the connection comes back up; what an element acquires it leases in the
+//! connection's [`Scope`]. The runner
+//!
+//! 1. serialises the requests of one connection and runs different connections in parallel;
+//! 2. is all or nothing: what a failed request acquired is released, newest first;
+//! 3. is not abandoned when the caller leaves: tonic drops a handler's future when its client cancels, so
+//!    the chain runs in a task of its own;
+//! 4. contains panics: the request fails, its leases are released, the process lives;
+//! 5. names every element in spans and metrics.
+
+use std::{collections::HashMap, fmt, panic::AssertUnwindSafe, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use futures::FutureExt as _;
+use nsm_api::{
+    limits,
+    path::{self, Asker},
+    pb::{
+        connection::{Connection, State},
+        networkservice::NetworkServiceRequest,
+    },
+};
+use nsm_identity::Token;
+use nsm_transport::Peer;
+use parking_lot::Mutex;
+use tokio::{
+    sync::{Mutex as AsyncMutex, oneshot},
+    task::AbortHandle,
+    time::Instant,
+};
+use tracing::Instrument as _;
+
+use crate::{
+    error::{Error, Result},
+    fds::Fds,
+    hop::NextHop,
+    metrics::Metrics,
+    scope::{Reason, Release, Scope},
+};
+
+/// The deadline of a request whose caller named none: upstream's clients give 15 s.
+pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(15);
+
+/// One step of a control-plane chain.
+#[async_trait]
+pub trait Element: Send + Sync + fmt::Debug {
+    /// Short and stable: it names the span and the metric.
+    fn name(&self) -> &'static str;
+
+    /// Handles a request: before `next` on the way down, after it on the way up.
+    async fn request(
+        &self,
+        cx: &mut Context<'_>,
+        request: NetworkServiceRequest,
+        next: Next<'_>,
+    ) -> Result<Connection>;
+
+    /// Handles the Close of a connection that this process does not remember, for instance after its restart:
+    /// finds what can be found by the connection alone. Leases are empty then.
+    async fn close_forgotten(&self, cx: &mut Context<'_>, conn: Connection, next: Next<'_>) -> Result<()> {
+        next.close_forgotten(cx, conn).await
+    }
+}
+
+/// A role: its elements in order.
+pub type Chain = Arc<[Arc<dyn Element>]>;
+
+/// Writes a role as the list that it is.
+#[macro_export]
+macro_rules! chain {
+    [$($element:expr),* $(,)?] => {{
+        let elements: Vec<std::sync::Arc<dyn $crate::chain::Element>> = vec![$(std::sync::Arc::new($element)),*];
+        $crate::chain::Chain::from(elements)
+    }};
+}
+
+/// The rest of the chain.
+#[derive(Clone, Copy)]
+pub struct Next<'a> {
+    rest: &'a [Arc<dyn Element>],
+    metrics: &'a Metrics,
+}
+
+impl fmt::Debug for Next<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.rest.iter().map(|e| e.name())).finish()
+    }
+}
+
+impl Next<'_> {
+    /// Goes on. An element that tries several candidates calls this once for each. The end of the list
+    /// answers with the connection as it stands: an endpoint is a chain that ends here.
+    ///
+    /// # Errors
+    /// Whatever an element further down says.
+    pub async fn request(self, cx: &mut Context<'_>, request: NetworkServiceRequest) -> Result<Connection> {
+        let Some((element, rest)) = self.rest.split_first() else {
+            return request.connection.ok_or_else(|| limits::Malformed::NoConnection.into());
+        };
+        let span = tracing::debug_span!("element", name = element.name());
+        let begin = Instant::now();
+        let next = Next { rest, metrics: self.metrics };
+        let result = element.request(cx, request, next).instrument(span).await;
+        self.metrics.element(element.name(), begin.elapsed(), result.is_ok());
+        result
+    }
+
+    /// Goes on with a Close, see [`Element::close_forgotten`].
+    ///
+    /// # Errors
+    /// Whatever an element further down says.
+    pub async fn close_forgotten(self, cx: &mut Context<'_>, conn: Connection) -> Result<()> {
+        let Some((element, rest)) = self.rest.split_first() else { return Ok(()) };
+        element.close_forgotten(cx, conn, Next { rest, metrics: self.metrics }).await
+    }
+}
+
+/// What an element may see besides its own fields.
+#[derive(Debug)]
+pub struct Context<'c> {
+    /// This hop's name in the path.
+    pub me: &'c str,
+    /// Who asks; `None` for what this process asks itself.
+    pub caller: Option<Caller>,
+    /// Until when the answer has to be there.
+    pub deadline: Instant,
+    /// The files that the messages refer to by `inode://`.
+    pub fds: Fds,
+    /// Where the request goes next, once an element knows.
+    pub next_hop: Option<NextHop>,
+    /// What the connection holds.
+    pub scope: &'c mut Scope,
+}
+
+/// Who calls, and the token that came with the call.
+#[derive(Debug, Clone)]
+pub struct Caller {
+    /// The other end of the connection.
+    pub peer: Peer,
+    /// What it says it may do, as it was sent: unverified.
+    pub token: Option<Token>,
+}
+
+/// One call, as it arrived.
+#[derive(Debug, Clone, Default)]
+pub struct Call {
+    /// Who calls; `None` inside this process.
+    pub caller: Option<Caller>,
+    /// Until when; `None`: the default.
+    pub deadline: Option<Instant>,
+    /// The files that came with it.
+    pub fds: Fds,
+}
+
+/// What a Request is answered with.
+#[derive(Debug, Clone, Default)]
+pub struct Answer {
+    /// The connection.
+    pub connection: Connection,
+    /// The files that its mechanism refers to.
+    pub fds: Fds,
+}
+
+/// Every connection of one role.
+#[derive(Debug)]
+pub struct Connections {
+    me: String,
+    chain: Chain,
+    table: Mutex<HashMap<String, Arc<Entry>>>,
+    metrics: Arc<Metrics>,
+    expiry: bool,
+}
+
+/// One connection: everything about it is behind one lock, which is the queue of its requests.
+#[derive(Debug, Default)]
+struct Entry(AsyncMutex<Held>);
+
+#[derive(Debug, Default)]
+struct Held {
+    /// Set under the lock when the entry leaves the table: whoever waited for the lock starts afresh.
+    closed: bool,
+    scope: Scope,
+    /// Whether a request has succeeded.
+    established: bool,
+    expiry: Option<AbortHandle>,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if let Some(timer) = self.expiry.take() {
+            timer.abort();
+        }
+    }
+}
+
+impl Connections {
+    /// A role that serves others: a connection ends when the token of the hop before it expires
+    /// (spec/control-plane.md 5.3).
+    pub fn serving(me: impl Into<String>, chain: Chain, metrics: Arc<Metrics>) -> Arc<Self> {
+        Arc::new(Self { me: me.into(), chain, table: Mutex::default(), metrics, expiry: true })
+    }
+
+    /// A role that only asks: an edge client.
+    pub fn asking(me: impl Into<String>, chain: Chain, metrics: Arc<Metrics>) -> Arc<Self> {
+        Arc::new(Self { me: me.into(), chain, table: Mutex::default(), metrics, expiry: false })
+    }
+
+    /// This hop's name in the path.
+    #[must_use]
+    pub fn me(&self) -> &str {
+        &self.me
+    }
+
+    /// The names of the chain's elements, in order.
+    pub fn elements(&self) -> impl Iterator<Item = &'static str> {
+        self.chain.iter().map(|e| e.name())
+    }
+
+    /// The metrics of this role.
+    #[must_use]
+    pub fn metrics(&self) -> &Arc<Metrics> {
+        &self.metrics
+    }
+
+    /// How many connections there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.table.lock().len()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The ids of all connections at this hop.
+    #[must_use]
+    pub fn ids(&self) -> Vec<String> {
+        self.table.lock().keys().cloned().collect()
+    }
+
+    /// Serves a Request: checks it, makes this hop the current segment, runs the chain, and gives the answer
+    /// the asker's index and id.
+    ///
+    /// # Errors
+    /// A malformed request, a path that lies, or what an element says; nothing that this request acquired is
+    /// left then.
+    pub async fn request(self: &Arc<Self>, call: Call, mut request: NetworkServiceRequest) -> Result<Answer> {
+        limits::check_request(&request).map_err(|e| Error::from(e).at(&self.me))?;
+        let conn = request.connection.get_or_insert_default();
+        let asker = path::step(conn, &self.me, new_id).map_err(|e| Error::from(e).at(&self.me))?;
+        let id = conn.id.clone();
+        let mut answer = self.run(id, call, request).await.map_err(|e| e.at(&self.me))?;
+        path::restore(&mut answer.connection, asker).map_err(|e| Error::from(e).at(&self.me))?;
+        Ok(answer)
+    }
+
+    async fn run(self: &Arc<Self>, id: String, call: Call, request: NetworkServiceRequest) -> Result<Answer> {
+        let this = Arc::clone(self);
+        let deadline = call.deadline.unwrap_or_else(|| Instant::now() + DEFAULT_DEADLINE);
+        let span = tracing::info_span!("request", hop = %self.me, connection = %id);
+        let (give, answer) = oneshot::channel();
+        tokio::spawn(
+            async move {
+                loop {
+                    let entry = Arc::clone(this.table.lock().entry(id.clone()).or_default());
+                    let mut held = entry.0.lock().await;
+                    if held.closed {
+                        continue;
+                    }
+                    let fresh = !held.established;
+                    let result = this.run_held(&id, &entry, &mut held, call, deadline, request).await;
+                    if fresh && result.is_ok() && give.is_closed() {
+                        // The caller left before it learnt what it got: nobody would ever close it.
+                        tracing::info!(connection = %id, "the caller left mid-request; undone");
+                        held.scope.unwind_to(0, &Release::now(Reason::Failed)).await;
+                        this.forget(&id, &entry, &mut held);
+                    }
+                    drop(held);
+                    // The caller may have left in this instant; then the token's expiry clears.
+                    let _ = give.send(result);
+                    return;
+                }
+            }
+            .instrument(span),
+        );
+        // The runner contains the chain's panics itself; a lost answer is the runtime's end.
+        answer.await.unwrap_or_else(|_| Err(Error::new(tonic::Code::Cancelled, "the process ends")))
+    }
+
+    async fn run_held(
+        self: &Arc<Self>,
+        id: &str,
+        entry: &Arc<Entry>,
+        held: &mut Held,
+        call: Call,
+        deadline: Instant,
+        request: NetworkServiceRequest,
+    ) -> Result<Answer> {
+        let wants_other = request.connection.as_ref().is_some_and(|c| c.state() == State::ReselectRequested);
+        if wants_other && held.established {
+            let cx = Release { reason: Reason::Reselect, deadline, close: request.connection.clone() };
+            held.scope.unwind_to(0, &cx).await;
+            held.established = false;
+        }
+        let mark = held.scope.len();
+        let mut cx = Context {
+            me: &self.me,
+            caller: call.caller,
+            deadline,
+            fds: call.fds,
+            next_hop: None,
+            scope: &mut held.scope,
+        };
+        let next = Next { rest: &self.chain, metrics: &self.metrics };
+        let begin = Instant::now();
+        let run = AssertUnwindSafe(next.request(&mut cx, request)).catch_unwind();
+        // Not cut off at the deadline: an element in the middle of making something must come to its lease.
+        // What waits for others (dialling, look-ups, descriptors) is bounded by the deadline itself.
+        let result = run.await;
+        let fds = cx.fds;
+        let result = result.unwrap_or_else(|_| {
+            self.metrics.panicked();
+            Err(Error::internal("a panic was contained; the request was undone")
+                .hint("this is a bug: please report it with the log of this process"))
+        });
+        self.metrics.request(begin.elapsed(), result.is_ok());
+        match result {
+            Ok(mut answer) => {
+                answer.set_state(State::Up);
+                held.established = true;
+                self.arm(id, held, &answer);
+                Ok(Answer { connection: answer, fds })
+            }
+            Err(error) => {
+                held.scope.unwind_to(mark, &Release::now(Reason::Failed)).await;
+                if !held.established {
+                    self.forget(id, entry, held);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Serves a Close: makes this hop current and releases what the connection holds. The answer does not
+    /// depend on whether it was known: whoever closes wants it gone.
+    ///
+    /// # Errors
+    /// A path that lies, or what could not be released; this hop has forgotten the connection all the same.
+    pub async fn close(self: &Arc<Self>, call: Call, mut conn: Connection) -> Result<()> {
+        limits::check_connection(&conn).map_err(|e| Error::from(e).at(&self.me))?;
+        let Asker(_) = path::step(&mut conn, &self.me, new_id).map_err(|e| Error::from(e).at(&self.me))?;
+        let this = Arc::clone(self);
+        let task = tokio::spawn(async move {
+            let id = conn.id.clone();
+            let deadline = call.deadline.unwrap_or_else(|| Instant::now() + Release::TIME);
+            let release = Release { reason: Reason::Closed, deadline, close: Some(conn.clone()) };
+            if let Some(errors) = this.end(&id, release).await {
+                return errors.into_iter().next().map_or(Ok(()), Err);
+            }
+            let mut scope = Scope::default();
+            let mut cx = Context {
+                me: &this.me,
+                caller: call.caller,
+                deadline,
+                fds: call.fds,
+                next_hop: None,
+                scope: &mut scope,
+            };
+            let next = Next { rest: &this.chain, metrics: &this.metrics };
+            let run = AssertUnwindSafe(next.close_forgotten(&mut cx, conn)).catch_unwind();
+            run.await.unwrap_or_else(|_| {
+                this.metrics.panicked();
+                Err(Error::internal("a panic was contained"))
+            })
+        });
+        let result =
+            task.await.unwrap_or_else(|_| Err(Error::new(tonic::Code::Cancelled, "the process ends")));
+        result.map_err(|e| e.at(&self.me))
+    }
+
+    /// Ends a connection from the inside: expiry, a namespace that is gone, shutdown.
+    pub async fn drop_connection(self: &Arc<Self>, id: &str, reason: Reason) -> Vec<Error> {
+        self.end(id, Release::now(reason)).await.unwrap_or_default()
+    }
+
+    /// `None`: no such connection.
+    async fn end(self: &Arc<Self>, id: &str, release: Release) -> Option<Vec<Error>> {
+        let entry = self.table.lock().get(id).cloned()?;
+        let mut held = entry.0.lock().await;
+        if held.closed {
+            return None;
+        }
+        tracing::debug!(hop = %self.me, connection = id, reason = ?release.reason, "connection ends");
+        let errors = held.scope.unwind_to(0, &release).await;
+        self.forget(id, &entry, &mut held);
+        self.metrics.ended(release.reason);
+        Some(errors)
+    }
+
+    fn forget(&self, id: &str, entry: &Arc<Entry>, held: &mut Held) {
+        held.closed = true;
+        held.established = false;
+        if let Some(timer) = held.expiry.take() {
+            timer.abort();
+        }
+        let mut table = self.table.lock();
+        if table.get(id).is_some_and(|there| Arc::ptr_eq(there, entry)) {
+            table.remove(id);
+        }
+    }
+
+    /// Starts the clock of the connection anew.
+    fn arm(self: &Arc<Self>, id: &str, held: &mut Held, answer: &Connection) {
+        if !self.expiry {
+            return;
+        }
+        if let Some(timer) = held.expiry.take() {
+            timer.abort();
+        }
+        let Some(expires) = path::index(answer)
+            .checked_sub(1)
+            .and_then(|i| path::segments(answer).get(i)?.expires.as_ref())
+            .map(path::from_timestamp)
+        else {
+            return;
+        };
+        let wait = expires.duration_since(std::time::SystemTime::now()).unwrap_or_default();
+        let (this, id) = (Arc::downgrade(self), id.to_owned());
+        let timer = tokio::spawn(async move {
+            tokio::time::sleep(wait).await;
+            let Some(this) = this.upgrade() else { return };
+            // A task of its own: ending the connection aborts this timer.
+            tokio::spawn(async move { this.drop_connection(&id, Reason::Expired).await });
+        });
+        held.expiry = Some(timer.abort_handle());
+    }
+}
+
+/// A fresh connection id.
+#[must_use]
+pub fn new_id() -> String {
+    uuid::Uuid::new_v4().to_string()
+}

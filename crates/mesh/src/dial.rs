@@ -1,0 +1,319 @@
+//! The last element of a chain that goes on elsewhere: hands the request to the next hop, remembers how to
+//! close there, and follows what the next hop tells of its connections.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+    time::SystemTime,
+};
+
+use async_trait::async_trait;
+use nsm_api::{
+    path::{self, Asker},
+    pb::{
+        connection::{
+            Connection, MonitorScopeSelector, PathSegment, monitor_connection_client::MonitorConnectionClient,
+        },
+        networkservice::{NetworkServiceRequest, network_service_client::NetworkServiceClient},
+    },
+};
+use nsm_transport::{Connection as Channel, Peer, Pool};
+use parking_lot::Mutex;
+use tokio::time::Instant;
+
+use crate::{
+    auth::{self, OwnNamespace},
+    chain::{Context, Element, Next},
+    error::{Error, Result},
+    fds::{self, Fds},
+    hop::NextHop,
+    monitor::Hub,
+    scope::{Lease, Reason, Release},
+};
+
+/// Hands requests to the next hop that an element above has set.
+#[derive(Debug)]
+pub struct Dial {
+    pool: Pool,
+    follower: Arc<Follower>,
+    dial_timeout: std::time::Duration,
+    check_answers: bool,
+    own_namespace: Option<OwnNamespace>,
+}
+
+impl Dial {
+    /// Over this pool, for the hop called `me`, telling `hub` what the next hops tell.
+    #[must_use]
+    pub fn new(pool: Pool, me: &str, hub: Arc<Hub>, dial_timeout: std::time::Duration) -> Self {
+        let follower = Arc::new(Follower { me: me.into(), hub, streams: Mutex::default() });
+        Self { pool, follower, dial_timeout, check_answers: false, own_namespace: None }
+    }
+
+    /// Also checks the tokens of every answer, as edge clients do.
+    #[must_use]
+    pub fn checking_answers(mut self) -> Self {
+        self.check_answers = true;
+        self
+    }
+
+    /// Accepts a namespace in an answer only if it is the answering process's own.
+    #[must_use]
+    pub fn guarding_namespaces(mut self, guard: OwnNamespace) -> Self {
+        self.own_namespace = Some(guard);
+        self
+    }
+
+    async fn channel(&self, target: &NextHop, deadline: Instant) -> Result<Channel> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        self.pool
+            .get(target.target().clone(), self.dial_timeout.min(left))
+            .await
+            .map_err(|e| Error::unavailable(format!("the next hop {target} cannot be reached: {e}")))
+    }
+
+    async fn call(
+        &self,
+        cx: &mut Context<'_>,
+        target: &NextHop,
+        request: NetworkServiceRequest,
+    ) -> Result<Connection> {
+        let channel = self.channel(target, cx.deadline).await?;
+        let peer = channel.peer().clone();
+        for mechanism in fds::mechanisms(&request) {
+            cx.fds.send(&peer, mechanism);
+        }
+        let index = path::index(request.connection.as_ref().unwrap_or(&Connection::default()));
+        let undo = request.connection.clone();
+        let mut call = tonic::Request::new(request);
+        call.set_timeout(cx.deadline.saturating_duration_since(Instant::now()));
+        let answered =
+            tokio::time::timeout_at(cx.deadline, NetworkServiceClient::new(channel.clone()).request(call))
+                .await;
+        let mut answer = match answered {
+            Ok(Ok(answer)) => answer.into_inner(),
+            failed => {
+                let error = match failed {
+                    Ok(Err(status)) => Error::from(status),
+                    _ => Error::new(
+                        tonic::Code::DeadlineExceeded,
+                        format!("{target} ({}) did not answer in time", peer.id()),
+                    ),
+                };
+                // It may have made something before the answer was lost: a peer that is told to close undoes
+                // it. For a connection that stood before, that is not ours to decide.
+                let lost = matches!(
+                    error.code,
+                    tonic::Code::DeadlineExceeded | tonic::Code::Cancelled | tonic::Code::Unavailable
+                );
+                if lost
+                    && cx.scope.get::<Dialed>().is_none()
+                    && let Some(conn) = undo
+                {
+                    tokio::spawn(close(channel, conn, Instant::now() + Release::TIME));
+                }
+                return Err(error);
+            }
+        };
+        path::restore(&mut answer, Asker(index as u32))?;
+        if self.check_answers
+            && let Err(denied) = auth::check_answer(&answer, &peer, SystemTime::now())
+        {
+            tokio::spawn(close(channel, answer, Instant::now() + Release::TIME));
+            return Err(denied);
+        }
+        if let Err(error) = self.receive(cx, &peer, &answer).await {
+            tokio::spawn(close(channel, answer, Instant::now() + Release::TIME));
+            return Err(error);
+        }
+        self.follower.follow(target, &channel, &answer.id);
+        Ok(answer)
+    }
+}
+
+impl Dial {
+    /// Fetches the files that an answer refers to and that we did not send ourselves.
+    async fn receive(&self, cx: &mut Context<'_>, peer: &Peer, answer: &Connection) -> Result<()> {
+        let unknown = answer
+            .mechanism
+            .as_ref()
+            .filter(|m| m.inode().is_ok_and(|url| url.is_some_and(|url| cx.fds.get(url).is_none())));
+        let mut received = Fds::default();
+        received.receive(peer, unknown, cx.deadline).await?;
+        if let Some(guard) = &self.own_namespace {
+            guard.check(peer, &received)?;
+        }
+        cx.fds.extend(received);
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Element for Dial {
+    fn name(&self) -> &'static str {
+        "dial"
+    }
+
+    async fn request(
+        &self,
+        cx: &mut Context<'_>,
+        request: NetworkServiceRequest,
+        _: Next<'_>,
+    ) -> Result<Connection> {
+        let target = cx.next_hop.clone().ok_or_else(|| Error::internal("no element chose a next hop"))?;
+        if cx.scope.get::<Dialed>().is_some_and(|old| old.target != target)
+            && let Some(old) = cx.scope.take::<Dialed>()
+        {
+            // The connection moves to another hop; the old one may be dead, and nobody waits for it.
+            let release = Release::now(Reason::Reselect);
+            tokio::spawn(async move { old.release(&release).await });
+        }
+        let answer = self.call(cx, &target, request).await?;
+        match cx.scope.get_mut::<Dialed>() {
+            Some(dialed) => dialed.conn = answer.clone(),
+            None => {
+                let (pool, follower) = (self.pool.clone(), Arc::clone(&self.follower));
+                let conn = answer.clone();
+                cx.scope.lease(Dialed { pool, follower, target, conn, dial_timeout: self.dial_timeout });
+            }
+        }
+        Ok(answer)
+    }
+
+    async fn close_forgotten(&self, cx: &mut Context<'_>, conn: Connection, _: Next<'_>) -> Result<()> {
+        // Nobody above found out where it went: what is there ends with its token.
+        let Some(target) = cx.next_hop.clone() else { return Ok(()) };
+        let channel = self.channel(&target, cx.deadline).await?;
+        close(channel, conn, cx.deadline).await
+    }
+}
+
+/// The next hop has state for this connection.
+#[derive(Debug)]
+struct Dialed {
+    pool: Pool,
+    follower: Arc<Follower>,
+    target: NextHop,
+    /// As the next hop answered: own index and id.
+    conn: Connection,
+    dial_timeout: std::time::Duration,
+}
+
+#[async_trait]
+impl Lease for Dialed {
+    fn name(&self) -> &'static str {
+        "dial"
+    }
+
+    async fn release(self: Box<Self>, cx: &Release) -> Result<()> {
+        self.follower.leave(&self.target, &self.conn.id);
+        if cx.reason == Reason::Expired {
+            // Each hop has its own clock, and an expired path is refused anyway (section 18, defect 8).
+            return Ok(());
+        }
+        let mut conn = self.conn;
+        if let Some(fresh) = &cx.close {
+            freshen(&mut conn, fresh);
+        }
+        let left = cx.deadline.saturating_duration_since(Instant::now());
+        let channel = self
+            .pool
+            .get(self.target.target().clone(), self.dial_timeout.min(left))
+            .await
+            .map_err(|e| Error::unavailable(format!("{} cannot be told to close: {e}", self.target)))?;
+        close(channel, conn, cx.deadline).await
+    }
+}
+
+/// Takes the segments up to the own one from a Close message: their tokens are newer than the remembered.
+fn freshen(conn: &mut Connection, fresh: &Connection) {
+    let own = path::index(conn);
+    let (Some(path), new) = (&mut conn.path, path::segments(fresh)) else { return };
+    for (old, new) in path.path_segments.iter_mut().zip(new).take(own + 1) {
+        if (&old.name, &old.id) == (&new.name, &new.id) {
+            old.clone_from(new);
+        }
+    }
+}
+
+async fn close(channel: Channel, conn: Connection, deadline: Instant) -> Result<()> {
+    let mut call = tonic::Request::new(conn);
+    call.set_timeout(deadline.saturating_duration_since(Instant::now()));
+    match tokio::time::timeout_at(deadline, NetworkServiceClient::new(channel).close(call)).await {
+        Ok(answer) => answer.map(drop).map_err(Error::from),
+        Err(_) => Err(Error::new(tonic::Code::DeadlineExceeded, "the next hop did not close in time")),
+    }
+}
+
+/// One monitor stream per neighbour, however many connections go there.
+#[derive(Debug)]
+struct Follower {
+    me: String,
+    hub: Arc<Hub>,
+    streams: Mutex<HashMap<NextHop, BTreeSet<String>>>,
+}
+
+impl Follower {
+    /// Follows the connection with this id (ours) at that neighbour.
+    fn follow(self: &Arc<Self>, target: &NextHop, channel: &Channel, id: &str) {
+        let mut streams = self.streams.lock();
+        if let Some(ids) = streams.get_mut(target) {
+            ids.insert(id.to_owned());
+            return;
+        }
+        streams.insert(target.clone(), BTreeSet::from([id.to_owned()]));
+        let (this, target, channel) = (Arc::clone(self), target.clone(), channel.clone());
+        tokio::spawn(async move {
+            if let Err(status) = this.stream(channel).await {
+                tracing::info!(next = %target, %status, "the next hop's events ended");
+            }
+            let ids = this.streams.lock().remove(&target).unwrap_or_default();
+            this.hub.lost(&ids);
+        });
+    }
+
+    async fn stream(&self, channel: Channel) -> Result<(), tonic::Status> {
+        let own = PathSegment { name: self.me.clone(), ..PathSegment::default() };
+        let selector = MonitorScopeSelector { path_segments: vec![own], ..MonitorScopeSelector::default() };
+        let mut events =
+            MonitorConnectionClient::new(channel).monitor_connections(selector).await?.into_inner();
+        while let Some(event) = events.message().await? {
+            self.hub.followed(&event);
+        }
+        Ok(())
+    }
+
+    fn leave(&self, target: &NextHop, id: &str) {
+        // The stream stays: the next connection to this neighbour finds it open.
+        if let Some(ids) = self.streams.lock().get_mut(target) {
+            ids.remove(id);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nsm_api::pb::connection::Path;
+
+    use super::*;
+
+    fn conn(index: u32, tokens: &[&str]) -> Connection {
+        let segment = |(i, token): (usize, &&str)| PathSegment {
+            name: format!("hop{i}"),
+            id: format!("id{i}"),
+            token: (*token).into(),
+            ..PathSegment::default()
+        };
+        Connection {
+            path: Some(Path { index, path_segments: tokens.iter().enumerate().map(segment).collect() }),
+            ..Connection::default()
+        }
+    }
+
+    #[test]
+    fn a_close_takes_the_fresh_tokens_of_the_hops_before() {
+        let mut remembered = conn(1, &["old", "old", "old"]);
+        freshen(&mut remembered, &conn(1, &["new", "new"]));
+        let tokens: Vec<_> = path::segments(&remembered).iter().map(|s| s.token.as_str()).collect();
+        assert_eq!(tokens, ["new", "new", "old"]);
+    }
+}

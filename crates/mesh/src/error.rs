@@ -1,0 +1,129 @@
+//! What went wrong with a request: a code for programs, the hop and the cause for people, and what to do.
+
+use std::fmt;
+
+use nsm_api::{limits::Malformed, path::PathError};
+use tonic::{Code, Status};
+
+/// The result of everything that a chain does.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// An error on its way back to the client. Its text says which hop failed, why, and what to do: it is written
+/// once, where the cause is known, and passed on unchanged by every hop in between.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Error {
+    /// The gRPC code (spec/control-plane.md 7.5). Upstream's callers only look at `Canceled`.
+    pub code: Code,
+    /// What happened.
+    pub text: String,
+    /// What to do about it, where we know.
+    pub hint: Option<String>,
+    /// The hop that failed; `None` until the chain runner fills it; empty if the text already names it.
+    pub hop: Option<String>,
+}
+
+impl Error {
+    /// An error with this code.
+    pub fn new(code: Code, text: impl Into<String>) -> Self {
+        Self { code, text: text.into(), hint: None, hop: None }
+    }
+
+    /// The request cannot be served as it stands.
+    pub fn invalid(text: impl Into<String>) -> Self {
+        Self::new(Code::InvalidArgument, text)
+    }
+
+    /// Somebody or something that is needed is not there (now).
+    pub fn not_found(text: impl Into<String>) -> Self {
+        Self::new(Code::NotFound, text)
+    }
+
+    /// The caller may not do this.
+    pub fn denied(text: impl Into<String>) -> Self {
+        Self::new(Code::PermissionDenied, text)
+    }
+
+    /// A neighbour cannot be reached.
+    pub fn unavailable(text: impl Into<String>) -> Self {
+        Self::new(Code::Unavailable, text)
+    }
+
+    /// Something of ours failed.
+    pub fn internal(text: impl Into<String>) -> Self {
+        Self::new(Code::Internal, text)
+    }
+
+    /// Adds what to do about it.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// Names the hop, unless one is named already: the innermost knows best.
+    #[must_use]
+    pub fn at(mut self, hop: &str) -> Self {
+        self.hop.get_or_insert_with(|| hop.into());
+        self
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(hop) = self.hop.as_deref().filter(|hop| !hop.is_empty()) {
+            write!(f, "{hop}: ")?;
+        }
+        f.write_str(&self.text)?;
+        if let Some(hint) = &self.hint {
+            write!(f, " (hint: {hint})")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<Error> for Status {
+    fn from(e: Error) -> Self {
+        // A text beyond what fits into HTTP/2 headers would turn the error into a broken stream.
+        let text: String = e.to_string().chars().take(2000).collect();
+        Self::new(e.code, text)
+    }
+}
+
+impl From<Status> for Error {
+    /// A neighbour's error, passed on as it is: its text names the hop that failed, if that is one of ours.
+    fn from(status: Status) -> Self {
+        Self { hop: Some(String::new()), ..Self::new(status.code(), status.message()) }
+    }
+}
+
+impl From<PathError> for Error {
+    fn from(e: PathError) -> Self {
+        // Upstream reports a path that contradicts itself as Unknown (spec/control-plane.md 4.2).
+        Self::new(Code::Unknown, e.to_string())
+    }
+}
+
+impl From<Malformed> for Error {
+    fn from(e: Malformed) -> Self {
+        Self::invalid(e.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_innermost_hop_and_the_hint_reach_the_client() {
+        let e =
+            Error::not_found("no endpoint of service \"x\" matches").hint("start one").at("fwd").at("mgr");
+        assert_eq!(e.to_string(), "fwd: no endpoint of service \"x\" matches (hint: start one)");
+        let across: Error = Status::from(e).into();
+        assert_eq!(
+            (across.code, across.at("mgr").to_string().as_str()),
+            (Code::NotFound, "fwd: no endpoint of service \"x\" matches (hint: start one)")
+        );
+    }
+}

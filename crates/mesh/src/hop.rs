@@ -1,0 +1,61 @@
+//! Where a request goes next.
+
+use std::{fmt, sync::Arc};
+
+use nsm_transport::{DialTarget, DialUrl, FileId};
+
+/// A neighbour: how to dial it, and what tells it from others.
+#[derive(Debug, Clone)]
+pub struct NextHop {
+    target: DialTarget,
+    name: Arc<str>,
+}
+
+impl NextHop {
+    /// How to dial it.
+    #[must_use]
+    pub fn target(&self) -> &DialTarget {
+        &self.target
+    }
+
+    /// Whether it is on this node: descriptors can be handed over, and wires need no tunnel.
+    #[must_use]
+    pub fn is_local(&self) -> bool {
+        matches!(self.target, DialTarget::Socket(_) | DialTarget::Url(DialUrl::Unix(_)))
+    }
+}
+
+impl<T: Into<DialTarget>> From<T> for NextHop {
+    fn from(target: T) -> Self {
+        let target = target.into();
+        let name = match &target {
+            DialTarget::Url(url) => url.to_string(),
+            // A socket file is known by what it is: names below /proc/PID/fd are reused.
+            DialTarget::Socket(fd) => FileId::of(fd).map_or_else(
+                |error| format!("a socket that cannot be examined ({error})"),
+                |id| format!("socket inode://{}/{}", id.dev, id.ino),
+            ),
+        };
+        Self { target, name: name.into() }
+    }
+}
+
+impl PartialEq for NextHop {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name
+    }
+}
+
+impl Eq for NextHop {}
+
+impl std::hash::Hash for NextHop {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        self.name.hash(state);
+    }
+}
+
+impl fmt::Display for NextHop {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name)
+    }
+}

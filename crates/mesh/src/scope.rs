@@ -1,0 +1,116 @@
+//! What one connection holds at this hop: leases, each of which knows its release.
+
+use std::{any::Any, fmt, time::Duration};
+
+use async_trait::async_trait;
+use nsm_api::pb::connection::Connection;
+use tokio::time::Instant;
+
+use crate::error::Error;
+
+/// Something that was acquired for a connection and has to be given back.
+#[async_trait]
+pub trait Lease: Any + Send + Sync + fmt::Debug {
+    /// Short and stable, for logs.
+    fn name(&self) -> &'static str;
+
+    /// Gives it back. Called once, newest lease first.
+    ///
+    /// # Errors
+    /// What could not be given back; the release of the others goes on.
+    async fn release(self: Box<Self>, cx: &Release) -> Result<(), Error>;
+}
+
+/// Why and until when leases are released.
+#[derive(Debug, Clone)]
+pub struct Release {
+    /// Why.
+    pub reason: Reason,
+    /// How long a release may talk to others.
+    pub deadline: Instant,
+    /// The Close message, if one came: its path has fresh tokens.
+    pub close: Option<Connection>,
+}
+
+impl Release {
+    /// How long a release may talk to neighbours when no caller's deadline bounds it.
+    pub const TIME: Duration = Duration::from_secs(5);
+
+    /// A release from the inside, without a Close message.
+    #[must_use]
+    pub fn now(reason: Reason) -> Self {
+        Self { reason, deadline: Instant::now() + Self::TIME, close: None }
+    }
+}
+
+/// Why a connection, or what a failed request had acquired, ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reason {
+    /// The request that acquired it failed.
+    Failed,
+    /// The client closed the connection.
+    Closed,
+    /// The client's token expired: nobody on the path may speak for it any more, each hop clears for itself.
+    Expired,
+    /// The client wants another endpoint.
+    Reselect,
+    /// A namespace or neighbour of the connection is gone.
+    Gone,
+    /// This process ends.
+    Shutdown,
+}
+
+/// Everything one connection holds, in the order it was acquired.
+#[derive(Debug, Default)]
+pub struct Scope(Vec<Box<dyn Lease>>);
+
+impl Scope {
+    /// Keeps a lease until the connection ends, or until the request that acquired it fails.
+    pub fn lease(&mut self, lease: impl Lease) {
+        self.0.push(Box::new(lease));
+    }
+
+    /// What an earlier request of this connection leased, if it did.
+    #[must_use]
+    pub fn get<T: Lease>(&self) -> Option<&T> {
+        self.0.iter().rev().find_map(|lease| (&**lease as &dyn Any).downcast_ref())
+    }
+
+    /// The same, to be brought up to date.
+    pub fn get_mut<T: Lease>(&mut self) -> Option<&mut T> {
+        self.0.iter_mut().rev().find_map(|lease| (&mut **lease as &mut dyn Any).downcast_mut())
+    }
+
+    /// Takes a lease out, to be released or replaced by the caller.
+    pub fn take<T: Lease>(&mut self) -> Option<Box<T>> {
+        let at = self.0.iter().rposition(|lease| (&**lease as &dyn Any).is::<T>())?;
+        (self.0.remove(at) as Box<dyn Any>).downcast().ok()
+    }
+
+    /// How many leases there are: a mark to unwind to.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether nothing is held.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Gives back, newest first, everything acquired since the scope was `len` long. What fails is collected,
+    /// not lost, and stops nobody.
+    pub async fn unwind_to(&mut self, len: usize, cx: &Release) -> Vec<Error> {
+        let mut errors = Vec::new();
+        while self.0.len() > len {
+            let Some(lease) = self.0.pop() else { break };
+            let name = lease.name();
+            if let Err(error) = lease.release(cx).await {
+                tracing::warn!(lease = name, reason = ?cx.reason, %error, "could not be released");
+                errors.push(error);
+            }
+        }
+        errors
+    }
+}

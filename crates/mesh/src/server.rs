@@ -1,0 +1,112 @@
+//! The gRPC face of a hop: `NetworkService` and `MonitorConnection`.
+
+use std::sync::Arc;
+
+use nsm_api::pb::{
+    connection::{
+        Connection, ConnectionEvent, MonitorScopeSelector,
+        monitor_connection_server::{MonitorConnection, MonitorConnectionServer},
+    },
+    networkservice::{
+        NetworkServiceRequest,
+        network_service_server::{NetworkService, NetworkServiceServer},
+    },
+};
+use nsm_transport::{Deadline, Peer, client_token};
+use tokio::time::Instant;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use crate::{
+    chain::{Call, Caller, Connections, DEFAULT_DEADLINE},
+    error::Error,
+    fds::{self, Fds},
+    monitor::Hub,
+};
+
+/// No caller keeps a request waiting for longer than this, whatever it says.
+const LONGEST_DEADLINE: std::time::Duration = std::time::Duration::from_secs(300);
+
+/// Adds both services of a hop to a server's routes.
+pub fn add(routes: &mut tonic::service::RoutesBuilder, connections: Arc<Connections>, hub: Arc<Hub>) {
+    routes
+        .add_service(NetworkServiceServer::new(Hop { connections }))
+        .add_service(MonitorConnectionServer::new(Events { hub }));
+}
+
+#[derive(Debug)]
+struct Hop {
+    connections: Arc<Connections>,
+}
+
+#[tonic::async_trait]
+impl NetworkService for Hop {
+    async fn request(&self, request: Request<NetworkServiceRequest>) -> Result<Response<Connection>, Status> {
+        let (caller, deadline) = facts(&request)?;
+        let peer = caller.peer.clone();
+        let request = request.into_inner();
+        let mut received = Fds::default();
+        received
+            .receive(&peer, fds::mechanisms(&request), deadline)
+            .await
+            .map_err(|e| e.at(self.connections.me()))?;
+        let call = Call { caller: Some(caller), deadline: Some(deadline), fds: received.clone() };
+        let answer = self.connections.request(call, request).await.inspect_err(|error| {
+            tracing::info!(peer = %peer.id(), %error, "request refused");
+        })?;
+        // What the caller itself sent it need not get back (section 17 rule 14).
+        if let Some(mechanism) = &answer.connection.mechanism
+            && let Ok(Some(url)) = mechanism.inode()
+            && received.get(url).is_none()
+        {
+            answer.fds.send(&peer, mechanism);
+        }
+        Ok(Response::new(answer.connection))
+    }
+
+    async fn close(&self, request: Request<Connection>) -> Result<Response<()>, Status> {
+        let (caller, deadline) = facts(&request)?;
+        let peer = caller.peer.clone();
+        let call = Call { caller: Some(caller), deadline: Some(deadline), fds: Fds::default() };
+        self.connections.close(call, request.into_inner()).await.inspect_err(|error| {
+            tracing::info!(peer = %peer.id(), %error, "close incomplete");
+        })?;
+        Ok(Response::new(()))
+    }
+}
+
+fn facts<T>(request: &Request<T>) -> Result<(Caller, Instant), Status> {
+    let caller = Caller { peer: Peer::of(request)?.clone(), token: client_token(request.metadata()) };
+    let longest = Instant::now() + LONGEST_DEADLINE;
+    let deadline =
+        Deadline::of(request).map_or_else(|| Instant::now() + DEFAULT_DEADLINE, |d| d.0.min(longest));
+    Ok((caller, deadline))
+}
+
+#[derive(Debug)]
+struct Events {
+    hub: Arc<Hub>,
+}
+
+#[tonic::async_trait]
+impl MonitorConnection for Events {
+    type MonitorConnectionsStream = futures::stream::Map<
+        ReceiverStream<ConnectionEvent>,
+        fn(ConnectionEvent) -> Result<ConnectionEvent, Status>,
+    >;
+
+    async fn monitor_connections(
+        &self,
+        request: Request<MonitorScopeSelector>,
+    ) -> Result<Response<Self::MonitorConnectionsStream>, Status> {
+        use futures::StreamExt as _;
+        let selector = request.into_inner();
+        if selector.path_segments.len() > nsm_api::path::MAX_SEGMENTS
+            || selector.network_services.len() > nsm_api::limits::MAX_ENTRIES
+        {
+            return Err(Error::invalid("the selector is larger than any path").into());
+        }
+        let events = self.hub.watch(selector)?;
+        Ok(Response::new(ReceiverStream::new(events).map(Ok as fn(_) -> _)))
+    }
+}

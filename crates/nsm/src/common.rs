@@ -1,0 +1,105 @@
+//! What all roles share: log, identity, signals, readiness.
+
+use std::{future::Future, io::IsTerminal as _, os::unix::net::UnixDatagram, time::Duration};
+
+use anyhow::{Context as _, Result};
+use clap::Args;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
+use tracing_subscriber::EnvFilter;
+
+/// Flags of every role.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Common {
+    /// What to log: error, warn, info, debug, trace, or a filter such as `info,nsm_mesh=debug`
+    #[arg(long, env = "NSM_LOG_LEVEL", default_value = "info", hide_env_values = true)]
+    pub(crate) log_level: String,
+    /// Log lines as JSON
+    #[arg(long, env = "NSM_LOG_JSON")]
+    pub(crate) log_json: bool,
+}
+
+/// How long tokens live, for the roles that make them.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Tokens {
+    /// How long the tokens that we sign live; a wire whose client is dead goes when they expire
+    #[arg(long, env = "NSM_MAX_TOKEN_LIFETIME", default_value = "10m", value_parser = duration)]
+    pub(crate) max_token_lifetime: Duration,
+}
+
+/// A duration as upstream writes it: `750ms`, `10m`, `1h30m`.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text).map_err(|e| format!("{e}; expected for example 750ms, 15s or 10m"))
+}
+
+/// `key:value` pairs of an environment list.
+pub(crate) fn label(text: &str) -> Result<(String, String), String> {
+    match text.split_once(':').or_else(|| text.split_once('=')) {
+        Some((key, value)) if !key.is_empty() => Ok((key.into(), value.into())),
+        _ => Err(format!("{text:?} is not KEY:VALUE")),
+    }
+}
+
+/// Runs a role until it ends or a signal comes.
+pub(crate) fn run(common: &Common, role: impl Future<Output = Result<()>>) -> Result<()> {
+    let filter = EnvFilter::try_new(normal_level(&common.log_level))
+        .with_context(|| format!("log level {:?}: expected error, warn, info, debug, trace", common.log_level))?;
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    if common.log_json {
+        log.json().init();
+    } else {
+        log.with_ansi(std::io::stderr().is_terminal()).init();
+    }
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("the runtime cannot start")?
+        .block_on(role)
+}
+
+/// Upstream's words for levels, in any case, are taken too.
+fn normal_level(level: &str) -> String {
+    match level.to_ascii_lowercase().as_str() {
+        "warning" => "warn".into(),
+        "fatal" | "panic" => "error".into(),
+        lower => lower.into(),
+    }
+}
+
+/// INT, TERM, HUP and QUIT end a role in good order, as they end every upstream program.
+#[derive(Debug, Clone)]
+pub(crate) struct Shutdown(watch::Receiver<bool>);
+
+impl Shutdown {
+    /// Catches the signals from now on.
+    pub(crate) fn on_signals() -> Result<Self> {
+        let (tell, told) = watch::channel(false);
+        for kind in [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup(), SignalKind::quit()] {
+            let (mut signals, tell) = (signal(kind).context("signals cannot be caught")?, tell.clone());
+            tokio::spawn(async move {
+                while signals.recv().await.is_some() {
+                    tell.send_replace(true);
+                }
+            });
+        }
+        Ok(Self(told))
+    }
+
+    /// Returns when a signal has come.
+    pub(crate) async fn wait(mut self) {
+        // The senders live as long as the runtime.
+        let _ = self.0.wait_for(|ended| *ended).await;
+    }
+}
+
+/// Tells the service manager something (sd_notify(3)): `READY=1`, `STATUS=…`. Without one nothing happens.
+pub(crate) fn notify(message: &str) {
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let sent = UnixDatagram::unbound().and_then(|socket| socket.send_to(message.as_bytes(), &path));
+    if let Err(error) = sent {
+        tracing::debug!(%error, "the service manager cannot be told");
+    }
+}

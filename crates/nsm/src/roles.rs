@@ -1,0 +1,415 @@
+//! Flags and environment of every role, and the call that starts it.
+
+use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
+
+use anyhow::{Context as _, Result};
+use clap::Args;
+use ipnet::IpNet;
+use nsm_api::nsurl::NsUrl;
+use nsm_identity::{Source, SpiffeId};
+use nsm_sdk::{
+    client::{Client as SdkClient, ClientConfig},
+    endpoint::EndpointConfig,
+    ipam::PrefixGroups,
+    own_end::OwnNamespace,
+};
+use nsm_transport::{DialUrl, ListenUrl, Pool};
+
+use crate::common::{Common, Shutdown, Tokens, duration, label, notify};
+
+const MANAGER_SOCKET: &str = "unix:///var/lib/networkservicemesh/nsm.io.sock";
+
+/// Waits for an identity; says so, because without one nothing else happens.
+async fn identity() -> Result<Source> {
+    notify("STATUS=waiting for an identity");
+    Source::from_env().await.context("no identity")
+}
+
+fn ready() {
+    notify("READY=1");
+}
+
+/// The directory: which services there are, and which endpoints provide them.
+///
+/// State is in memory; after a restart managers and endpoints register again by themselves.
+#[derive(Debug, Args)]
+pub(crate) struct Registry {
+    /// Name in logs
+    #[arg(long, env = "NSM_NAME", default_value = "registry")]
+    name: String,
+    /// Where to listen: tcp://host:port or unix:///path, several separated by commas
+    #[arg(long, env = "NSM_LISTEN_ON", default_value = "tcp://:5002", value_delimiter = ',')]
+    listen_on: Vec<ListenUrl>,
+    /// YAML files with NetworkService resources (networkservicemesh.io/v1 or v1alpha1) to start with
+    #[arg(long, env = "NSM_NETWORK_SERVICE_FILES", value_delimiter = ',', value_name = "FILE")]
+    network_services: Vec<PathBuf>,
+    /// How long an endpoint stays registered without being registered again
+    #[arg(long, env = "NSM_EXPIRE_PERIOD", default_value = "1m", value_parser = duration)]
+    expire_period: Duration,
+    #[command(flatten)]
+    tokens: Tokens,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+impl Registry {
+    pub(crate) async fn serve(self) -> Result<()> {
+        let shutdown = Shutdown::on_signals()?;
+        let config = nsm_registry::Config {
+            name: self.name,
+            listen_on: self.listen_on,
+            network_services: self.network_services,
+            default_expiration: self.expire_period,
+            max_token_lifetime: self.tokens.max_token_lifetime,
+        };
+        // Files are read before anything is waited for: what is wrong with them is said at once.
+        let registry = nsm_registry::Registry::load(config)?;
+        registry.serve(identity().await?, ready, shutdown.wait()).await?;
+        Ok(())
+    }
+}
+
+/// One per node: takes requests of workloads and of other nodes, chooses the forwarder.
+///
+/// Accepts a network namespace from a workload only if it is the workload's own.
+#[derive(Debug, Args)]
+pub(crate) struct Manager {
+    /// Name in the path of connections; unique in the mesh
+    #[arg(long, env = "NSM_NAME", default_value = "nsmgr")]
+    name: String,
+    /// Where to listen; the first tcp:// one is what other nodes reach us by
+    #[arg(long, env = "NSM_LISTEN_ON", default_value = MANAGER_SOCKET, value_delimiter = ',')]
+    listen_on: Vec<ListenUrl>,
+    /// The cluster's registry; empty: one in this process
+    #[arg(long, env = "NSM_REGISTRY_URL", default_value = "tcp://localhost:5002")]
+    registry_url: String,
+    /// How long connecting to registry, forwarders and other managers may take
+    #[arg(long, env = "NSM_DIAL_TIMEOUT", default_value = "750ms", value_parser = duration)]
+    dial_timeout: Duration,
+    /// The service under which forwarders register
+    #[arg(long, env = "NSM_FORWARDER_NETWORK_SERVICE_NAME", default_value = "forwarder")]
+    forwarder_network_service_name: String,
+    /// SPIFFE IDs that may ask for wires into namespaces other than their own
+    #[arg(long, env = "NSM_NAMESPACE_DELEGATES", value_delimiter = ',', value_name = "SPIFFE_ID")]
+    namespace_delegates: Vec<SpiffeId>,
+    #[command(flatten)]
+    tokens: Tokens,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+impl Manager {
+    pub(crate) async fn serve(self) -> Result<()> {
+        let shutdown = Shutdown::on_signals()?;
+        let registry_url = match self.registry_url.as_str() {
+            "" => None,
+            url => Some(url.parse::<DialUrl>().context("NSM_REGISTRY_URL")?),
+        };
+        let config = nsm_manager::Config {
+            name: self.name,
+            listen_on: self.listen_on,
+            registry_url,
+            dial_timeout: self.dial_timeout,
+            forwarder_service: self.forwarder_network_service_name,
+            namespace_delegates: self.namespace_delegates.into_iter().collect(),
+            max_token_lifetime: self.tokens.max_token_lifetime,
+        };
+        nsm_manager::serve(config, identity().await?, ready, shutdown.wait()).await?;
+        Ok(())
+    }
+}
+
+/// One per node: turns connections into wires of the kernel.
+///
+/// On one node a wire is a veth pair, between nodes a VXLAN device; both are made straight in the pods. Wires
+/// outlive this process: after a restart they are found and adopted. Needs CAP_NET_ADMIN and CAP_SYS_ADMIN.
+#[derive(Debug, Args)]
+pub(crate) struct Forwarder {
+    /// Name in the path of connections and in the registry; unique in the mesh
+    #[arg(long, env = "NSM_NAME", default_value = "forwarder")]
+    name: String,
+    /// The manager of this node
+    #[arg(long, env = "NSM_CONNECT_TO", default_value = MANAGER_SOCKET)]
+    connect_to: DialUrl,
+    /// Where to listen
+    #[arg(long, env = "NSM_LISTEN_ON", default_value = "unix:///run/nsm/forwarder.sock")]
+    listen_on: ListenUrl,
+    /// This node's address for tunnels; without one: that of the default route's device
+    #[arg(long, env = "NSM_TUNNEL_IP")]
+    tunnel_ip: Option<IpAddr>,
+    /// UDP port of VXLAN tunnels; 0 is 4789
+    #[arg(long, env = "NSM_VXLAN_PORT", default_value_t = 0)]
+    vxlan_port: u16,
+    /// Where the plans of wires are kept, so that a restart finds them; no need to survive a reboot
+    #[arg(long, env = "NSM_STATE_DIR", default_value = "/run/nsm/forwarder")]
+    state_dir: PathBuf,
+    /// Capabilities that services choose forwarders by
+    #[arg(long, env = "NSM_LABELS", default_value = "p2p:true", value_delimiter = ',', value_parser = label)]
+    labels: Vec<(String, String)>,
+    /// The service under which forwarders register
+    #[arg(long, env = "NSM_NSNAME", default_value = "forwarder")]
+    nsname: String,
+    /// How long connecting to endpoints and managers may take
+    #[arg(long, env = "NSM_DIAL_TIMEOUT", default_value = "750ms", value_parser = duration)]
+    dial_timeout: Duration,
+    #[command(flatten)]
+    tokens: Tokens,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+impl Forwarder {
+    pub(crate) async fn serve(self) -> Result<()> {
+        let shutdown = Shutdown::on_signals()?;
+        let config = nsm_forwarder::Config {
+            name: self.name,
+            connect_to: self.connect_to,
+            listen_on: self.listen_on,
+            tunnel_ip: self.tunnel_ip,
+            vxlan_port: self.vxlan_port,
+            state_dir: self.state_dir,
+            labels: self.labels.into_iter().collect(),
+            service: self.nsname,
+            dial_timeout: self.dial_timeout,
+            max_token_lifetime: self.tokens.max_token_lifetime,
+        };
+        // The kernel is asked before anything is waited for: a missing capability is said at once.
+        let forwarder = nsm_forwarder::Forwarder::prepare(config)?;
+        forwarder.serve(identity().await?, ready, shutdown.wait()).await?;
+        Ok(())
+    }
+}
+
+/// Asks for wires and keeps them up until a signal comes; then closes them.
+///
+/// Example: nsm client --name web --network-services kernel://secure-intranet-connectivity/nsm0
+#[derive(Debug, Args)]
+pub(crate) struct Client {
+    /// Name in the path; unique in the mesh. Connections are called NAME-0, NAME-1, …
+    #[arg(long, env = "NSM_NAME", default_value = "nsc")]
+    name: String,
+    /// The manager of this node
+    #[arg(long, env = "NSM_CONNECT_TO", default_value = MANAGER_SOCKET)]
+    connect_to: DialUrl,
+    /// What to ask for: kernel://SERVICE[@DOMAIN][/INTERFACE][?LABEL=VALUE&…], several separated by commas
+    #[arg(long, env = "NSM_NETWORK_SERVICES", default_value = "", value_name = "URLS")]
+    network_services: String,
+    /// Labels of every request, beside those of the URL
+    #[arg(long, env = "NSM_LABELS", value_delimiter = ',', value_parser = label, value_name = "KEY:VALUE")]
+    labels: Vec<(String, String)>,
+    /// How long connecting to the manager may take
+    #[arg(long, env = "NSM_DIAL_TIMEOUT", default_value = "5s", value_parser = duration)]
+    dial_timeout: Duration,
+    /// How long one try of a request may take
+    #[arg(long, env = "NSM_REQUEST_TIMEOUT", default_value = "15s", value_parser = duration)]
+    request_timeout: Duration,
+    /// Give up after the first try instead of trying until the wires are there
+    #[arg(long)]
+    once: bool,
+    #[command(flatten)]
+    tokens: Tokens,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+impl Client {
+    pub(crate) async fn serve(self) -> Result<()> {
+        let shutdown = Shutdown::on_signals()?;
+        let urls = NsUrl::parse_list(&self.network_services)?;
+        let source = identity().await?;
+        let config = ClientConfig {
+            name: self.name,
+            connect_to: self.connect_to.into(),
+            dial_timeout: self.dial_timeout,
+            request_timeout: self.request_timeout,
+            labels: self.labels.into_iter().collect(),
+        };
+        let namespace = OwnNamespace::open().context("our own network namespace cannot be opened")?;
+        let pool = Arc::new(Pool::new(source, self.tokens.max_token_lifetime));
+        let client = SdkClient::new(config, pool, namespace);
+        let ask = async {
+            let mut wires = Vec::new();
+            for (index, url) in urls.iter().enumerate() {
+                notify(&format!("STATUS=asking for {}", url.service));
+                let begin = std::time::Instant::now();
+                let wire = if self.once {
+                    client.request(index, url).await.with_context(|| format!("no wire to {}", url.service))?
+                } else {
+                    client.wire(index, url, |attempt, error| tell_failure(&url.service, attempt, error)).await
+                };
+                tracing::info!(service = %url.service, connection = wire.id(), took = ?begin.elapsed(), "wire up");
+                wires.push(wire);
+            }
+            Ok::<_, anyhow::Error>(wires)
+        };
+        let wires = tokio::select! {
+            wires = ask => wires?,
+            () = shutdown.clone().wait() => return Ok(()),
+        };
+        ready();
+        shutdown.wait().await;
+        for wire in wires {
+            let id = wire.id().to_owned();
+            if let Err(error) = wire.close().await {
+                tracing::warn!(connection = %id, %error, "not closed in good order; it ends with its token");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The first failure is news; later ones only now and then, because the cause is usually the same.
+fn tell_failure(service: &str, attempt: u32, error: &nsm_mesh::Error) {
+    notify(&format!("STATUS=no wire to {service} yet: {error}"));
+    if attempt.is_power_of_two() || attempt == 0 {
+        tracing::warn!(%service, tries = attempt + 1, %error, "no wire yet; trying again");
+    }
+}
+
+/// Flags of everything that serves a network service.
+#[derive(Debug, Args)]
+pub(crate) struct Serving {
+    /// Name in the path and in the registry; unique in the mesh
+    #[arg(long, env = "NSM_NAME", default_value = "nse")]
+    name: String,
+    /// The manager of this node
+    #[arg(long, env = "NSM_CONNECT_TO", default_value = MANAGER_SOCKET)]
+    connect_to: DialUrl,
+    /// Where to listen; without it: a socket in a fresh temporary directory
+    #[arg(long, env = "NSM_LISTEN_ON")]
+    listen_on: Option<ListenUrl>,
+    /// Labels that services choose endpoints by
+    #[arg(long, env = "NSM_LABELS", value_delimiter = ',', value_parser = label, value_name = "KEY:VALUE")]
+    labels: Vec<(String, String)>,
+    /// How long connecting to the manager may take
+    #[arg(long, env = "NSM_DIAL_TIMEOUT", default_value = "5s", value_parser = duration)]
+    dial_timeout: Duration,
+    #[command(flatten)]
+    tokens: Tokens,
+}
+
+impl Serving {
+    fn config(self, services: Vec<String>) -> EndpointConfig {
+        EndpointConfig {
+            name: self.name,
+            connect_to: self.connect_to,
+            listen_on: self.listen_on,
+            services,
+            labels: self.labels.into_iter().collect::<BTreeMap<_, _>>(),
+            register_payload: None,
+            dial_timeout: self.dial_timeout,
+            max_token_lifetime: self.tokens.max_token_lifetime,
+        }
+    }
+}
+
+/// Provides a service: addresses for its clients, and answers to their pings.
+///
+/// Example: nsm endpoint --name gw --service-names vpn --cidr-prefix 172.16.1.0/24,2001:db8::/64
+#[derive(Debug, Args)]
+pub(crate) struct Endpoint {
+    #[command(flatten)]
+    serving: Serving,
+    /// The services provided
+    #[arg(long, env = "NSM_SERVICE_NAMES", value_delimiter = ',', default_value = "icmp-responder")]
+    service_names: Vec<String>,
+    /// Prefixes that wires get their addresses from: one pair of each comma-separated group, `[a,b]` is one group
+    #[arg(long, env = "NSM_CIDR_PREFIX", default_value = "169.254.0.0/16")]
+    cidr_prefix: PrefixGroups,
+    /// Prefixes behind this endpoint: its clients get routes to them
+    #[arg(long, env = "NSM_ROUTES", value_delimiter = ',', value_name = "PREFIX")]
+    routes: Vec<IpNet>,
+    /// Payload of the services, where they are registered by us: IP or ETHERNET
+    #[arg(long, env = "NSM_PAYLOAD", default_value = "ETHERNET")]
+    payload: String,
+    /// Register the services too, not only the endpoint. An existing service of that name is replaced
+    #[arg(long, env = "NSM_REGISTER_SERVICE", default_value_t = true, action = clap::ArgAction::Set)]
+    register_service: bool,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+impl Endpoint {
+    pub(crate) async fn serve(self) -> Result<()> {
+        let shutdown = Shutdown::on_signals()?;
+        let mut config = self.serving.config(self.service_names);
+        config.register_payload = self.register_service.then_some(self.payload);
+        let source = identity().await?;
+        nsm_sdk::endpoint::serve_addresses(config, &self.cidr_prefix, self.routes, source, ready, shutdown.wait())
+            .await?;
+        Ok(())
+    }
+}
+
+/// A function in the middle: lets pass what its rules allow, remembers flows, drops the rest.
+///
+/// Refuses to start without readable rules. They are read in the syntax of upstream's firewall (a map of rules
+/// with `ispermit`, `proto`, …) or in the older one (`aclRules:` with `action=reflect,tcplowport=80,…`).
+#[derive(Debug, Args)]
+pub(crate) struct Firewall {
+    #[command(flatten)]
+    serving: Serving,
+    /// The service provided; the function asks for the same service with its own labels
+    #[arg(long, env = "NSM_SERVICE_NAME")]
+    service_name: String,
+    /// The rules
+    #[arg(long, env = "NSM_ACL_CONFIG_PATH", default_value = "/etc/firewall/config.yaml", value_name = "FILE")]
+    acl_config_path: PathBuf,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+impl Firewall {
+    pub(crate) async fn serve(self) -> Result<()> {
+        let shutdown = Shutdown::on_signals()?;
+        let rules = nsm_cnf::rules::read(&self.acl_config_path)?;
+        let config = self.serving.config(vec![self.service_name]);
+        let source = identity().await?;
+        nsm_cnf::firewall(config, rules, source, ready, shutdown.wait()).await?;
+        Ok(())
+    }
+}
+
+/// A function in the middle that lets everything pass.
+#[derive(Debug, Args)]
+pub(crate) struct Passthrough {
+    #[command(flatten)]
+    serving: Serving,
+    /// The service provided; the function asks for the same service with its own labels
+    #[arg(long, env = "NSM_SERVICE_NAME")]
+    service_name: String,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+impl Passthrough {
+    pub(crate) async fn serve(self) -> Result<()> {
+        let shutdown = Shutdown::on_signals()?;
+        let config = self.serving.config(vec![self.service_name]);
+        nsm_cnf::passthrough(config, identity().await?, ready, shutdown.wait()).await?;
+        Ok(())
+    }
+}
+
+/// A small certificate authority: tells every process who it is (SPIFFE Workload API).
+///
+/// Callers are attested by what the kernel says of them: network namespace, user, executable, cgroup, process.
+/// The configuration maps that to SPIFFE IDs; it is read again when it changes.
+#[derive(Debug, Args)]
+pub(crate) struct Identity {
+    /// YAML: trustDomain, svidTtl, stateDir, sockets (path, node), entries (spiffeId, node, selectors)
+    #[arg(long, env = "NSM_IDENTITY_CONFIG", value_name = "FILE")]
+    config: PathBuf,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+impl Identity {
+    pub(crate) async fn serve(self) -> Result<()> {
+        let shutdown = Shutdown::on_signals()?;
+        let ca = nsm_identity::ca::Ca::start(&self.config)?;
+        ready();
+        ca.serve(shutdown.wait()).await?;
+        Ok(())
+    }
+}

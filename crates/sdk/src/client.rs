@@ -1,0 +1,273 @@
+//! An edge client: asks for wires, keeps them up, closes them.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use nsm_api::{
+    nsurl::NsUrl,
+    pb::{
+        connection::{Connection, MonitorScopeSelector, Path, PathSegment, State},
+        connectioncontext::{ConnectionContext, DnsContext, IpContext},
+        networkservice::NetworkServiceRequest,
+    },
+};
+use nsm_mesh::{
+    Answer, Call, Connections, Context, Element, Error, Next, Result, chain,
+    dial::Dial,
+    metrics::Metrics,
+    monitor::{Hub, Monitor},
+    refresh,
+};
+use nsm_transport::{DialTarget, Pool};
+use tokio::{task::AbortHandle, time::Instant};
+
+use crate::own_end::{ClientEnd, OwnNamespace};
+
+/// What a client is told from outside.
+#[derive(Debug, Clone)]
+pub struct ClientConfig {
+    /// Name in the path, and prefix of connection ids: unique in the mesh.
+    pub name: String,
+    /// The manager of this node.
+    pub connect_to: DialTarget,
+    /// How long connecting to the manager may take.
+    pub dial_timeout: Duration,
+    /// How long one try of a request may take.
+    pub request_timeout: Duration,
+    /// Labels of every request, beside those of the URL.
+    pub labels: BTreeMap<String, String>,
+}
+
+/// An edge client. Its chain is a list that one can read: see [`Client::new`].
+#[derive(Debug)]
+pub struct Client {
+    config: ClientConfig,
+    connections: Arc<Connections>,
+    hub: Arc<Hub>,
+}
+
+/// Sends every request to the same place.
+#[derive(Debug)]
+pub struct To(pub DialTarget);
+
+#[async_trait::async_trait]
+impl Element for To {
+    fn name(&self) -> &'static str {
+        "to"
+    }
+
+    async fn request(
+        &self,
+        cx: &mut Context<'_>,
+        request: NetworkServiceRequest,
+        next: Next<'_>,
+    ) -> Result<Connection> {
+        cx.next_hop = Some(self.0.clone());
+        next.request(cx, request).await
+    }
+
+    async fn close_forgotten(&self, cx: &mut Context<'_>, conn: Connection, next: Next<'_>) -> Result<()> {
+        cx.next_hop = Some(self.0.clone());
+        next.close_forgotten(cx, conn).await
+    }
+}
+
+impl Client {
+    /// A client whose wires end in `namespace`.
+    #[must_use]
+    pub fn new(config: ClientConfig, pool: Arc<Pool>, namespace: OwnNamespace) -> Arc<Self> {
+        let hub = Arc::new(Hub::default());
+        let dial = Dial::new(pool, &config.name, Arc::clone(&hub), config.dial_timeout).checking_answers();
+        let chain = chain![
+            Monitor { hub: Arc::clone(&hub), terminates: false }, // what the mesh tells of our wires
+            ClientEnd(namespace),                                 // where they end
+            To(config.connect_to.clone()),                        // the manager of this node
+            dial,
+        ];
+        let connections = Connections::asking(&config.name, chain, Arc::new(Metrics::default()));
+        Arc::new(Self { config, connections, hub })
+    }
+
+    /// Asks for a wire once.
+    ///
+    /// # Errors
+    /// What the mesh says; nothing is left then.
+    pub async fn request(self: &Arc<Self>, index: usize, url: &NsUrl) -> Result<Wire> {
+        let id = format!("{}-{index}", self.config.name);
+        let request = self.first_request(&id, url);
+        let answer = self.ask(request.clone()).await?;
+        Ok(Wire::keep(Arc::clone(self), id, request, answer))
+    }
+
+    /// Asks until the wire is there, with growing pauses; `failed` hears of every try that failed.
+    pub async fn wire(
+        self: &Arc<Self>,
+        index: usize,
+        url: &NsUrl,
+        mut failed: impl FnMut(u32, &Error),
+    ) -> Wire {
+        let mut attempt = 0;
+        loop {
+            match self.request(index, url).await {
+                Ok(wire) => return wire,
+                Err(error) => failed(attempt, &error),
+            }
+            tokio::time::sleep(refresh::backoff(attempt, rand::random())).await;
+            attempt = attempt.saturating_add(1);
+        }
+    }
+
+    async fn ask(&self, request: NetworkServiceRequest) -> Result<Answer> {
+        let call = Call { deadline: Some(Instant::now() + self.config.request_timeout), ..Call::default() };
+        self.connections.request(call, request).await
+    }
+
+    fn first_request(&self, id: &str, url: &NsUrl) -> NetworkServiceRequest {
+        let mut labels = url.labels.clone();
+        for (key, value) in &self.config.labels {
+            labels.entry(key.clone()).or_insert_with(|| value.clone());
+        }
+        let segment = PathSegment { name: self.config.name.clone(), id: id.into(), ..PathSegment::default() };
+        NetworkServiceRequest {
+            connection: Some(Connection {
+                id: id.into(),
+                network_service: url.service.clone(),
+                labels,
+                // Upstream's endpoints read these without asking whether they are there.
+                context: Some(ConnectionContext {
+                    ip_context: Some(IpContext::default()),
+                    dns_context: Some(DnsContext::default()),
+                    ..ConnectionContext::default()
+                }),
+                path: Some(Path { index: 0, path_segments: vec![segment] }),
+                ..Connection::default()
+            }),
+            mechanism_preferences: vec![url.preference()],
+        }
+    }
+}
+
+/// A wire that is kept up: refreshed before its tokens expire, asked for again when the mesh says it is down.
+/// Dropping it stops that; [`Wire::close`] also tells the mesh.
+pub struct Wire {
+    client: Arc<Client>,
+    id: String,
+    keeper: AbortHandle,
+    connection: tokio::sync::watch::Receiver<Connection>,
+}
+
+impl fmt::Debug for Wire {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Wire").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+impl Wire {
+    fn keep(client: Arc<Client>, id: String, first: NetworkServiceRequest, answer: Answer) -> Self {
+        let (tell, connection) = tokio::sync::watch::channel(answer.connection);
+        let keeper = tokio::spawn(keep(Arc::clone(&client), id.clone(), first, tell)).abort_handle();
+        Self { client, id, keeper, connection }
+    }
+
+    /// The connection id, `<name>-<index>`.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The connection as last answered.
+    #[must_use]
+    pub fn connection(&self) -> Connection {
+        self.connection.borrow().clone()
+    }
+
+    /// Closes it, all the way to the endpoint.
+    ///
+    /// # Errors
+    /// What could not be told; the mesh clears that by itself when the tokens expire.
+    pub async fn close(self) -> Result<()> {
+        self.keeper.abort();
+        let call =
+            Call { deadline: Some(Instant::now() + self.client.config.request_timeout), ..Call::default() };
+        self.client.connections.close(call, self.connection()).await
+    }
+}
+
+impl Drop for Wire {
+    fn drop(&mut self) {
+        self.keeper.abort();
+    }
+}
+
+async fn keep(
+    client: Arc<Client>,
+    id: String,
+    first: NetworkServiceRequest,
+    tell: tokio::sync::watch::Sender<Connection>,
+) {
+    let own = PathSegment { name: client.config.name.clone(), id: id.clone(), ..PathSegment::default() };
+    let selector = MonitorScopeSelector { path_segments: vec![own], ..MonitorScopeSelector::default() };
+    let mut events = None;
+    let mut attempt = 0;
+    let mut down = false;
+    loop {
+        if attempt == 0 {
+            let wait = refresh::wait(&tell.borrow(), SystemTime::now()).unwrap_or(Duration::from_secs(10));
+            tokio::select! {
+                () = tokio::time::sleep(wait) => down = false,
+                () = goes_down(&client.hub, &selector, &id, &mut events) => down = true,
+            }
+        } else {
+            tokio::time::sleep(refresh::backoff(attempt - 1, rand::random())).await;
+        }
+        let mut request = first.clone();
+        let mut conn = tell.borrow().clone();
+        // Something behind the wire is gone: the first try keeps everything, because a restarted hop takes it
+        // up again; if that fails, every second one lets the mesh choose another endpoint.
+        if down && attempt % 2 == 1 {
+            conn.mechanism = None;
+            conn.network_service_endpoint_name.clear();
+            conn.set_state(State::ReselectRequested);
+        }
+        request.connection = Some(conn);
+        match client.ask(request).await {
+            Ok(answer) => {
+                if attempt > 0 {
+                    tracing::info!(connection = %id, attempts = attempt + 1, "the wire is up again");
+                }
+                attempt = 0;
+                tell.send_replace(answer.connection);
+            }
+            Err(error) => {
+                if attempt == 0 {
+                    tracing::warn!(connection = %id, %error, "the wire cannot be refreshed; trying again");
+                }
+                attempt = attempt.saturating_add(1);
+            }
+        }
+    }
+}
+
+/// Returns when the mesh says that the connection is down.
+async fn goes_down(
+    hub: &Hub,
+    selector: &MonitorScopeSelector,
+    id: &str,
+    events: &mut Option<tokio::sync::mpsc::Receiver<nsm_api::pb::connection::ConnectionEvent>>,
+) {
+    loop {
+        if events.is_none() {
+            *events = hub.watch(selector.clone()).ok();
+        }
+        let Some(receiver) = events else { return std::future::pending().await };
+        match receiver.recv().await {
+            Some(event) if event.connections.get(id).is_some_and(|c| c.state() == State::Down) => return,
+            Some(_) => {}
+            None => *events = None,
+        }
+    }
+}

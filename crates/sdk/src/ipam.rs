@@ -1,0 +1,501 @@
+//! Addresses for point-to-point wires (spec/control-plane.md 11.5): of each pair the endpoint takes the lower
+//! address, the client the next, both with full mask. [`Pools`] is pure; [`Ipam`] is the chain element.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    str::FromStr,
+    sync::Arc,
+};
+
+use async_trait::async_trait;
+use ipnet::IpNet;
+use nsm_api::pb::{
+    connection::Connection,
+    connectioncontext::{IpContext, Route},
+    networkservice::NetworkServiceRequest,
+};
+use nsm_mesh::{Context, Element, Error, Lease, Next, Release, Result};
+use parking_lot::Mutex;
+
+/// The configuration: groups of prefixes. Every connection gets one pair of each group; within a group a
+/// prefix is used when the ones before it are exhausted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PrefixGroups(pub Vec<Vec<IpNet>>);
+
+/// Not a list of prefix groups.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "prefix groups {text:?}: {problem}; expected for example 172.16.1.0/24 or [172.16.1.0/24,172.16.2.0/24],2001:db8::/64"
+)]
+pub struct BadPrefixGroups {
+    /// The text as given.
+    pub text: String,
+    /// What about it cannot be used.
+    pub problem: String,
+}
+
+impl FromStr for PrefixGroups {
+    type Err = BadPrefixGroups;
+
+    /// `prefix` or `[prefix,prefix,…]`, separated by commas; blanks do not count
+    /// (spec/kubernetes.md 3.5.1).
+    fn from_str(text: &str) -> Result<Self, BadPrefixGroups> {
+        let bad = |problem: String| BadPrefixGroups { text: text.into(), problem };
+        let compact: String = text.chars().filter(|c| !c.is_whitespace()).collect();
+        let prefix =
+            |item: &str| item.parse::<IpNet>().map_err(|_| bad(format!("{item:?} is not ADDRESS/LENGTH")));
+        let mut groups = Vec::new();
+        let mut rest = compact.as_str();
+        while !rest.is_empty() {
+            let end;
+            if let Some(inner) = rest.strip_prefix('[') {
+                let close = inner.find(']').ok_or_else(|| bad("a bracket is not closed".into()))?;
+                groups.push(inner[..close].split(',').map(prefix).collect::<Result<_, _>>()?);
+                end = close + 2;
+            } else {
+                end = rest.find(',').unwrap_or(rest.len());
+                groups.push(vec![prefix(&rest[..end])?]);
+            }
+            rest = match rest[end..].strip_prefix(',') {
+                Some("") => return Err(bad("it ends with a comma".into())),
+                Some(more) => more,
+                None if rest.len() == end => "",
+                None => return Err(bad("something follows a closing bracket".into())),
+            };
+        }
+        if groups.is_empty() { Err(bad("it is empty".into())) } else { Ok(Self(groups)) }
+    }
+}
+
+/// One wire's addresses of one group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pair {
+    /// The endpoint's.
+    pub dst: IpAddr,
+    /// The client's.
+    pub src: IpAddr,
+}
+
+/// What is free and what is not.
+#[derive(Debug)]
+pub struct Pools {
+    groups: Vec<Vec<Pool>>,
+    held: HashMap<String, Vec<Pair>>,
+}
+
+/// No pair is left in a group.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "no pair of addresses is free in {prefixes}: {held} connections hold addresses, {excluded} prefixes are excluded"
+)]
+pub struct Exhausted {
+    /// The group.
+    pub prefixes: String,
+    /// Connections that hold addresses.
+    pub held: usize,
+    /// Prefixes that this request excludes.
+    pub excluded: usize,
+}
+
+impl Pools {
+    /// All free.
+    #[must_use]
+    pub fn new(groups: &PrefixGroups) -> Self {
+        let pools = |group: &Vec<IpNet>| group.iter().map(|net| Pool::new(*net)).collect();
+        Self { groups: groups.0.iter().map(pools).collect(), held: HashMap::new() }
+    }
+
+    /// Gives connection `id` its pairs, one for each group: the ones it holds unless they are excluded now,
+    /// else the ones its context already names (an endpoint that restarted takes them over), else the lowest
+    /// free ones. The context is brought up to date.
+    ///
+    /// # Errors
+    /// A group without a free pair; nothing is held then.
+    pub fn assign(&mut self, id: &str, ip: &mut IpContext) -> Result<(), Exhausted> {
+        let excluded: Vec<IpNet> = ip.excluded_prefixes.iter().filter_map(|p| parse_net(p)).collect();
+        let is_free_of =
+            |pair: &Pair| !excluded.iter().any(|net| net.contains(&pair.src) || net.contains(&pair.dst));
+        if let Some(pairs) = self.held.get(id) {
+            if pairs.iter().all(is_free_of) {
+                pairs.iter().for_each(|pair| add(ip, pair));
+                return Ok(());
+            }
+            for pair in self.release(id) {
+                remove(ip, &pair);
+            }
+        }
+        let mut taken = Vec::new();
+        for group in 0..self.groups.len() {
+            let pair = recover(&self.groups[group], ip, &excluded)
+                .or_else(|| self.groups[group].iter().find_map(|pool| pool.lowest_pair(&excluded)));
+            let Some(pair) = pair else {
+                taken.iter().for_each(|pair| self.free(pair));
+                let prefixes: Vec<_> = self.groups[group].iter().map(|p| p.net.to_string()).collect();
+                return Err(Exhausted {
+                    prefixes: prefixes.join(", "),
+                    held: self.held.len(),
+                    excluded: excluded.len(),
+                });
+            };
+            for address in [pair.dst, pair.src] {
+                if let Some(pool) = self.groups[group].iter_mut().find(|p| p.net.contains(&address)) {
+                    pool.take(address);
+                }
+            }
+            taken.push(pair);
+        }
+        taken.iter().for_each(|pair| add(ip, pair));
+        self.held.insert(id.into(), taken);
+        Ok(())
+    }
+
+    /// Gives back what `id` holds, and tells what that was.
+    pub fn release(&mut self, id: &str) -> Vec<Pair> {
+        let pairs = self.held.remove(id).unwrap_or_default();
+        pairs.iter().for_each(|pair| self.free(pair));
+        pairs
+    }
+
+    /// How many connections hold addresses.
+    #[must_use]
+    pub fn held(&self) -> usize {
+        self.held.len()
+    }
+
+    fn free(&mut self, pair: &Pair) {
+        for address in [pair.dst, pair.src] {
+            for pool in self.groups.iter_mut().flatten() {
+                pool.give(address);
+            }
+        }
+    }
+}
+
+/// The chain element of an endpoint.
+pub struct Ipam {
+    pools: Arc<Mutex<Pools>>,
+}
+
+impl Ipam {
+    /// Over these prefixes.
+    #[must_use]
+    pub fn new(groups: &PrefixGroups) -> Self {
+        Self { pools: Arc::new(Mutex::new(Pools::new(groups))) }
+    }
+}
+
+impl fmt::Debug for Ipam {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ipam").field("held", &self.pools.lock().held()).finish()
+    }
+}
+
+#[derive(Debug)]
+struct Held {
+    pools: Arc<Mutex<Pools>>,
+    id: String,
+}
+
+#[async_trait]
+impl Lease for Held {
+    fn name(&self) -> &'static str {
+        "ipam"
+    }
+
+    async fn release(self: Box<Self>, _: &Release) -> Result<()> {
+        self.pools.lock().release(&self.id);
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Element for Ipam {
+    fn name(&self) -> &'static str {
+        "ipam"
+    }
+
+    async fn request(
+        &self,
+        cx: &mut Context<'_>,
+        mut request: NetworkServiceRequest,
+        next: Next<'_>,
+    ) -> Result<Connection> {
+        let conn = request.connection.get_or_insert_default();
+        let id = conn.id.clone();
+        let ip = conn.context.get_or_insert_default().ip_context.get_or_insert_default();
+        self.pools.lock().assign(&id, ip).map_err(|e| {
+            Error::new(tonic::Code::ResourceExhausted, e.to_string())
+                .hint("give the endpoint a larger NSM_CIDR_PREFIX, or start another endpoint of the service")
+        })?;
+        if cx.scope.get::<Held>().is_none() {
+            cx.scope.lease(Held { pools: Arc::clone(&self.pools), id });
+        }
+        next.request(cx, request).await
+    }
+}
+
+/// One prefix. Addresses are counted from its first; no address is special (the endpoint of 169.254.0.0/16 is
+/// 169.254.0.0).
+#[derive(Debug)]
+struct Pool {
+    net: IpNet,
+    used: BTreeSet<u128>,
+}
+
+impl Pool {
+    fn new(net: IpNet) -> Self {
+        Self { net: net.trunc(), used: BTreeSet::new() }
+    }
+
+    fn is_free(&self, address: IpAddr) -> bool {
+        self.net.contains(&address) && !self.used.contains(&number(address))
+    }
+
+    fn take(&mut self, address: IpAddr) {
+        self.used.insert(number(address));
+    }
+
+    fn give(&mut self, address: IpAddr) {
+        if self.net.contains(&address) {
+            self.used.remove(&number(address));
+        }
+    }
+
+    fn lowest_pair(&self, excluded: &[IpNet]) -> Option<Pair> {
+        let dst = self.lowest(number(self.net.network()), excluded)?;
+        let src = self.lowest(dst.checked_add(1)?, excluded)?;
+        Some(Pair { dst: self.address(dst), src: self.address(src) })
+    }
+
+    /// The lowest free number from `from` on.
+    fn lowest(&self, from: u128, excluded: &[IpNet]) -> Option<u128> {
+        let last = number(self.net.broadcast());
+        let mut at = from;
+        while at <= last {
+            if let Some(net) = excluded.iter().find(|net| net.contains(&self.address(at))) {
+                at = number(net.broadcast()).checked_add(1)?;
+            } else if self.used.contains(&at) {
+                // Steps over a run of used numbers.
+                at = self
+                    .used
+                    .range(at..)
+                    .zip(at..)
+                    .take_while(|(used, n)| *used == n)
+                    .last()?
+                    .1
+                    .checked_add(1)?;
+            } else {
+                return Some(at);
+            }
+        }
+        None
+    }
+
+    fn address(&self, number: u128) -> IpAddr {
+        match self.net {
+            IpNet::V4(_) => Ipv4Addr::from(number as u32).into(),
+            IpNet::V6(_) => Ipv6Addr::from(number).into(),
+        }
+    }
+}
+
+fn number(address: IpAddr) -> u128 {
+    match address {
+        IpAddr::V4(v4) => u128::from(u32::from(v4)),
+        IpAddr::V6(v6) => u128::from(v6),
+    }
+}
+
+/// The pair that a context already names, if both addresses are free here: nothing is taken otherwise.
+fn recover(pools: &[Pool], ip: &IpContext, excluded: &[IpNet]) -> Option<Pair> {
+    let first = |pool: &Pool, list: &[String]| {
+        list.iter()
+            .filter_map(|text| parse_net(text))
+            .map(|net| net.addr())
+            .find(|a| pool.is_free(*a) && !excluded.iter().any(|net| net.contains(a)))
+    };
+    pools.iter().find_map(|pool| {
+        Some(Pair { src: first(pool, &ip.src_ip_addrs)?, dst: first(pool, &ip.dst_ip_addrs)? })
+            .filter(|pair| pair.src != pair.dst)
+    })
+}
+
+fn host(address: IpAddr) -> String {
+    IpNet::from(address).to_string()
+}
+
+fn add(ip: &mut IpContext, pair: &Pair) {
+    let (src, dst) = (host(pair.src), host(pair.dst));
+    let route = |prefix: &str| Route { prefix: prefix.into(), next_hop: String::new() };
+    if !ip.src_routes.iter().any(|r| r.prefix == dst) {
+        ip.src_routes.push(route(&dst));
+    }
+    if !ip.dst_routes.iter().any(|r| r.prefix == src) {
+        ip.dst_routes.push(route(&src));
+    }
+    if !ip.src_ip_addrs.contains(&src) {
+        ip.src_ip_addrs.push(src);
+    }
+    if !ip.dst_ip_addrs.contains(&dst) {
+        ip.dst_ip_addrs.push(dst);
+    }
+}
+
+fn remove(ip: &mut IpContext, pair: &Pair) {
+    let (src, dst) = (host(pair.src), host(pair.dst));
+    ip.src_ip_addrs.retain(|a| *a != src);
+    ip.dst_ip_addrs.retain(|a| *a != dst);
+    ip.src_routes.retain(|r| r.prefix != dst);
+    ip.dst_routes.retain(|r| r.prefix != src);
+}
+
+fn parse_net(text: &str) -> Option<IpNet> {
+    text.parse().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pools(text: &str) -> Pools {
+        Pools::new(&text.parse().unwrap())
+    }
+
+    fn assigned(pools: &mut Pools, id: &str) -> Option<(Vec<String>, Vec<String>)> {
+        let mut ip = IpContext::default();
+        pools.assign(id, &mut ip).ok()?;
+        Some((ip.dst_ip_addrs, ip.src_ip_addrs))
+    }
+
+    fn texts(dst: &[&str], src: &[&str]) -> Option<(Vec<String>, Vec<String>)> {
+        let own = |list: &[&str]| list.iter().map(|s| (*s).to_owned()).collect();
+        Some((own(dst), own(src)))
+    }
+
+    #[test]
+    fn the_lower_address_is_the_endpoints() {
+        let mut gateway = pools("172.16.1.2/31");
+        assert_eq!(assigned(&mut gateway, "a"), texts(&["172.16.1.2/32"], &["172.16.1.3/32"]));
+        assert_eq!(assigned(&mut gateway, "b"), None, "a /31 holds one pair");
+        gateway.release("a");
+        assert_eq!(assigned(&mut gateway, "b"), texts(&["172.16.1.2/32"], &["172.16.1.3/32"]));
+        assert_eq!(
+            assigned(&mut pools("169.254.0.0/16"), "a"),
+            texts(&["169.254.0.0/32"], &["169.254.0.1/32"])
+        );
+    }
+
+    #[test]
+    fn a_pair_of_every_group_and_the_next_prefix_when_one_is_full() {
+        let mut dual = pools("[10.0.0.0/31, 10.0.1.0/31], 2001:db8::/116");
+        assert_eq!(
+            assigned(&mut dual, "a"),
+            texts(&["10.0.0.0/32", "2001:db8::/128"], &["10.0.0.1/32", "2001:db8::1/128"])
+        );
+        assert_eq!(
+            assigned(&mut dual, "b"),
+            texts(&["10.0.1.0/32", "2001:db8::2/128"], &["10.0.1.1/32", "2001:db8::3/128"])
+        );
+        assert_eq!(assigned(&mut dual, "c"), None);
+        dual.release("b");
+        assert_eq!(
+            assigned(&mut dual, "d").unwrap().0[1],
+            "2001:db8::2/128",
+            "what a failed request took is free"
+        );
+    }
+
+    #[test]
+    fn a_refresh_keeps_and_exclusion_moves() {
+        let mut p = pools("10.0.0.0/24");
+        let mut ip = IpContext::default();
+        p.assign("a", &mut ip).unwrap();
+        let first = ip.clone();
+        p.assign("a", &mut ip).unwrap();
+        assert_eq!(ip, first);
+        ip.excluded_prefixes = vec!["10.0.0.0/25".into()];
+        p.assign("a", &mut ip).unwrap();
+        assert_eq!(
+            (ip.dst_ip_addrs[0].as_str(), ip.src_routes[0].prefix.as_str()),
+            ("10.0.0.128/32", "10.0.0.128/32")
+        );
+        assert_eq!(ip.src_ip_addrs.len(), 1);
+    }
+
+    #[test]
+    fn a_restarted_endpoint_takes_over_what_its_clients_carry() {
+        let mut ip = IpContext {
+            src_ip_addrs: vec!["10.0.0.9/32".into()],
+            dst_ip_addrs: vec!["10.0.0.8/32".into()],
+            ..IpContext::default()
+        };
+        let mut p = pools("10.0.0.0/24");
+        p.assign("a", &mut ip).unwrap();
+        assert_eq!(
+            (ip.src_ip_addrs.len(), ip.src_ip_addrs[0].as_str(), ip.dst_routes[0].prefix.as_str()),
+            (1, "10.0.0.9/32", "10.0.0.9/32")
+        );
+        let mut half = IpContext {
+            src_ip_addrs: vec!["10.0.0.20/32".into()],
+            dst_ip_addrs: vec!["10.0.0.8/32".into()],
+            ..IpContext::default()
+        };
+        p.assign("b", &mut half).unwrap();
+        assert_eq!(half.src_ip_addrs, ["10.0.0.20/32", "10.0.0.1/32"], "polite: what others gave stays");
+        p.release("b");
+        let mut again = IpContext {
+            src_ip_addrs: vec!["10.0.0.20/32".into()],
+            dst_ip_addrs: vec!["10.0.0.21/32".into()],
+            ..IpContext::default()
+        };
+        p.assign("c", &mut again).unwrap();
+        assert_eq!(again.src_ip_addrs, ["10.0.0.20/32"], "a half recovery takes nothing");
+    }
+
+    #[test]
+    fn bad_configuration_is_named() {
+        for (bad, says) in [
+            ("", "empty"),
+            ("10.0.0.0", "10.0.0.0"),
+            ("[10.0.0.0/8", "closed"),
+            ("10.0.0.0/8,", "comma"),
+            ("[10.0.0.0/8]x", "bracket"),
+            ("10.0.0.0/33", "33"),
+            ("[[10.0.0.0/8]]", "[10"),
+        ] {
+            let error = bad.parse::<PrefixGroups>().unwrap_err().to_string();
+            assert!(error.contains(says), "{bad}: {error}");
+        }
+    }
+
+    proptest::proptest! {
+        /// No address is ever given twice, and releasing all leaves all free.
+        #[test]
+        fn addresses_are_unique(ops in proptest::collection::vec((0u8..12, proptest::bool::ANY), 0..80)) {
+            let mut p = pools("10.0.0.0/28");
+            let mut live = HashMap::<u8, (Vec<String>, Vec<String>)>::new();
+            for (id, take) in ops {
+                if take {
+                    if let Some(got) = assigned(&mut p, &id.to_string()) {
+                        live.insert(id, got);
+                    }
+                } else {
+                    p.release(&id.to_string());
+                    live.remove(&id);
+                }
+                let mut all: Vec<_> = live.values().flat_map(|(d, s)| d.iter().chain(s)).collect();
+                let count = all.len();
+                all.sort();
+                all.dedup();
+                assert_eq!(all.len(), count);
+                assert_eq!(p.held(), live.len());
+            }
+            for id in live.keys() {
+                p.release(&id.to_string());
+            }
+            assert!(p.groups[0][0].used.is_empty());
+        }
+    }
+}

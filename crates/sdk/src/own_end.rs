@@ -1,0 +1,154 @@
+//! A workload's own end of a wire: its network namespace and the name of the interface in it.
+
+use std::{
+    fs::File,
+    io,
+    os::{fd::OwnedFd, unix::fs::MetadataExt as _},
+    sync::Arc,
+};
+
+use async_trait::async_trait;
+use nsm_api::{
+    mechanism::{InodeUrl, LOCAL, interface_name, key, kind},
+    pb::{
+        connection::{Connection, Mechanism},
+        networkservice::NetworkServiceRequest,
+    },
+};
+use nsm_mesh::{Context, Element, Error, Next, Result};
+
+/// The network namespace of this process, to be handed over with requests and answers.
+#[derive(Debug, Clone)]
+pub struct OwnNamespace {
+    url: InodeUrl,
+    fd: Arc<OwnedFd>,
+}
+
+impl OwnNamespace {
+    /// Opens it. The calling thread decides which one it is.
+    ///
+    /// # Errors
+    /// Without `/proc`.
+    pub fn open() -> io::Result<Self> {
+        let file = File::open("/proc/thread-self/ns/net")?;
+        let meta = file.metadata()?;
+        Ok(Self { url: InodeUrl { dev: meta.dev(), ino: meta.ino() }, fd: Arc::new(file.into()) })
+    }
+
+    /// How messages refer to it.
+    #[must_use]
+    pub fn url(&self) -> InodeUrl {
+        self.url
+    }
+
+    /// Puts it into a mechanism, and the descriptor beside the message.
+    pub fn put(&self, cx: &mut Context<'_>, mechanism: &mut Mechanism) {
+        mechanism.set(key::INODE_URL, self.url.to_string());
+        cx.fds.insert(self.url, Arc::clone(&self.fd));
+    }
+}
+
+/// The asking side: every KERNEL preference gets our namespace.
+#[derive(Debug)]
+pub struct ClientEnd(pub OwnNamespace);
+
+#[async_trait]
+impl Element for ClientEnd {
+    fn name(&self) -> &'static str {
+        "client-end"
+    }
+
+    async fn request(
+        &self,
+        cx: &mut Context<'_>,
+        mut request: NetworkServiceRequest,
+        next: Next<'_>,
+    ) -> Result<Connection> {
+        let service = request.connection.as_ref().map_or("", |c| &c.network_service).to_owned();
+        let chosen = request.connection.as_mut().and_then(|c| c.mechanism.as_mut());
+        for mechanism in
+            request.mechanism_preferences.iter_mut().chain(chosen).filter(|m| m.r#type == kind::KERNEL)
+        {
+            if mechanism.get(key::NAME).is_none() {
+                mechanism.set(key::NAME, interface_name(&service, rand::random));
+            }
+            self.0.put(cx, mechanism);
+        }
+        next.request(cx, request).await
+    }
+}
+
+/// The answering side: chooses KERNEL (or NOOP) among what is offered, and names the interface and our
+/// namespace.
+#[derive(Debug)]
+pub struct ServerEnd {
+    /// Where the interface shall appear.
+    pub namespace: OwnNamespace,
+    /// Whether it shall come without addresses and routes.
+    pub unnumbered: bool,
+}
+
+#[async_trait]
+impl Element for ServerEnd {
+    fn name(&self) -> &'static str {
+        "server-end"
+    }
+
+    async fn request(
+        &self,
+        cx: &mut Context<'_>,
+        mut request: NetworkServiceRequest,
+        next: Next<'_>,
+    ) -> Result<Connection> {
+        let conn = request.connection.get_or_insert_default();
+        let mut mechanism = choose(conn.mechanism.as_ref(), &request.mechanism_preferences)?;
+        if mechanism.r#type == kind::KERNEL {
+            if mechanism.get(key::NAME).is_none() {
+                mechanism.set(key::NAME, interface_name(&conn.network_service, rand::random));
+            }
+            if self.unnumbered {
+                mechanism.set(key::UNNUMBERED, "true");
+            }
+            self.namespace.put(cx, &mut mechanism);
+        }
+        conn.mechanism = Some(mechanism.clone());
+        let mut answer = next.request(cx, request).await?;
+        answer.mechanism = Some(mechanism);
+        Ok(answer)
+    }
+}
+
+/// A chosen mechanism beats the preferences; of these the first that we can serve is taken
+/// (spec/control-plane.md 8.6).
+fn choose(chosen: Option<&Mechanism>, preferences: &[Mechanism]) -> Result<Mechanism> {
+    let ours = |m: &&Mechanism| m.cls == LOCAL && [kind::KERNEL, kind::NOOP].contains(&m.r#type.as_str());
+    if let Some(chosen) = chosen.filter(|m| !m.r#type.is_empty()) {
+        return ours(&chosen).then(|| chosen.clone()).ok_or_else(|| {
+            Error::invalid(format!("unsupported mechanism {} {}", chosen.cls, chosen.r#type))
+                .hint("this endpoint serves KERNEL and NOOP")
+        });
+    }
+    preferences.iter().find(ours).cloned().ok_or_else(|| {
+        let offered: Vec<_> = preferences.iter().map(|m| format!("{} {}", m.cls, m.r#type)).collect();
+        Error::invalid(format!("cannot support any of the requested mechanism: {}", offered.join(", ")))
+            .hint("this endpoint serves KERNEL and NOOP")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use nsm_api::mechanism::REMOTE;
+
+    use super::*;
+
+    #[test]
+    fn the_chosen_mechanism_beats_the_preferences() {
+        let kernel = Mechanism::kernel("a", None);
+        let memif = Mechanism::new(LOCAL, kind::MEMIF);
+        let vxlan = Mechanism::new(REMOTE, kind::VXLAN);
+        assert_eq!(choose(None, &[memif.clone(), vxlan.clone(), kernel.clone()]).unwrap(), kernel);
+        assert!(choose(None, &[memif.clone()]).unwrap_err().to_string().contains("LOCAL MEMIF"));
+        assert!(choose(Some(&memif), std::slice::from_ref(&kernel)).is_err());
+        assert_eq!(choose(Some(&kernel), &[]).unwrap(), kernel);
+    }
+}
