@@ -17,7 +17,7 @@ mod svid;
 pub mod token;
 pub mod unix;
 
-use std::{io, path::PathBuf};
+use std::{io, path::PathBuf, sync::Arc};
 
 pub use id::{InvalidId, SpiffeId, TrustDomain};
 pub use policy::Denial;
@@ -118,7 +118,11 @@ pub enum Error {
 pub fn explain(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = String::new();
     let mut next = Some(error);
-    while let Some(error) = next {
+    while let Some(mut error) = next {
+        // An `io::Error` shows what it was made of, and names only that one's source as its own.
+        while let Some(inner) = made_of(error) {
+            error = inner;
+        }
         let this = match error.downcast_ref() {
             Some(rustls::Error::InvalidCertificate(rustls::CertificateError::Other(verifier))) => {
                 verifier.0.to_string()
@@ -132,11 +136,15 @@ pub fn explain(error: &(dyn std::error::Error + 'static)) -> String {
             text.push_str(": ");
             text.push_str(&this);
         }
-        // An `io::Error` hides what it was made of behind its source's source.
-        next = match error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
-            Some(inner) => Some(inner),
-            None => error.source(),
-        };
+        next = error.source();
     }
     text
+}
+
+fn made_of<'a>(
+    error: &'a (dyn std::error::Error + 'static),
+) -> Option<&'a (dyn std::error::Error + 'static)> {
+    let shared = error.downcast_ref::<Arc<io::Error>>().map(|shared| &**shared);
+    let inner = shared.or_else(|| error.downcast_ref())?.get_ref()?;
+    Some(inner)
 }

@@ -42,6 +42,9 @@ use tracing::{debug, warn};
 
 /// Most descriptors in one `sendmsg`: the room that upstream's receivers have.
 pub const MAX_FDS_PER_WRITE: usize = 64;
+/// Most descriptors in one message that the kernel lets a peer send (`SCM_MAX_FD`, `include/net/scm.h`): with this room
+/// none is cut off.
+const MAX_FDS_PER_READ: usize = 253;
 /// How long a descriptor that nobody takes is kept.
 pub const GRACE: Duration = Duration::from_secs(2);
 /// Most descriptors kept of one peer; beyond it the oldest goes.
@@ -264,7 +267,7 @@ impl AsyncRead for FdStream {
         loop {
             ready!(self.socket.poll_read_ready(cx))?;
             let result = self.socket.try_io(Interest::READABLE, || {
-                let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_FDS_PER_WRITE))];
+                let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_FDS_PER_READ))];
                 let mut control = RecvAncillaryBuffer::new(&mut space);
                 let mut iov = [IoSliceMut::new(buf.initialize_unfilled())];
                 let message = recvmsg(&self.socket, &mut iov, &mut control, RecvFlags::CMSG_CLOEXEC)?;

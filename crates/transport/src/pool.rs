@@ -35,10 +35,12 @@ use nsm_identity::{FileId, Identity, Source, explain, token::DEFAULT_MAX_LIFETIM
 use parking_lot::Mutex;
 use rustls_pki_types::ServerName;
 use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpStream, UnixStream},
+    sync::oneshot,
     time::{Instant, Sleep, sleep, sleep_until, timeout, timeout_at},
 };
-use tokio_rustls::TlsConnector;
+use tokio_rustls::{TlsConnector, client::TlsStream};
 use tonic::Status;
 use tower::Service;
 use tracing::{debug, info};
@@ -145,13 +147,13 @@ pub enum DialError {
         /// Why.
         source: PeerError,
     },
-    /// HTTP/2 failed.
-    #[error("the peer at {url} speaks no HTTP/2")]
-    Http {
+    /// The peer closed the connection before it said anything: it does not trust us, most likely.
+    #[error("the peer at {url} refused the connection after the handshake: {reason}")]
+    Refused {
         /// Whom.
         url: String,
-        /// What HTTP says.
-        source: Arc<hyper::Error>,
+        /// What was seen.
+        reason: String,
     },
     /// It took too long.
     #[error("no connection to {url} in time; does its server answer?")]
@@ -162,9 +164,9 @@ pub enum DialError {
 }
 
 impl DialError {
-    /// May it work when it is tried again soon? A peer that is there and refuses us will do so again.
+    /// May it work when it is tried again soon? Nobody may listen yet, and roots may come with the next bundle.
     pub fn is_transient(&self) -> bool {
-        matches!(self, Self::Connect { .. } | Self::Timeout { .. } | Self::Handshake { .. })
+        !matches!(self, Self::Peer { .. })
     }
 }
 
@@ -493,16 +495,19 @@ async fn open(
     let (wire, connection) = stream.get_ref();
     let peer = Peer::new(connection, wire, identity, url.clone())
         .map_err(|source| DialError::Peer { url: url.clone(), source })?;
+    let refused = |reason| DialError::Refused { url: url.clone(), reason };
+    let (greet, greeted) = oneshot::channel();
+    let stream = Greeted { stream, greet: Some(greet) };
     let (sender, driver) = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .max_header_list_size(crate::MAX_HEADER_LIST)
         .handshake(TokioIo::new(stream))
         .await
-        .map_err(|source| DialError::Http { url: url.clone(), source: Arc::new(source) })?;
+        .map_err(|e| refused(explain(&e)))?;
     let end = Arc::new(OnceLock::new());
     let driver_end = end.clone();
     let driver_url = url.clone();
-    tokio::spawn(async move {
+    let driver = tokio::spawn(async move {
         let reason = match driver.await {
             Ok(()) => "closed".to_owned(),
             Err(e) => explain(&e),
@@ -510,6 +515,11 @@ async fn open(
         debug!(url = driver_url, reason, "connection ended");
         let _ = driver_end.set(reason);
     });
+    // In TLS 1.3 the client is done before the server has looked at its certificate.
+    if greeted.await.is_err() {
+        let _ = driver.await;
+        return Err(refused(end.get().cloned().unwrap_or_default()));
+    }
     let now = SystemTime::now();
     let left = peer.leaf().not_after().duration_since(now).unwrap_or_default();
     info!(url, peer = %peer.id(), "connected");
@@ -522,6 +532,73 @@ async fn open(
         end,
         peer,
     })))
+}
+
+/// The client's TLS stream: says when the server has said something, which it does only after it has accepted our
+/// certificate, and finds out why it did not.
+struct Greeted {
+    stream: TlsStream<Wire>,
+    greet: Option<oneshot::Sender<()>>,
+}
+
+impl AsyncRead for Greeted {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let result = Pin::new(&mut self.stream).poll_read(cx, buf);
+        if buf.filled().len() > before
+            && let Some(greet) = self.greet.take()
+        {
+            let _ = greet.send(());
+        }
+        result
+    }
+}
+
+impl Greeted {
+    /// A write to a peer that has left fails, while the alert that says why is still to be read.
+    fn why(&mut self, cx: &mut Context<'_>, result: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if !matches!(&result, Poll::Ready(Err(_))) {
+            return result;
+        }
+        let mut byte = [0];
+        match Pin::new(&mut self.stream).poll_read(cx, &mut ReadBuf::new(&mut byte)) {
+            Poll::Ready(Err(alert)) => Poll::Ready(Err(alert)),
+            _ => result,
+        }
+    }
+}
+
+impl AsyncWrite for Greeted {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let result = Pin::new(&mut self.stream).poll_write(cx, buf);
+        self.why(cx, result)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let result = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        self.why(cx, result)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let result = Pin::new(&mut self.stream).poll_flush(cx);
+        self.why(cx, result.map_ok(|()| 0)).map_ok(|_| ())
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
 }
 
 /// Connecting to a Unix socket never waits: a full backlog is EAGAIN, and the caller tries again.
