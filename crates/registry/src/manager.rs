@@ -378,13 +378,7 @@ async fn expire(timers: Arc<Timers>, inner: Weak<Inner>) {
                 let Some(local) = inner.locals.lock().remove(&name) else { return };
                 inner.changed();
                 info!(name, "an endpoint of this node was not refreshed and has expired");
-                let mut cx = Context {
-                    path: local.path,
-                    peer: None,
-                    deadline: None,
-                    token_ends: Vec::new(),
-                    known: true,
-                };
+                let mut cx = Context::own(local.path);
                 let nse =
                     NetworkServiceEndpoint { url: inner.config.public_url.clone(), ..(*local.nse).clone() };
                 // The registry ends it at the same time by itself.

@@ -188,12 +188,16 @@ impl<T: Remote> Directory<T> for Upstream {
 
     async fn register(&self, cx: &mut Context, item: T) -> Result<T, Error> {
         let deadline = cx.deadline.unwrap_or_else(|| Instant::now() + CALL);
-        register(&self.connect().await?, &mut cx.path, item, deadline, cx.known).await
+        let connection = self.connect().await?;
+        cx.spoke_as = Some(connection.peer().identity().clone());
+        register(&connection, &mut cx.path, item, deadline, cx.known).await
     }
 
     async fn unregister(&self, cx: &mut Context, item: T) -> Result<(), Error> {
         let deadline = cx.deadline.unwrap_or_else(|| Instant::now() + CALL);
-        unregister(&self.connect().await?, &mut cx.path, item, deadline).await
+        let connection = self.connect().await?;
+        cx.spoke_as = Some(connection.peer().identity().clone());
+        unregister(&connection, &mut cx.path, item, deadline).await
     }
 
     async fn find(&self, query: T, watch: bool, _: Option<&Peer>) -> Result<Events<T>, Error> {

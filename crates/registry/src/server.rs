@@ -21,7 +21,7 @@ use nsm_api::pb::registry::{
     },
     network_service_registry_server::{NetworkServiceRegistry, NetworkServiceRegistryServer},
 };
-use nsm_identity::{Source, SpiffeId, policy, token};
+use nsm_identity::{Identity, Source, SpiffeId, policy, token};
 use nsm_transport::{Deadline, Limits, ListenUrl, Peer, Server, client_token};
 use parking_lot::Mutex;
 use tokio::{sync::watch, time::Instant};
@@ -152,6 +152,37 @@ pub(crate) struct Context {
     pub(crate) token_ends: Vec<SystemTime>,
     /// The name is registered here already.
     pub(crate) known: bool,
+    /// Who we were towards the next registry, if there was one.
+    pub(crate) spoke_as: Option<Arc<Identity>>,
+}
+
+impl Context {
+    /// For what this process does by itself.
+    pub(crate) fn own(path: RegistrationPath) -> Self {
+        Self { path, peer: None, deadline: None, token_ends: Vec::new(), known: true, spoke_as: None }
+    }
+
+    /// The path for the answer.
+    ///
+    /// The next registry has put our token for it into our segment, signed by what we presented
+    /// *there*. The caller checks it with what we presented to *him*, which differs while an SVID is
+    /// renewed: then it is signed again.
+    fn answer_path(&self, asker: usize, max_lifetime: Duration) -> RegistrationPath {
+        let mut path = RegistrationPath { index: asker, tokens: self.path.tokens.clone() };
+        let (Some(spoke_as), Some(peer)) = (&self.spoke_as, &self.peer) else { return path };
+        if Arc::ptr_eq(spoke_as, peer.identity()) {
+            return path;
+        }
+        let next = path.tokens.get(asker + 2).and_then(|jwt| token::claims(jwt).ok());
+        let next = next.and_then(|claims| claims.subject.parse::<SpiffeId>().ok());
+        let own = token::mint(peer.identity().svid(), next.as_ref(), None, max_lifetime, SystemTime::now());
+        match (own, path.tokens.get_mut(asker + 1)) {
+            (Ok(own), Some(segment)) => own.jwt().clone_into(segment),
+            (Err(reason), _) => debug!(%reason, "our token cannot be signed again"),
+            _ => {}
+        }
+        path
+    }
 }
 
 /// The front of a directory, for one kind of object. Clones share it.
@@ -235,7 +266,7 @@ impl<T: Item> Front<T> {
                 Ok(false) => known.map_or(item, |known| (*known).clone()),
                 Err(denial) => return Err(denial.into()),
             };
-            Ok(respond(answer, cx.path, asker))
+            Ok(respond(answer, &cx.answer_path(asker, shared.max_token_lifetime)))
         })
         .await
     }
@@ -262,7 +293,7 @@ impl<T: Item> Front<T> {
                     shared.directory.unregister(&mut cx, item).await?;
                 }
             }
-            Ok(respond((), cx.path, asker))
+            Ok(respond((), &cx.answer_path(asker, shared.max_token_lifetime)))
         })
         .await
     }
@@ -323,6 +354,7 @@ impl<T: Item> Front<T> {
                 token_ends: caller.iter().chain([&own]).map(|token| token.expires()).collect(),
                 peer: Some(peer),
                 known: false,
+                spoke_as: None,
             },
         })
     }
@@ -406,8 +438,7 @@ async fn run<R: Send + 'static>(
 }
 
 /// An answer with the path in its initial metadata.
-fn respond<R>(answer: R, mut path: RegistrationPath, asker: usize) -> Response<R> {
-    path.index = asker;
+fn respond<R>(answer: R, path: &RegistrationPath) -> Response<R> {
     let mut response = Response::new(answer);
     match MetadataValue::try_from(path.encode()) {
         Ok(mut header) => {
