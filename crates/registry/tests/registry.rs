@@ -689,8 +689,8 @@ impl NetworkServiceEndpointRegistry for Careless {
             "echo" => vec![caller.jwt(), caller.jwt()],
             _ => vec![caller.jwt(), own.jwt()],
         };
-        let mut path = nsm_registry::path::RegistrationPath::default();
-        path.tokens = tokens.into_iter().map(str::to_owned).collect();
+        let tokens = tokens.into_iter().map(str::to_owned).collect();
+        let path = nsm_registry::path::RegistrationPath { index: 0, tokens };
         let mut response = Response::new(nse);
         if !path.tokens.is_empty() {
             response.metadata_mut().insert("path", path.encode().parse().unwrap());
