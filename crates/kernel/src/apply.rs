@@ -15,7 +15,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
+use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::RouteNetlinkMessage as Message;
 use netlink_packet_route::link::LinkAttribute;
 use parking_lot::Mutex;
@@ -109,7 +109,8 @@ impl Kernel {
     /// Makes the wire as planned, with the fewest changes: none if it is so already. A wire that had to be made is
     /// made completely or not at all. Hardware address and index of an existing wire stay as they are.
     ///
-    /// `known` are open namespaces the caller has anyway; one that is not among them is looked for.
+    /// `known` are open namespaces the caller has anyway; one that is not among them is looked for. When an end is to
+    /// be in another namespace than before, [`Kernel::remove`] the wire as it was first.
     ///
     /// # Errors
     /// [`Error::Plan`], [`Error::NamespaceGone`], [`Error::NameTaken`], [`Error::VniTaken`], [`Error::Refused`].
@@ -120,13 +121,15 @@ impl Kernel {
         let before = node.writes();
         let ends = ends(&mut node, plan, known, &found)?;
 
-        let (links, created) = match self.links(&mut node, plan, &ends) {
-            // A link that is going, but not gone, may be in the way.
-            Err(Error::NameTaken { .. } | Error::VniTaken { .. }) if self.reaper.pending() => {
-                self.flush()?;
-                self.links(&mut node, plan, &ends)?
+        let (links, created) = loop {
+            let (ended, more) = self.reaper.progress();
+            match links(&mut node, plan, &ends) {
+                // A link that is going, but not gone, may be in the way.
+                Err(Error::NameTaken { .. } | Error::VniTaken { .. }) if more => {
+                    self.reaper.wait_beyond(ended)
+                }
+                other => break other?,
             }
-            other => other?,
         };
         let jobs = ends.iter().zip(&links).map(|(end, link)| (end.ns, (end, link)));
         let configured = netns::visit(jobs, |(end, link)| self.configure(plan, end, link, created));
@@ -154,30 +157,6 @@ impl Kernel {
         let nsids = node.assign_nsids(&[ns])?;
         self.sockets.give_back(node);
         nsids.first().copied().ok_or(Error::NamespaceGone(ns.id()))
-    }
-
-    /// The links of the wire: those that are there if they are as planned, or else new ones. Whether they are new.
-    fn links(&self, node: &mut Socket<Rt>, plan: &WirePlan, ends: &[End<'_>]) -> Result<(Vec<Link>, bool)> {
-        let questions = ends.iter().flat_map(|end| {
-            [end.mark.as_str(), &end.plan.ifname]
-                .map(|name| rt::get_link(Which::Name(name), Some(end.nsid), false))
-        });
-        let mut answers = node.links(questions.collect())?.into_iter();
-        let (mut usable, mut leftovers) = (Vec::new(), Vec::new());
-        for end in ends {
-            let (marked, named) = (answers.next().flatten(), answers.next().flatten());
-            let (ours, left) = claim(end, marked, named)?;
-            let (fitting, other): (Vec<_>, Vec<_>) =
-                ours.into_iter().partition(|link| link.fits(&plan.construction));
-            usable.extend(fitting.into_iter().map(|link| (link, end.nsid)));
-            leftovers.extend(left.into_iter().chain(other).map(|link| (link, end.nsid)));
-        }
-        if leftovers.is_empty() && usable.len() == ends.len() && joined(&usable) {
-            return Ok((usable.into_iter().map(|(link, _)| link).collect(), false));
-        }
-        leftovers.append(&mut usable);
-        delete(node, leftovers.iter().map(|(link, nsid)| (link, *nsid)))?;
-        Ok((create(node, plan, ends)?, true))
     }
 
     /// Makes one end as planned, on a thread in its namespace; the link exists. How many messages that took.
@@ -311,36 +290,52 @@ pub(crate) fn ends<'a>(
         .collect())
 }
 
+/// The links of the wire: those that are there if they are as planned, or else new ones. Whether they are new.
+fn links(node: &mut Socket<Rt>, plan: &WirePlan, ends: &[End<'_>]) -> Result<(Vec<Link>, bool)> {
+    let questions = ends.iter().flat_map(|end| {
+        [end.mark.as_str(), &end.plan.ifname]
+            .map(|name| rt::get_link(Which::Name(name), Some(end.nsid), false))
+    });
+    let mut answers = node.links(questions.collect())?.into_iter();
+    let (mut usable, mut leftovers) = (Vec::new(), Vec::new());
+    for end in ends {
+        let (marked, named) = (answers.next().flatten(), answers.next().flatten());
+        let (ours, left) = claim(end, marked, named)?;
+        let (fitting, other): (Vec<_>, Vec<_>) =
+            ours.into_iter().partition(|link| link.fits(&plan.construction));
+        usable.extend(fitting.into_iter().map(|link| (link, end.nsid)));
+        leftovers.extend(left.into_iter().chain(other).map(|link| (link, end.nsid)));
+    }
+    if leftovers.is_empty() && usable.len() == ends.len() && joined(&usable) {
+        return Ok((usable.into_iter().map(|(link, _)| link).collect(), false));
+    }
+    leftovers.append(&mut usable);
+    delete(node, leftovers.iter().map(|(link, nsid)| (link, *nsid)))?;
+    Ok((create(node, plan, ends)?, true))
+}
+
 /// Of the link that carries our mark and the one that has the name we want: the one to use, and those to delete.
-fn claim(end: &End<'_>, marked: Option<Link>, named: Option<Link>) -> Result<(Option<Link>, Option<Link>)> {
+fn claim(end: &End<'_>, marked: Option<Link>, named: Option<Link>) -> Result<(Option<Link>, Vec<Link>)> {
     let name = &end.plan.ifname;
-    let taken = |link: &Link| {
-        let by = link.altnames.iter().find(|name| parse_mark(name).is_some()).or(link.alias.as_ref());
-        let by = by.map_or_else(|| format!("the unmarked link {}", link.name), Clone::clone);
+    // Ours under another name is of no use.
+    let Some(named) = named else { return Ok((None, marked.into_iter().collect())) };
+    if marked.as_ref().is_some_and(|marked| marked.index == named.index) {
+        return Ok(if named.name == *name { (Some(named), Vec::new()) } else { (None, vec![named]) });
+    }
+    let mark = named.altnames.iter().find(|name| parse_mark(name).is_some());
+    // Of the same client's connection, from an older life, as upstream's forwarders know each other's.
+    let same_client = named.alias.as_deref() == Some(end.plan.alias.as_str());
+    // We were killed before we could finish it.
+    let unfinished = named.alias.is_none() && named.group == BIRTH_GROUP;
+    if named.name == *name && same_client && mark.is_none() {
+        Ok((Some(named), marked.into_iter().collect()))
+    } else if named.name == *name && (same_client || unfinished) {
+        // It was another wire of ours, which nobody looks after any more, or never became one.
+        Ok((None, marked.into_iter().chain([named]).collect()))
+    } else {
+        let by = mark.or(named.alias.as_ref());
+        let by = by.map_or_else(|| format!("the unmarked link {}", named.name), Clone::clone);
         Err(Error::NameTaken { name: name.clone(), ns: end.plan.ns, by })
-    };
-    match (marked, named) {
-        (Some(marked), Some(named)) if marked.index == named.index && named.name == *name => {
-            Ok((Some(named), None))
-        }
-        (Some(marked), Some(named)) if marked.index != named.index => {
-            taken(&named).map(|()| (None, Some(marked)))
-        }
-        // Ours, under another name.
-        (Some(marked), _) => Ok((None, Some(marked))),
-        (None, None) => Ok((None, None)),
-        (None, Some(named))
-            if named.name != *name || named.altnames.iter().any(|name| parse_mark(name).is_some()) =>
-        {
-            taken(&named).map(|()| (None, None))
-        }
-        // From an older life, or another implementation's: upstream tags by alias only.
-        (None, Some(named)) if named.alias.as_deref() == Some(end.plan.alias.as_str()) => {
-            Ok((Some(named), None))
-        }
-        // Ours, but we were killed before we could finish it.
-        (None, Some(named)) if named.alias.is_none() && named.group == BIRTH_GROUP => Ok((None, Some(named))),
-        (None, Some(named)) => taken(&named).map(|()| (None, None)),
     }
 }
 
@@ -472,10 +467,20 @@ fn prepare(plan: &EndPlan, link: &Link, created: bool) -> Result<()> {
 fn set_vxlan_peer(socket: &mut Socket<Rt>, ifindex: u32, tunnel: &Vxlan) -> Result<()> {
     let entries = socket.dump(rt::list_vxlan_peers(ifindex)).map_err(|e| e.during("list tunnel peers"))?;
     let wanted = (tunnel.remote, Some(tunnel.remote_port));
-    if entries.iter().filter_map(rt::vxlan_peer).any(|peer| peer == wanted) {
-        return Ok(());
+    let peers: Vec<_> = entries.iter().filter_map(rt::vxlan_peer_of).collect();
+    let others = peers.iter().filter(|peer| **peer != wanted);
+    let mut batch: Vec<_> = others
+        .map(|(ip, port)| Request::new(Message::DelNeighbour(rt::vxlan_peer(ifindex, *ip, *port))))
+        .collect();
+    if !peers.contains(&wanted) {
+        let peer = rt::vxlan_peer(ifindex, wanted.0, wanted.1);
+        // The entry of all zeroes is a list, so a destination is appended.
+        batch.push(Request::with(Message::NewNeighbour(peer), NLM_F_CREATE | NLM_F_APPEND));
     }
-    socket.request(rt::new_vxlan_peer(ifindex, tunnel)).map_err(|e| e.during("set the peer of a tunnel"))
+    let refused = socket.commit(batch)?.into_iter().next();
+    refused.map_or(Ok(()), |at| {
+        Err(Error::Refused { what: "set the peer of a tunnel".into(), source: at.refusal })
+    })
 }
 
 /// Requests, each with the change it is part of.

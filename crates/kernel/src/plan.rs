@@ -926,3 +926,174 @@ fn sorted<T: Ord>(items: impl Iterator<Item = T>) -> Vec<T> {
 fn less<T: PartialEq + Clone>(all: &[T], other: &[T]) -> impl Iterator<Item = T> {
     all.iter().filter(|item| !other.contains(item)).cloned()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NS: NsId = NsId { dev: 4, ino: 1 };
+
+    fn strings(texts: &[&str]) -> Vec<String> {
+        texts.iter().map(|text| (*text).to_owned()).collect()
+    }
+
+    fn routes(side: Side, context: &IpContext) -> Vec<String> {
+        let end = EndPlan::new(side, NS, "nsm0", "id").with_context(side, context).unwrap();
+        end.routes.iter().map(ToString::to_string).collect()
+    }
+
+    fn context_route(prefix: &str, next_hop: &str) -> ContextRoute {
+        ContextRoute { prefix: prefix.into(), next_hop: next_hop.into() }
+    }
+
+    #[test]
+    fn a_point_to_point_pair_reaches_each_other() {
+        // What the point-to-point IPAM returns: host addresses, and each other's as routes.
+        let context = IpContext {
+            src_addrs: strings(&["172.16.1.3/32", "2001:db8::1/128"]),
+            dst_addrs: strings(&["172.16.1.2/32", "2001:db8::/128"]),
+            src_routes: vec![context_route("172.16.1.2/32", ""), context_route("2001:db8::/128", "")],
+            dst_routes: vec![context_route("172.16.1.3/32", "")],
+            ..IpContext::default()
+        };
+        // Upstream sets the link route, then replaces it by the route of the context.
+        assert_eq!(routes(Side::Near, &context), ["172.16.1.2/32", "2001:db8::/128"]);
+        assert_eq!(routes(Side::Far, &context), ["172.16.1.3/32", "2001:db8::1/128"]);
+    }
+
+    #[test]
+    fn a_missing_next_hop_is_the_first_peer_of_the_family() {
+        let context = IpContext {
+            src_addrs: strings(&["10.0.0.5/24"]),
+            dst_addrs: strings(&["2001:db8::1/64", "10.0.0.1/24", "10.0.1.1/24"]),
+            src_routes: vec![
+                context_route("192.168.0.0/16", ""),
+                context_route("10.0.1.77/32", ""), // inside a prefix of the peer: on the link
+                context_route("192.168.7.9/24", "10.0.0.254"),
+                context_route("2001:db8:7::/48", ""),
+                context_route("172.16.0.1", ""), // no mask: skipped
+            ],
+            dst_routes: vec![context_route("192.0.2.0/24", ""), context_route("2001:db8:9::/48", "")],
+            ..IpContext::default()
+        };
+        assert_eq!(
+            routes(Side::Near, &context),
+            [
+                // 10.0.0.1 is inside our own prefix and needs no route.
+                "2001:db8::/64",
+                "10.0.1.0/24 scope link",
+                "192.168.0.0/16 via 10.0.0.1 onlink",
+                "10.0.1.77/32",
+                "192.168.7.0/24 via 10.0.0.254 onlink",
+                "2001:db8:7::/48 via 2001:db8::1 onlink",
+            ]
+        );
+        // The client has no IPv6 address that could be the next hop.
+        assert_eq!(routes(Side::Far, &context), ["192.0.2.0/24 via 10.0.0.5 onlink", "2001:db8:9::/48"]);
+    }
+
+    #[test]
+    fn policies_and_mtu_and_neighbours_come_along() {
+        let context = IpContext {
+            policies: vec![ContextPolicy {
+                from: "10.7.2.5/24".into(),
+                proto: "6".into(),
+                dst_port: "6666".into(),
+                routes: vec![context_route("10.7.3.0/24", "10.7.2.1")],
+                ..ContextPolicy::default()
+            }],
+            neighbours: vec![("10.0.0.1".into(), "02:00:00:00:00:01".into())],
+            mtu: 1446,
+            ..IpContext::default()
+        };
+        let near = EndPlan::new(Side::Near, NS, "nsm0", "id").with_context(Side::Near, &context).unwrap();
+        assert_eq!(near.mtu, Some(1446));
+        insta::assert_snapshot!(near, @r"
+        nsm0 in 4/1 alias server-id mtu 1446
+            neighbour 10.0.0.1 at 02:00:00:00:00:01
+            policy from 10.7.2.0/24 proto 6 dport 6666: [10.7.3.0/24 via 10.7.2.1 onlink]
+        ");
+        let far = EndPlan::new(Side::Far, NS, "nsm0", "id").with_context(Side::Far, &context).unwrap();
+        assert_eq!((far.policies.len(), far.neighbours.len(), far.alias.as_str()), (0, 1, "client-id"));
+    }
+
+    #[test]
+    fn what_is_no_address_is_an_error() {
+        let near = |context: &IpContext| {
+            EndPlan::new(Side::Near, NS, "nsm0", "id").with_context(Side::Near, context)
+        };
+        for text in ["", "nonsense", "10.0.0.1/33", "10.0.0/8", "10.0.0.1/24/24", "::g/64", " 10.0.0.1/24"] {
+            let context = IpContext { src_addrs: strings(&[text]), ..IpContext::default() };
+            assert!(near(&context).unwrap_err().to_string().contains("is not an IP prefix"), "{text:?}");
+            let context = IpContext { src_routes: vec![context_route(text, "")], ..IpContext::default() };
+            assert!(near(&context).is_err(), "{text:?}");
+        }
+        let context =
+            IpContext { src_routes: vec![context_route("10.0.0.0/8", "there")], ..IpContext::default() };
+        assert!(near(&context).is_err());
+        for (proto, port) in
+            [("tcp", "80"), ("256", "80"), ("6", "0"), ("6", "80-79"), ("6", "65536"), ("6", "-")]
+        {
+            let policy =
+                ContextPolicy { proto: proto.into(), dst_port: port.into(), ..ContextPolicy::default() };
+            let context = IpContext { policies: vec![policy], ..IpContext::default() };
+            assert!(near(&context).is_err(), "{proto} {port}");
+        }
+    }
+
+    #[test]
+    fn what_the_kernel_could_not_hold_is_invalid() {
+        let end = |ifname: &str| EndPlan::new(Side::Near, NS, ifname, "id");
+        let tunnel = Vxlan {
+            vni: 1,
+            local: [192, 0, 2, 1].into(),
+            remote: [192, 0, 2, 2].into(),
+            port: 4789,
+            remote_port: 4789,
+        };
+        let with = |tunnel: Vxlan| WirePlan::vxlan("id", tunnel, Side::Near, end("nsm0")).validate();
+        assert_eq!(with(tunnel.clone()), Ok(()));
+        assert_eq!(with(Vxlan { vni: (1 << 24) - 1, ..tunnel.clone() }), Ok(()));
+        for vni in [0, 1 << 24, u32::MAX] {
+            assert_eq!(with(Vxlan { vni, ..tunnel.clone() }), Err(Invalid::Vni(vni)));
+        }
+        for remote in ["2001:db8::1", "0.0.0.0", "239.0.0.1"] {
+            assert!(with(Vxlan { remote: remote.parse().unwrap(), ..tunnel.clone() }).is_err(), "{remote}");
+        }
+        assert!(with(Vxlan { remote_port: 0, ..tunnel.clone() }).is_err());
+
+        let of = |change: &dyn Fn(&mut EndPlan)| {
+            let mut end = end("nsm0");
+            change(&mut end);
+            WirePlan::vxlan("id", tunnel.clone(), Side::Near, end).validate()
+        };
+        for mtu in [0, 67, 65_536, u32::MAX] {
+            assert_eq!(of(&|end| end.mtu = Some(mtu)), Err(Invalid::Mtu(mtu)));
+        }
+        for address in ["0.0.0.0/0", "255.255.255.255/32", "224.0.0.1/4", "::/128", "ff02::1/16"] {
+            assert!(of(&|end| end.addresses.push(address.parse().unwrap())).is_err(), "{address}");
+        }
+        let twice: [IpNet; 2] = ["2001:db8::1/64", "2001:db8::1/128"].map(|net| net.parse().unwrap());
+        assert!(of(&|end| end.addresses.extend(twice)).is_err());
+        for mac in ["00:00:00:00:00:00", "01:00:5e:00:00:01", "ff:ff:ff:ff:ff:ff"] {
+            assert!(of(&|end| end.mac = Some(mac.parse().unwrap())).is_err(), "{mac}");
+        }
+        let mixed = Route::via("10.0.0.0/8".parse().unwrap(), "2001:db8::1".parse().unwrap());
+        assert!(of(&|end| end.routes.push(mixed)).is_err());
+        let policy = Policy { when: Selector::default(), routes: Vec::new() };
+        assert!(of(&|end| end.policies.extend([policy.clone(), policy.clone()])).is_err());
+
+        let mut plan = WirePlan::veth("id", end("nsm0"), end("nsm0"));
+        assert!(plan.validate().is_err(), "one interface twice");
+        plan.far = None;
+        assert!(plan.validate().is_err(), "half a pair");
+        let id = "x".repeat(MAX_ID + 1);
+        assert!(matches!(
+            WirePlan::veth(id, end("a"), end("b")).validate(),
+            Err(Invalid::Id { length: 111 })
+        ));
+        // As long as the kernel's, and cut between two characters.
+        let alias = EndPlan::new(Side::Near, NS, "nsm0", &"é".repeat(200)).alias;
+        assert_eq!(alias.len(), 253);
+    }
+}

@@ -27,14 +27,15 @@ pub(crate) struct Reaper(Arc<Shared>);
 struct Shared {
     sockets: Arc<Sockets>,
     queue: Mutex<Queue>,
-    /// Signalled when the last thread ends, and so the queue is empty.
-    idle: Condvar,
+    /// Signalled when something is gone, and when the last thread ends because nothing is left.
+    progress: Condvar,
 }
 
 #[derive(Debug, Default)]
 struct Queue {
     doomed: VecDeque<Vec<Doomed>>,
     threads: usize,
+    ended: u64,
     errors: Vec<Error>,
 }
 
@@ -109,12 +110,19 @@ impl Kernel {
 
 impl Reaper {
     pub(crate) fn new(sockets: Arc<Sockets>) -> Self {
-        Self(Arc::new(Shared { sockets, queue: Mutex::default(), idle: Condvar::new() }))
+        Self(Arc::new(Shared { sockets, queue: Mutex::default(), progress: Condvar::new() }))
     }
 
-    /// Whether something is queued or being deleted.
-    pub(crate) fn pending(&self) -> bool {
-        self.0.queue.lock().threads > 0
+    /// How many deletions have ended so far, and whether there are more to come.
+    pub(crate) fn progress(&self) -> (u64, bool) {
+        let queue = self.0.queue.lock();
+        (queue.ended, queue.threads > 0)
+    }
+
+    /// Waits until more deletions have ended than that, or none is left.
+    pub(crate) fn wait_beyond(&self, ended: u64) {
+        let mut queue = self.0.queue.lock();
+        self.0.progress.wait_while(&mut queue, |queue| queue.ended <= ended && queue.threads > 0);
     }
 
     fn push(&self, doomed: Vec<Doomed>) {
@@ -138,7 +146,7 @@ impl Reaper {
     /// Waits for the end of the queue.
     fn wait(&self) -> Vec<Error> {
         let mut queue = self.0.queue.lock();
-        self.0.idle.wait_while(&mut queue, |queue| queue.threads > 0);
+        self.0.progress.wait_while(&mut queue, |queue| queue.threads > 0);
         std::mem::take(&mut queue.errors)
     }
 }
@@ -157,14 +165,14 @@ impl Shared {
             drop(queue);
             let errors = self.delete(&doomed).unwrap_or_else(|error| vec![error]);
             queue = self.queue.lock();
+            queue.ended += 1;
+            self.progress.notify_all();
             for error in errors.into_iter().take(KEPT_ERRORS.saturating_sub(queue.errors.len())) {
                 queue.errors.push(error);
             }
         }
         queue.threads -= 1;
-        if queue.threads == 0 {
-            self.idle.notify_all();
-        }
+        self.progress.notify_all();
     }
 
     fn delete(&self, doomed: &[Doomed]) -> Result<Vec<Error>> {

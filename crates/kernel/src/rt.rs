@@ -207,7 +207,7 @@ pub(crate) fn new_vxlan(tunnel: &Vxlan, end: &EndPlan, ns: &Namespace) -> Reques
 
 /// The peer of a tunnel whose port is not ours: the device knows one port only, so the destination of everything is
 /// an entry of its forwarding table, under the address of all zeroes.
-pub(crate) fn new_vxlan_peer(ifindex: u32, tunnel: &Vxlan) -> Request<Message> {
+pub(crate) fn vxlan_peer(ifindex: u32, ip: IpAddr, port: Option<u16>) -> NeighbourMessage {
     let mut entry = NeighbourMessage::default();
     entry.header.family = AddressFamily::Bridge;
     entry.header.ifindex = ifindex;
@@ -215,10 +215,10 @@ pub(crate) fn new_vxlan_peer(ifindex: u32, tunnel: &Vxlan) -> Request<Message> {
     entry.header.flags = NeighbourFlags::Own;
     entry.attributes = vec![
         NeighbourAttribute::LinkLayerAddress(vec![0; 6]),
-        NeighbourAttribute::Destination(neighbour_address(tunnel.remote)),
-        NeighbourAttribute::Port(tunnel.remote_port),
+        NeighbourAttribute::Destination(neighbour_address(ip)),
     ];
-    Request::with(Message::NewNeighbour(entry), NLM_F_CREATE | NLM_F_EXCL)
+    entry.attributes.extend(port.map(NeighbourAttribute::Port));
+    entry
 }
 
 pub(crate) fn list_vxlan_peers(ifindex: u32) -> Message {
@@ -229,7 +229,7 @@ pub(crate) fn list_vxlan_peers(ifindex: u32) -> Message {
 }
 
 /// Peer and port of the entry for everything; the port only where it is not the device's.
-pub(crate) fn vxlan_peer(message: &Message) -> Option<(IpAddr, Option<u16>)> {
+pub(crate) fn vxlan_peer_of(message: &Message) -> Option<(IpAddr, Option<u16>)> {
     let Message::NewNeighbour(entry) = message else { return None };
     let (mut ip, mut port, mut zero) = (None, None, false);
     for attribute in &entry.attributes {
@@ -583,6 +583,19 @@ pub(crate) fn rule_of(message: &Message) -> Option<Rule> {
 
 // === namespace ids ===
 
+pub(crate) fn list_nsids() -> Message {
+    Message::GetNsId(NsidMessage::default())
+}
+
+/// The number in a message; none where the kernel says −1.
+pub(crate) fn nsid_of(message: &Message) -> Option<Nsid> {
+    let Message::NewNsId(message) = message else { return None };
+    message.attributes.iter().find_map(|attribute| match attribute {
+        NsidAttribute::Id(id) if *id >= 0 => Some(Nsid(*id)),
+        _ => None,
+    })
+}
+
 impl Socket<Rt> {
     /// How the socket's namespace numbers those; who has no number yet is given one now.
     pub(crate) fn assign_nsids(&mut self, namespaces: &[&Namespace]) -> Result<Vec<Nsid>> {
@@ -611,13 +624,7 @@ impl Socket<Rt> {
         answers
             .into_iter()
             .map(|answer| match answer {
-                Ok(Message::NewNsId(answer)) => {
-                    Ok(answer.attributes.into_iter().find_map(|attribute| match attribute {
-                        NsidAttribute::Id(id) if id >= 0 => Some(Nsid(id)),
-                        _ => None,
-                    }))
-                }
-                Ok(_) => Ok(None),
+                Ok(message) => Ok(nsid_of(&message)),
                 Err(source) => Err(Error::Refused { what: "read the number of a namespace".into(), source }),
             })
             .collect()

@@ -143,6 +143,14 @@ impl Kernel {
         Ok(link.map(|link| Uplink { ifname: link.name, ifindex: link.index, mtu: link.mtu }))
     }
 
+    /// Every namespace that has a number in the node's, so every pod that ever had a wire and still lives.
+    pub fn numbered(&self) -> Result<Vec<Nsid>> {
+        let mut node = self.sockets.get()?;
+        let answers = node.dump(rt::list_nsids()).map_err(|e| e.during("list numbers of namespaces"))?;
+        self.sockets.give_back(node);
+        Ok(answers.iter().filter_map(rt::nsid_of).collect())
+    }
+
     /// Every link in a namespace that carries a mark of ours, whoever we were then.
     pub fn owned(&self, nsid: Nsid) -> Result<Vec<Owned>> {
         let mut node = self.sockets.get()?;
@@ -279,7 +287,7 @@ fn tunnel(socket: &mut Socket<Rt>, link: &Link) -> Result<Option<Vxlan>> {
     if remote.is_none() {
         let entries =
             socket.dump(rt::list_vxlan_peers(link.index)).map_err(|e| e.during("list tunnel peers"))?;
-        remote = entries.iter().find_map(rt::vxlan_peer);
+        remote = entries.iter().find_map(rt::vxlan_peer_of);
     }
     let tunnel = facts.local.zip(remote).map(|(local, (remote, port))| Vxlan {
         vni: facts.vni,
