@@ -8,6 +8,7 @@
 
 mod attest;
 mod authority;
+mod watch_file;
 
 use std::{
     collections::BTreeSet,
@@ -35,6 +36,7 @@ use tracing::{debug, info, warn};
 
 pub use attest::{Entry, Selectors};
 pub use authority::Authority;
+use watch_file::FileWatch;
 
 use crate::{
     Error, SpiffeId, TrustDomain, UnixPeer, UnixSocket,
@@ -45,8 +47,8 @@ use crate::{
     source::SECURITY_HEADER,
 };
 
-/// How often the configuration file is looked at.
-const LOOK_AT_FILE: Duration = Duration::from_millis(100);
+/// How often a waiting caller is looked at again: what an entry names may appear without a change of the file.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 const SHORTEST_TTL: Duration = Duration::from_secs(2);
 
 /// The configuration file, YAML.
@@ -298,8 +300,8 @@ impl Ca {
             servers.spawn(serve_node(node.clone(), listener, shared.clone(), stopped.clone()));
         }
         drop(stopped);
+        let watch = FileWatch::new(&file);
         let mut stamp = Stamp::of(&file);
-        let mut look = tokio::time::interval(LOOK_AT_FILE);
         tokio::pin!(shutdown);
         let result = loop {
             tokio::select! {
@@ -314,7 +316,7 @@ impl Ca {
                     stamp = Stamp::of(&file);
                     read_again(&file, &config);
                 }
-                _ = look.tick() => {
+                () = watch.maybe_changed() => {
                     let new = Stamp::of(&file);
                     if new != stamp {
                         stamp = new;
@@ -417,8 +419,7 @@ impl NodeApi {
                 if !identities(&self.node, peer, &now)?.is_empty() {
                     return Ok(());
                 }
-                // The namespace that an entry names may appear without a change of the file.
-                let _ = timeout(LOOK_AT_FILE, config.changed()).await;
+                let _ = timeout(LOOK_AGAIN, config.changed()).await;
             }
         };
         match timeout(wait, fits).await {

@@ -156,19 +156,18 @@ impl UnixSocket {
         // Two daemons that start at once must not both find the old file dead and remove each other's.
         let lock = File::open(dir).map_err(failed("open the directory of"))?;
         flock(&lock, FlockOperation::LockExclusive).map_err(|e| failed("lock the directory of")(e.into()))?;
-        match std::os::unix::net::UnixStream::connect(path) {
-            Ok(_) => return Err(Error::SocketInUse(path.into())),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
+        match try_connect(path) {
+            // A listener whose backlog is full is alive, too.
+            Ok(()) | Err(Errno::AGAIN) => return Err(Error::SocketInUse(path.into())),
+            Err(Errno::NOENT) => {}
+            Err(e @ Errno::CONNREFUSED) => {
                 let is_socket = fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
                 if !is_socket {
-                    return Err(failed("replace what is no socket at")(e));
+                    return Err(failed("replace what is no socket at")(e.into()));
                 }
                 fs::remove_file(path).map_err(failed("remove the stale"))?;
             }
-            // A listener whose backlog is full is alive; a file that we may not touch is somebody else's.
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(Error::SocketInUse(path.into())),
-            Err(e) => return Err(failed("check who listens at")(e)),
+            Err(e) => return Err(failed("check who listens at")(e.into())),
         }
         let listener = std::os::unix::net::UnixListener::bind(path).map_err(failed("bind"))?;
         let socket = FileId::of_path(path).map(|id| Self { listener, path: path.into(), id });
@@ -199,6 +198,15 @@ impl Drop for UnixSocket {
             let _ = fs::remove_file(&self.path);
         }
     }
+}
+
+/// Without waiting, also for one that never accepts.
+fn try_connect(path: &Path) -> Result<(), Errno> {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+    let address = SocketAddrUnix::new(path)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    connect(&socket, &address)
 }
 
 fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {

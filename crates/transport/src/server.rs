@@ -31,9 +31,9 @@ use crate::{
 /// Bounds on what peers may use of a server.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Authenticated connections at a time; one more is closed at once.
+    /// Authenticated connections at a time on each socket; one more is closed at once.
     pub connections: usize,
-    /// Handshakes at a time; one more ends the oldest.
+    /// Handshakes at a time on each socket; one more ends the oldest.
     pub handshakes: usize,
     /// How long a handshake may take.
     pub handshake: Duration,
@@ -173,22 +173,26 @@ enum Socket {
 }
 
 impl Socket {
-    async fn accept(&self) -> io::Result<(Wire, String)> {
-        match self {
-            Self::Unix(listener) => {
-                let (stream, _) = listener.accept().await?;
-                let wire = Wire::unix(stream)?;
-                let address = match &wire {
-                    Wire::Unix(_, peer) => format!("unix:pid={}", peer.pid()),
-                    Wire::Tcp(_) => String::new(),
-                };
-                Ok((wire, address))
-            }
+    /// The next connection; `None` for a peer that has left already, of which nothing can be known.
+    async fn accept(&self) -> io::Result<Option<(Wire, String)>> {
+        let (wire, address) = match self {
+            Self::Unix(listener) => (Wire::unix(listener.accept().await?.0), String::new()),
             Self::Tcp(listener) => {
                 let (stream, address) = listener.accept().await?;
-                Ok((Wire::tcp(stream)?, address.to_string()))
+                (Wire::tcp(stream), address.to_string())
             }
-        }
+        };
+        Ok(match wire {
+            Ok(Wire::Unix(stream, peer)) => {
+                let address = format!("unix:pid={}", peer.pid());
+                Some((Wire::Unix(stream, peer), address))
+            }
+            Ok(wire) => Some((wire, address)),
+            Err(reason) => {
+                debug!(%reason, "a peer left at once");
+                None
+            }
+        })
     }
 }
 
@@ -209,8 +213,9 @@ impl Acceptor {
         loop {
             tokio::select! {
                 accepted = socket.accept() => match accepted {
-                    Ok((wire, address)) => self.shake_hands(wire, address),
-                    // Out of descriptors, or the peer has left already. Neither may end or spin the loop.
+                    Ok(Some((wire, address))) => self.shake_hands(wire, address),
+                    Ok(None) => {}
+                    // Out of descriptors, most likely: must neither end nor spin the loop.
                     Err(reason) => {
                         warn!(%reason, "cannot accept a connection");
                         sleep(Duration::from_millis(20)).await;
@@ -245,17 +250,13 @@ impl Acceptor {
         let identity = self.source.current();
         let limit = self.limits.handshake;
         let handshake = async move {
-            match timeout(limit, handshake(wire, identity, &address)).await {
-                Ok(Ok(connection)) => Some(connection),
-                Ok(Err(reason)) => {
-                    info!(address, reason, "a connection was refused");
-                    None
-                }
-                Err(_) => {
-                    info!(address, "a connection was refused: no handshake in time");
-                    None
-                }
-            }
+            let reason = match timeout(limit, handshake(wire, identity, &address)).await {
+                Ok(Ok(connection)) => return Some(connection),
+                Ok(Err(reason)) => reason,
+                Err(_) => "no handshake in time".into(),
+            };
+            info!(address, reason, "a connection was refused");
+            None
         };
         self.oldest.push_back(self.handshakes.spawn(handshake));
     }
@@ -322,8 +323,6 @@ async fn call(
     mut request: Request<Incoming>,
 ) -> Result<Response<Body>, Infallible> {
     let deadline = Deadline::from_headers(request.headers());
-    // Read here and not by tonic, which would answer with another code.
-    request.headers_mut().remove("grpc-timeout");
     request.extensions_mut().insert(peer);
     if let Some(deadline) = deadline {
         request.extensions_mut().insert(deadline);

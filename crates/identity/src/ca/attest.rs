@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeSet,
     fmt, fs, io,
+    os::unix::{ffi::OsStrExt, fs::MetadataExt},
     path::{Path, PathBuf},
 };
 
@@ -23,7 +24,9 @@ pub struct Selectors {
     pub uid: Option<u32>,
     /// Effective group id when it connected.
     pub gid: Option<u32>,
-    /// The program, as `/proc/PID/exe` shows it.
+    /// The program: the very file at this path, as the CA sees it. The name alone would prove nothing, because in a
+    /// mount namespace of their own anybody can run their own file under any name. A process that still runs the
+    /// file which an upgrade replaced fits if that one belonged to the same user.
     pub exe: Option<PathBuf>,
     /// The control group, or one above it.
     pub cgroup: Option<String>,
@@ -53,9 +56,41 @@ pub(crate) struct Facts {
     uid: u32,
     gid: u32,
     start: u64,
-    exe: Option<PathBuf>,
+    exe: Option<Exe>,
     cgroups: Vec<String>,
     netns: Option<FileId>,
+}
+
+/// The file that a process executes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Exe {
+    /// As `/proc/PID/exe` names it.
+    path: PathBuf,
+    file: FileId,
+    owner: u32,
+    /// Has it no name any more?
+    deleted: bool,
+}
+
+impl Exe {
+    fn of(proc: &Path) -> io::Result<Self> {
+        let link = proc.join("exe");
+        let path = fs::read_link(&link)?;
+        let meta = fs::metadata(&link)?;
+        let file = FileId { dev: meta.dev(), ino: meta.ino() };
+        Ok(Self { path, file, owner: meta.uid(), deleted: meta.nlink() == 0 })
+    }
+
+    fn is(&self, wanted: &Path) -> bool {
+        let Ok(meta) = fs::metadata(wanted) else { return false };
+        let file = FileId { dev: meta.dev(), ino: meta.ino() };
+        let replaced = || {
+            let name = self.path.as_os_str().as_bytes().strip_suffix(b" (deleted)");
+            let canonical = fs::canonicalize(wanted).ok();
+            name.is_some() && canonical.as_ref().map(|path| path.as_os_str().as_bytes()) == name
+        };
+        self.file == file || self.deleted && self.owner == meta.uid() && replaced()
+    }
 }
 
 impl Selectors {
@@ -83,7 +118,7 @@ impl Selectors {
             && given(&self.gid, Some(&facts.gid))
             && given(&self.pid, Some(&facts.pid))
             && given(&self.pid_start, Some(&facts.start))
-            && given(&self.exe, facts.exe.as_ref())
+            && self.exe.as_ref().is_none_or(|wanted| facts.exe.as_ref().is_some_and(|exe| exe.is(wanted)))
             && self
                 .cgroup
                 .as_ref()
@@ -109,7 +144,7 @@ impl Facts {
                 gid: peer.gid(),
                 start: start_time(&fs::read_to_string(proc.join("stat"))?)
                     .ok_or_else(|| io::Error::other("/proc/PID/stat has an unknown form"))?,
-                exe: fs::read_link(proc.join("exe")).ok(),
+                exe: Exe::of(proc).ok(),
                 cgroups: cgroups(&fs::read_to_string(proc.join("cgroup")).unwrap_or_default()),
                 netns: FileId::of_path(proc.join("ns/net")).ok(),
             })
@@ -140,7 +175,7 @@ impl fmt::Display for Facts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "pid {}, pidStart {}, uid {}, gid {}", self.pid, self.start, self.uid, self.gid)?;
         match &self.exe {
-            Some(exe) => write!(f, ", exe {}", exe.display())?,
+            Some(exe) => write!(f, ", exe {}", exe.path.display())?,
             None => write!(f, ", exe unreadable")?,
         }
         write!(f, ", cgroup {}", self.cgroups.first().map_or("unreadable", String::as_str))?;
@@ -185,7 +220,7 @@ mod tests {
             uid: 0,
             gid: 0,
             start: 99,
-            exe: Some("/usr/bin/nsm".into()),
+            exe: Some(Exe::of(Path::new("/proc/self")).unwrap()),
             cgroups: vec!["/lab/pod1/box".into()],
             netns: Some(FileId { dev: 4, ino: 1 }),
         }
@@ -221,7 +256,7 @@ mod tests {
     #[test]
     fn the_most_specific_entry_comes_first_and_all_selectors_must_hold() {
         let uid = || Selectors { uid: Some(0), ..Selectors::default() };
-        let exe = || Selectors { uid: Some(0), exe: Some("/usr/bin/nsm".into()), ..Selectors::default() };
+        let exe = || Selectors { uid: Some(0), exe: Some("/proc/self/exe".into()), ..Selectors::default() };
         let entries = [
             entry("uid", None, uid()),
             entry("exe", None, exe()),
@@ -234,6 +269,34 @@ mod tests {
         ];
         let ids: Vec<_> = facts().identities(&entries).iter().map(|id| id.path().to_owned()).collect();
         assert_eq!(ids, ["/exe", "/node", "/uid"]);
+    }
+
+    #[test]
+    fn a_program_is_a_file_and_not_a_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("nsm");
+        let running = |path: &Path| {
+            let meta = fs::metadata(path).unwrap();
+            let file = FileId { dev: meta.dev(), ino: meta.ino() };
+            Exe { path: path.into(), file, owner: meta.uid(), deleted: false }
+        };
+        let fits = |exe: &Exe| exe.is(&path);
+        fs::write(&path, "one").unwrap();
+        let exe = running(&path);
+        assert!(fits(&exe));
+        // Another file under the same name, as in another mount namespace.
+        fs::write(dir.path().join("other"), "two").unwrap();
+        assert!(!fits(&Exe { path: path.clone(), ..running(&dir.path().join("other")) }));
+        // Replaced by an upgrade: the running one has no name any more.
+        fs::rename(dir.path().join("other"), &path).unwrap();
+        let name = format!("{} (deleted)", path.canonicalize().unwrap().display());
+        let old = Exe { path: name.into(), deleted: true, ..exe };
+        assert!(fits(&old));
+        assert!(!fits(&Exe { owner: old.owner + 1, ..old.clone() }), "the file of another user");
+        assert!(!fits(&Exe { deleted: false, ..old.clone() }), "a file that is only called so");
+        assert!(!fits(&Exe { path: "/somewhere/else (deleted)".into(), ..old.clone() }));
+        fs::remove_file(&path).unwrap();
+        assert!(!fits(&old), "nothing to compare with");
     }
 
     #[test]
