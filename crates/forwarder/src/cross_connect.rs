@@ -23,7 +23,7 @@ use nsm_kernel::{
     netns::NsId,
     plan::{ContextPolicy, ContextRoute, EndPlan, IpContext, Side, Vxlan, WirePlan},
 };
-use nsm_mesh::{Context, Element, Error, Lease, Next, Release, Result};
+use nsm_mesh::{Context, Element, Error, Lease, Next, NextHop, Release, Result};
 
 use crate::{
     tunnel::{self, TunnelEnd},
@@ -94,7 +94,9 @@ impl CrossConnect {
         tunnel::clamp_mtu(conn, tunnel::DEFAULT_MTU);
         if near.r#type == kind::KERNEL {
             if near.get(key::INODE_URL).is_none() {
-                return Err(Error::invalid("the KERNEL mechanism names no network namespace (parameter inodeURL)"));
+                return Err(Error::invalid(
+                    "the KERNEL mechanism names no network namespace (parameter inodeURL)",
+                ));
             }
             return Ok(near);
         }
@@ -159,7 +161,10 @@ impl CrossConnect {
     fn vxlan(&self, m: &Mechanism, we_are_source: bool) -> Result<Vxlan> {
         let (remote, remote_port) = self.tunnel.peer(m, we_are_source).map_err(Error::invalid)?;
         let vni = m.vni().ok_or_else(|| {
-            Error::invalid(format!("the tunnel's VNI is {:?}; expected 1 to 16777215", m.get(key::VNI).unwrap_or("")))
+            Error::invalid(format!(
+                "the tunnel's VNI is {:?}; expected 1 to 16777215",
+                m.get(key::VNI).unwrap_or("")
+            ))
         })?;
         Ok(Vxlan { vni, local: self.tunnel.ip, remote, port: self.tunnel.port, remote_port })
     }
@@ -167,7 +172,10 @@ impl CrossConnect {
     fn end(&self, side: Side, m: &Mechanism, conn: &Connection) -> Result<EndPlan> {
         let url = m.inode().map_err(|e| Error::invalid(e.to_string()))?;
         let url = url.ok_or_else(|| {
-            Error::invalid(format!("the {} side names no network namespace (parameter inodeURL)", whose(side)))
+            Error::invalid(format!(
+                "the {} side names no network namespace (parameter inodeURL)",
+                whose(side)
+            ))
         })?;
         let name = m.get(key::NAME).ok_or_else(|| {
             Error::invalid(format!("the {} side names no interface (parameter name)", whose(side)))
@@ -205,7 +213,7 @@ impl CrossConnect {
                     let vni = self.draw(near, &conn.id)?;
                     self.wires.vnis().release(old.vni, &old.id);
                     near.set(key::VNI, vni.to_string());
-                    cx.scope.lease(HeldVni { vni, ..*old });
+                    cx.scope.lease(HeldVni { wires: old.wires, vni, id: old.id });
                 }
                 Err(Taken::Vni) => return Err(Unjoined::Vni),
                 Err(Taken::Name { near, name, by }) => {
@@ -214,7 +222,9 @@ impl CrossConnect {
                         tonic::Code::AlreadyExists,
                         format!("the {whose}'s namespace has an interface {name:?} already, {by}"),
                     )
-                    .hint("choose another interface name in the network-service URL, or remove that interface")
+                    .hint(
+                        "choose another interface name in the network-service URL, or remove that interface",
+                    )
                     .into());
                 }
                 Err(Taken::Other(error)) => return Err(error.into()),
@@ -249,7 +259,7 @@ impl Element for CrossConnect {
         next: Next<'_>,
     ) -> Result<Connection> {
         let mut near = self.near(cx, &mut request)?;
-        let local = cx.next_hop.as_ref().is_some_and(nsm_transport::DialTarget::is_local);
+        let local = cx.next_hop.as_ref().is_some_and(NextHop::is_local);
         let conn = request.connection.get_or_insert_default();
         let id = conn.id.clone();
         let class = if local { LOCAL } else { REMOTE };
@@ -280,7 +290,10 @@ impl Element for CrossConnect {
             let limit = answer.context.as_ref().map_or(0, |c| c.mtu);
             tunnel::clamp_mtu(&mut answer, if limit == 0 { tunnel::DEFAULT_MTU } else { limit });
             if far.r#type == kind::VXLAN {
-                tunnel::clamp_mtu(&mut answer, far.number(key::MTU).unwrap_or(self.tunnel.mtu).min(self.tunnel.mtu));
+                tunnel::clamp_mtu(
+                    &mut answer,
+                    far.number(key::MTU).unwrap_or(self.tunnel.mtu).min(self.tunnel.mtu),
+                );
             }
             let far_vni = far.vni().filter(|_| far.r#type == kind::VXLAN);
             let free = far_vni.is_none_or(|vni| self.wires.vnis().claim(vni, &id));
@@ -298,7 +311,11 @@ impl Element for CrossConnect {
                     }
                     match cx.scope.get_mut::<Wire>() {
                         Some(wire) => wire.far = far.clone(),
-                        None => cx.scope.lease(Wire { wires: Arc::clone(&self.wires), id: id.clone(), far: far.clone() }),
+                        None => cx.scope.lease(Wire {
+                            wires: Arc::clone(&self.wires),
+                            id: id.clone(),
+                            far: far.clone(),
+                        }),
                     }
                     note_interfaces(&mut answer, &near, &far);
                     answer.mechanism = Some(near);
@@ -337,7 +354,12 @@ impl Element for CrossConnect {
         }
     }
 
-    async fn close_forgotten(&self, cx: &mut Context<'_>, mut conn: Connection, next: Next<'_>) -> Result<()> {
+    async fn close_forgotten(
+        &self,
+        cx: &mut Context<'_>,
+        mut conn: Connection,
+        next: Next<'_>,
+    ) -> Result<()> {
         if let Some(record) = self.wires.record(&conn.id) {
             self.wires.remove(&conn.id).await?;
             conn.mechanism = Some(record.far);
@@ -408,6 +430,7 @@ fn ip_context(ip: &nsm_api::pb::connectioncontext::IpContext) -> IpContext {
                 routes: p.routes.iter().map(route).collect(),
             })
             .collect(),
+        mtu: 0, // the wire's MTU is decided with the peers, not by the context alone
     }
 }
 

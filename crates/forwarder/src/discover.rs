@@ -1,48 +1,50 @@
 //! Finds the endpoint: by its name, or by what the service's matches say of the client's labels
 //! (spec/control-plane.md 8.2, 8.3).
 
-use std::{
-    collections::HashMap,
-    sync::Arc,
-    time::SystemTime,
-};
+use std::{collections::HashMap, future::Future, time::SystemTime};
 
 use async_trait::async_trait;
 use nsm_api::{
     matching::Policy,
-    path,
-    pb::{connection::Connection, networkservice::NetworkServiceRequest, registry::NetworkService},
+    pb::{
+        connection::Connection,
+        networkservice::NetworkServiceRequest,
+        registry::{NetworkService, NetworkServiceEndpoint},
+    },
 };
-use nsm_mesh::{Context, Element, Error, Next, Result};
-use nsm_registry::client::{Directory, Endpoint};
+use nsm_mesh::{Context, Element, Error, Next, Result, error::chain_text};
+use nsm_registry::{Client as Directory, Endpoint};
 use parking_lot::Mutex;
 use tonic::Code;
 
 /// The element. Candidates are tried in turn, starting with the next one for every new wire of a service.
 #[derive(Debug)]
 pub struct Discover {
-    directory: Arc<Directory>,
+    directory: Directory,
     turns: Mutex<HashMap<String, usize>>,
 }
 
 impl Discover {
     /// Asks this directory, the manager's.
     #[must_use]
-    pub fn new(directory: Arc<Directory>) -> Self {
+    pub fn new(directory: Directory) -> Self {
         Self { directory, turns: Mutex::default() }
     }
 
     async fn service(&self, cx: &Context<'_>, name: &str, payload: &str) -> Result<NetworkService> {
-        let found = self.directory.service(name, payload, cx.deadline).await?;
-        found.ok_or_else(|| {
+        let query =
+            NetworkService { name: name.into(), payload: payload.into(), ..NetworkService::default() };
+        let found = in_time(cx, self.directory.find_services(query)).await?;
+        found.into_iter().find(|service| service.name == name).ok_or_else(|| {
             Error::not_found(format!("network service {name:?} is not found"))
                 .hint("apply a NetworkService of that name, or start an endpoint that registers it")
         })
     }
 
     async fn named(&self, cx: &Context<'_>, name: &str) -> Result<Endpoint> {
-        let found = self.directory.endpoint(name, cx.deadline).await?;
-        found.ok_or_else(|| {
+        let query = NetworkServiceEndpoint { name: name.into(), ..NetworkServiceEndpoint::default() };
+        let found = in_time(cx, self.directory.find_endpoints(query)).await?;
+        found.into_iter().find(|endpoint| endpoint.nse.name == name).ok_or_else(|| {
             Error::not_found(format!("network service endpoint {name:?} not found"))
                 .hint("it has not registered, or its registration has expired")
         })
@@ -64,24 +66,35 @@ impl Discover {
     ) -> Result<Connection> {
         let conn = request.connection.get_or_insert_default();
         let service = self.service(cx, &conn.network_service, &conn.payload).await?;
-        let mut endpoints = self.directory.endpoints(&service.name, cx.deadline).await?;
+        let query = NetworkServiceEndpoint {
+            network_service_names: vec![service.name.clone()],
+            ..NetworkServiceEndpoint::default()
+        };
+        let mut endpoints = in_time(cx, self.directory.find_endpoints(query)).await?;
         let now = SystemTime::now();
-        endpoints.retain(|e| e.nse.expiration_time.as_ref().is_none_or(|t| path::from_timestamp(t) > now));
+        endpoints.retain(|endpoint| !endpoint.is_expired(now));
+        service.payload.clone_into(&mut conn.payload);
+        let labels = conn.labels.clone();
         let policy = Policy::lenient(&service);
-        let selection = policy.endpoints(&conn.labels, &endpoints);
+        let selection = policy.endpoints(&labels, &endpoints);
         let candidates = &selection.candidates;
         if candidates.is_empty() {
-            return Err(Error::not_found(format!("network service endpoint candidates not found: {selection}"))
-                .hint("start an endpoint with these labels, or change the matches of the network service"));
+            return Err(Error::not_found(format!(
+                "network service endpoint candidates not found: {selection}"
+            ))
+            .hint("start an endpoint with these labels, or change the matches of the network service"));
         }
-        service.payload.clone_into(&mut conn.payload);
         let first = self.turn(&service.name, candidates.len());
         let mut failures: Vec<(String, Error)> = Vec::new();
         for i in 0..candidates.len() {
             let candidate = candidates[(first + i) % candidates.len()];
             let mut attempt = request.clone();
-            attempt.connection.get_or_insert_default().network_service_endpoint_name.clone_from(&candidate.nse.name);
-            cx.next_hop = Some(candidate.dial.clone());
+            attempt
+                .connection
+                .get_or_insert_default()
+                .network_service_endpoint_name
+                .clone_from(&candidate.nse.name);
+            cx.next_hop = Some(candidate.dial.clone().into());
             match next.request(cx, attempt).await {
                 Ok(conn) => return Ok(conn),
                 Err(error) => failures.push((candidate.nse.name.clone(), error)),
@@ -90,7 +103,7 @@ impl Discover {
                 break;
             }
         }
-        Err(all_failed(failures))
+        Err(Error::all_failed("candidates", failures))
     }
 }
 
@@ -114,13 +127,13 @@ impl Element for Discover {
         if conn.payload.is_empty() {
             conn.payload = self.service(cx, &conn.network_service, "").await?.payload;
         }
-        cx.next_hop = Some(self.named(cx, &name).await?.dial);
+        cx.next_hop = Some(self.named(cx, &name).await?.dial.into());
         next.request(cx, request).await
     }
 
     async fn close_forgotten(&self, cx: &mut Context<'_>, conn: Connection, next: Next<'_>) -> Result<()> {
         match self.named(cx, &conn.network_service_endpoint_name).await {
-            Ok(endpoint) => cx.next_hop = Some(endpoint.dial),
+            Ok(endpoint) => cx.next_hop = Some(endpoint.dial.into()),
             // What is here is cleared all the same.
             Err(error) => tracing::debug!(%error, "the endpoint of a closed connection is not known"),
         }
@@ -128,27 +141,16 @@ impl Element for Discover {
     }
 }
 
-/// One candidate's error says more than "all failed"; of several each is named.
-fn all_failed(mut failures: Vec<(String, Error)>) -> Error {
-    if failures.len() == 1
-        && let Some((_, error)) = failures.pop()
-    {
-        return error;
-    }
-    let code = failures.first().map_or(Code::Unknown, |(_, e)| e.code);
-    let texts: Vec<_> = failures.iter().map(|(name, error)| format!("{name}: {error}")).collect();
-    Error::new(code, format!("all candidates have failed: {}", texts.join("; ")))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_single_failure_speaks_for_itself() {
-        let one = all_failed(vec![("a".into(), Error::denied("no"))]);
-        assert_eq!((one.code, one.to_string().as_str()), (Code::PermissionDenied, "no"));
-        let two = all_failed(vec![("a".into(), Error::denied("no")), ("b".into(), Error::internal("x"))]);
-        assert_eq!(two.to_string(), "all candidates have failed: a: no; b: x");
+/// A look-up within the request's deadline.
+async fn in_time<T>(
+    cx: &Context<'_>,
+    ask: impl Future<Output = Result<T, nsm_registry::Error>>,
+) -> Result<T> {
+    match tokio::time::timeout_at(cx.deadline, ask).await {
+        Ok(Ok(found)) => Ok(found),
+        Ok(Err(error)) => {
+            Err(Error::unavailable(format!("the registry could not be asked: {}", chain_text(&error))))
+        }
+        Err(_) => Err(Error::new(Code::DeadlineExceeded, "the registry did not answer in time")),
     }
 }

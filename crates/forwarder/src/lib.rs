@@ -1,1 +1,9 @@
-//! The forwarder: turns connections into wires.
+//! The forwarder: turns connections into wires of the kernel. Its chain is the list in [`chain`].
+
+pub mod cross_connect;
+pub mod discover;
+mod serve;
+pub mod tunnel;
+pub mod wires;
+
+pub use serve::{Config, Forwarder, chain};

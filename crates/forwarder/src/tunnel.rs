@@ -1,10 +1,7 @@
 //! What two forwarders agree on about a VXLAN tunnel: addresses, ports, VNI, MTU
 //! (spec/control-plane.md 3.5 and 3.6). Pure, chance is an argument.
 
-use std::{
-    collections::HashMap,
-    net::IpAddr,
-};
+use std::{collections::HashMap, net::IpAddr};
 
 use nsm_api::{
     mechanism::{REMOTE, VXLAN_PORT, key, kind, vni_is_even},
@@ -40,7 +37,8 @@ impl TunnelEnd {
     pub fn accept(&self, m: &mut Mechanism) {
         m.set(key::DST_IP, self.ip.to_string());
         m.set(key::DST_PORT, self.port.to_string());
-        let mtu = m.number(key::MTU).filter(|mtu| *mtu != 0).map_or(self.mtu, |theirs: u32| theirs.min(self.mtu));
+        let mtu =
+            m.number(key::MTU).filter(|mtu| *mtu != 0).map_or(self.mtu, |theirs: u32| theirs.min(self.mtu));
         m.set(key::MTU, mtu.to_string());
     }
 
@@ -49,15 +47,18 @@ impl TunnelEnd {
     /// # Errors
     /// A sentence that names what is missing or wrong.
     pub fn peer(&self, m: &Mechanism, we_are_source: bool) -> Result<(IpAddr, u16), String> {
-        let (ip, port) = if we_are_source { (key::DST_IP, key::DST_PORT) } else { (key::SRC_IP, key::SRC_PORT) };
-        let address = m
-            .ip(ip)
-            .ok_or_else(|| format!("the VXLAN parameter {ip} is {:?}, not an address", m.get(ip).unwrap_or("")))?;
+        let (ip, port) =
+            if we_are_source { (key::DST_IP, key::DST_PORT) } else { (key::SRC_IP, key::SRC_PORT) };
+        let address = m.ip(ip).ok_or_else(|| {
+            format!("the VXLAN parameter {ip} is {:?}, not an address", m.get(ip).unwrap_or(""))
+        })?;
         if address.is_ipv4() != self.ip.is_ipv4() {
             return Err(format!("the tunnel ends {address} and {} are of different families", self.ip));
         }
         if address == self.ip {
-            return Err(format!("the peer's tunnel end {address} is our own: two forwarders share NSM_TUNNEL_IP"));
+            return Err(format!(
+                "the peer's tunnel end {address} is our own: two forwarders share NSM_TUNNEL_IP"
+            ));
         }
         // Unreadable and 0 mean the fixed port (section 3.1).
         Ok((address, m.number(port).filter(|p| *p != 0).unwrap_or(VXLAN_PORT)))
@@ -107,8 +108,10 @@ impl Vnis {
 mod tests {
     use super::*;
 
-    const A: TunnelEnd = TunnelEnd { ip: IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 1)), port: 4789, mtu: 1446 };
-    const B: TunnelEnd = TunnelEnd { ip: IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 2)), port: 4790, mtu: 1400 };
+    const A: TunnelEnd =
+        TunnelEnd { ip: IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 1)), port: 4789, mtu: 1446 };
+    const B: TunnelEnd =
+        TunnelEnd { ip: IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 2)), port: 4790, mtu: 1400 };
 
     #[test]
     fn both_sides_agree() {

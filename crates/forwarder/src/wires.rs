@@ -21,12 +21,12 @@ use nsm_api::{
     pb::connection::{Connection, Mechanism},
 };
 use nsm_kernel::{
-    apply::Kernel,
+    Kernel, Nsid, Nsids,
     netns::Namespace,
     plan::{Construction, Side, WirePlan},
-    store::Store,
+    store::{self, Store},
 };
-use nsm_mesh::{Error, Result, fds::Fds};
+use nsm_mesh::{Error, Result, error::chain_text, fds::Fds};
 use parking_lot::{Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 use tokio::task::spawn_blocking;
@@ -38,7 +38,7 @@ use crate::tunnel::Vnis;
 const GRACE: Duration = Duration::from_secs(600);
 
 /// What is kept of a wire.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Record {
     /// What shall be in the kernel.
     pub plan: WirePlan,
@@ -46,6 +46,13 @@ pub struct Record {
     pub far: Mechanism,
     /// When the client's token expires: a wire that nobody claims by then is removed.
     pub expires: SystemTime,
+}
+
+/// A record, and where its ends are by the node's own numbers: no descriptor of a pod's namespace is kept.
+#[derive(Debug, Clone)]
+struct Held {
+    record: Record,
+    nsids: Nsids,
 }
 
 /// What goes onto the disk beside the plan.
@@ -80,8 +87,8 @@ pub enum Taken {
 #[derive(Debug)]
 pub struct Wires {
     kernel: Arc<Kernel>,
-    store: Arc<Store>,
-    records: Mutex<HashMap<String, Record>>,
+    store: Store,
+    records: Mutex<HashMap<String, Held>>,
     vnis: Mutex<Vnis>,
     orphans: AtomicU64,
 }
@@ -126,11 +133,12 @@ impl Wires {
     /// A kernel that refuses us, or a state directory that cannot be used.
     pub fn open(node: Namespace, state_dir: &Path) -> Result<Self> {
         let kernel = Kernel::new(node).map_err(|e| internal(&e))?;
-        let (store, found) = Store::open(state_dir).map_err(|e| internal(&e))?;
+        let store = Store::open(state_dir).map_err(|e| internal(&e))?;
+        let found = store.load().map_err(|e| internal(&e))?;
         let mut records = HashMap::new();
         let mut vnis = Vnis::default();
-        for saved in found {
-            let kept: Kept = match serde_json::from_value(saved.caller) {
+        for saved in found.records {
+            let kept: Kept = match serde_json::from_value(saved.data) {
                 Ok(kept) => kept,
                 Err(error) => {
                     tracing::warn!(wire = %saved.plan.id, %error, "its record is of another version; it is left alone until it is asked for");
@@ -141,18 +149,24 @@ impl Wires {
             if let Some(vni) = record.vni() {
                 vnis.claim(vni, &record.plan.id);
             }
-            records.insert(record.plan.id.clone(), record);
+            records.insert(record.plan.id.clone(), Held { record, nsids: saved.nsids });
         }
         if !records.is_empty() {
             tracing::info!(wires = records.len(), "found wires of an earlier process");
         }
         Ok(Self {
             kernel: Arc::new(kernel),
-            store: Arc::new(store),
+            store,
             records: Mutex::new(records),
             vnis: Mutex::new(vnis),
             orphans: AtomicU64::new(0),
         })
+    }
+
+    /// The kernel they are in.
+    #[must_use]
+    pub fn kernel(&self) -> &Kernel {
+        &self.kernel
     }
 
     /// The VNIs of this node.
@@ -163,7 +177,7 @@ impl Wires {
     /// What is known of a connection's wire.
     #[must_use]
     pub fn record(&self, id: &str) -> Option<Record> {
-        self.records.lock().get(id).cloned()
+        self.records.lock().get(id).map(|held| held.record.clone())
     }
 
     /// How many wires nobody wanted any more and were removed.
@@ -190,40 +204,61 @@ impl Wires {
         for (_, end) in record.plan.ends() {
             // One that did not come with the request is looked for by the kernel crate.
             let Some(fd) = fds.get(InodeUrl { dev: end.ns.dev, ino: end.ns.ino }) else { continue };
-            let copy = fd.as_fd().try_clone_to_owned().map_err(|e| Taken::Other(Error::internal(e.to_string())))?;
+            let copy =
+                fd.as_fd().try_clone_to_owned().map_err(|e| Taken::Other(Error::internal(e.to_string())))?;
             namespaces.push(Namespace::from_fd(copy).map_err(|e| Taken::Other(refused(&e)))?);
         }
         let known: Vec<&Namespace> = namespaces.iter().collect();
-        if before.as_ref() != Some(&record) {
-            self.save(&record, &known)?;
+        let nsids = self.nsids(&record.plan, &known).map_err(Taken::Other)?;
+        let held = Held { record, nsids };
+        let plan = &held.record.plan;
+        if before.as_ref().is_none_or(|before| before.record != held.record) {
+            self.save(&held).map_err(Taken::Other)?;
         }
-        match self.kernel.apply(&record.plan, &known) {
+        match self.kernel.apply(plan, &known) {
             Ok(applied) => {
                 tracing::debug!(wire = %id, created = applied.created, writes = applied.writes, "applied");
-                self.records.lock().insert(id, record);
+                self.records.lock().insert(id, held);
                 Ok(())
             }
             Err(error) => {
                 let restored = match &before {
-                    Some(before) => self.save(before, &known),
-                    None => self.store.remove(&id).map_err(|e| Taken::Other(internal(&e))),
+                    Some(before) => self.save(before),
+                    None => self.store.remove(&id).map(drop).map_err(|e| internal(&e)),
                 };
                 if restored.is_err() {
                     tracing::warn!(wire = %id, "its record could not be taken back");
                 }
-                Err(taken(error, &record.plan))
+                Err(taken(error, plan))
             }
         }
     }
 
-    fn save(&self, record: &Record, known: &[&Namespace]) -> std::result::Result<(), Taken> {
-        let nsids = self.kernel.nsids(&record.plan, known).map_err(|e| Taken::Other(refused(&e)))?;
-        let kept = serde_json::to_value(record.kept()).map_err(|e| Taken::Other(Error::internal(e.to_string())))?;
-        self.store.save(&record.plan, nsids, kept).map_err(|e| {
-            Taken::Other(
-                Error::new(Code::ResourceExhausted, chain_text(&e))
-                    .hint("a wire is only made when its plan can be kept; free space in NSM_STATE_DIR"),
-            )
+    fn nsids(&self, plan: &WirePlan, known: &[&Namespace]) -> Result<Nsids> {
+        let mut nsids = Nsids::default();
+        for (side, end) in plan.ends() {
+            let of = |ns: &Namespace| self.kernel.nsid(ns);
+            let number = match known.iter().find(|ns| ns.id() == end.ns) {
+                Some(ns) => of(ns),
+                None => Namespace::find(end.ns)
+                    .and_then(|ns| ns.ok_or(nsm_kernel::Error::NamespaceGone(end.ns)))
+                    .and_then(|ns| of(&ns)),
+            };
+            let number = Some(number.map_err(|e| refused(&e))?);
+            match side {
+                Side::Near => nsids.near = number,
+                Side::Far => nsids.far = number,
+            }
+        }
+        Ok(nsids)
+    }
+
+    fn save(&self, held: &Held) -> Result<()> {
+        let data = serde_json::to_value(held.record.kept()).map_err(|e| Error::internal(e.to_string()))?;
+        let record = store::Record { plan: held.record.plan.clone(), nsids: held.nsids, data };
+        self.store.put(&record).map_err(|e| {
+            Error::new(Code::ResourceExhausted, chain_text(&e))
+                .hint("a wire is only made when its plan can be kept; free space in NSM_STATE_DIR")
         })
     }
 
@@ -232,10 +267,10 @@ impl Wires {
     /// # Errors
     /// What the kernel or the store refuse; the wire is forgotten all the same.
     pub async fn remove(self: &Arc<Self>, id: &str) -> Result<()> {
-        let Some(record) = self.records.lock().remove(id) else { return Ok(()) };
+        let Some(Held { record, nsids }) = self.records.lock().remove(id) else { return Ok(()) };
         let (this, id) = (Arc::clone(self), id.to_owned());
         let work = spawn_blocking(move || {
-            let removed = this.kernel.remove(&record.plan).map_err(|e| refused(&e));
+            let removed = this.kernel.remove_later(&record.plan, nsids, &[]).map_err(|e| refused(&e));
             if let Some(vni) = record.vni() {
                 this.vnis.lock().release(vni, &id);
             }
@@ -250,7 +285,11 @@ impl Wires {
     pub async fn sweep(self: &Arc<Self>, now: SystemTime, live: impl Fn(&str) -> bool) {
         let due: Vec<String> = {
             let records = self.records.lock();
-            records.iter().filter(|(id, r)| r.expires <= now && !live(id)).map(|(id, _)| id.clone()).collect()
+            records
+                .iter()
+                .filter(|(id, held)| held.record.expires <= now && !live(id))
+                .map(|(id, _)| id.clone())
+                .collect()
         };
         for id in due {
             self.orphan(&id, "its client's token has expired").await;
@@ -266,12 +305,27 @@ impl Wires {
         }
     }
 
-    /// The connections that have an end in one of these namespaces.
+    /// The connections that have an end in the namespace that the node numbers so.
     #[must_use]
-    pub fn in_namespace(&self, ns: nsm_kernel::netns::NsId) -> Vec<String> {
+    pub fn in_namespace(&self, nsid: Nsid) -> Vec<String> {
         let records = self.records.lock();
-        let has = |r: &Record| r.plan.ends().any(|(_, end)| end.ns == ns);
-        records.iter().filter(|(_, r)| has(r)).map(|(id, _)| id.clone()).collect()
+        let has = |held: &Held| held.nsids.near == Some(nsid) || held.nsids.far == Some(nsid);
+        records.iter().filter(|(_, held)| has(held)).map(|(id, _)| id.clone()).collect()
+    }
+
+    /// All connections that have a wire here.
+    #[must_use]
+    pub fn ids(&self) -> Vec<String> {
+        self.records.lock().keys().cloned().collect()
+    }
+
+    /// Whether the ends of a wire are still in the kernel.
+    #[must_use]
+    pub fn is_whole(&self, id: &str) -> bool {
+        let Some(held) = self.records.lock().get(id).cloned() else { return false };
+        self.kernel.facts(id, held.nsids).is_ok_and(|(near, far)| {
+            near.is_some() == held.nsids.near.is_some() && far.is_some() == held.nsids.far.is_some()
+        })
     }
 
     /// Waits until everything that is being removed is gone.
@@ -286,23 +340,13 @@ impl Wires {
 fn taken(error: nsm_kernel::Error, plan: &WirePlan) -> Taken {
     match error {
         nsm_kernel::Error::NameTaken { name, ns, by } => {
-            let near = plan.ends().any(|(side, end)| side == Side::Near && end.ns == ns && end.ifname == name);
+            let near =
+                plan.ends().any(|(side, end)| side == Side::Near && end.ns == ns && end.ifname == name);
             Taken::Name { near, name, by }
         }
         nsm_kernel::Error::VniTaken { .. } => Taken::Vni,
         other => Taken::Other(refused(&other)),
     }
-}
-
-/// The kernel's error with its causes, which is what an operator needs.
-fn chain_text(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(next) = cause {
-        text = format!("{text}: {next}");
-        cause = next.source();
-    }
-    text
 }
 
 fn internal(error: &nsm_kernel::Error) -> Error {
@@ -317,4 +361,3 @@ fn refused(error: &nsm_kernel::Error) -> Error {
     };
     Error::new(code, chain_text(error))
 }
-

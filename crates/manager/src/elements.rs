@@ -4,29 +4,13 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use async_trait::async_trait;
 use ipnet::IpNet;
-use nsm_api::{
-    path,
-    pb::{
-        connection::{Connection, State},
-        networkservice::NetworkServiceRequest,
-    },
-};
-use nsm_mesh::{Context, Element, Error, Next, Result};
+use nsm_api::pb::{connection::Connection, networkservice::NetworkServiceRequest};
+use nsm_mesh::{Context, Element, Next, Result};
 
 /// Adds labels that say where the client runs, where it did not say so itself
 /// (`nodeName`, `podName`, `clusterName`; spec/control-plane.md 6.3).
 #[derive(Debug)]
 pub struct ClientInfo(pub BTreeMap<String, String>);
-
-impl ClientInfo {
-    /// What the environment of this process says.
-    #[must_use]
-    pub fn from_environment() -> Self {
-        let labels = [("NODE_NAME", "nodeName"), ("POD_NAME", "podName"), ("CLUSTER_NAME", "clusterName")];
-        let set = |(variable, label): (&str, &str)| Some((label.to_owned(), std::env::var(variable).ok()?));
-        Self(labels.into_iter().filter_map(set).collect())
-    }
-}
 
 #[async_trait]
 impl Element for ClientInfo {

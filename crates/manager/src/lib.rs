@@ -1,1 +1,101 @@
-//! The manager: one per node, between workloads, forwarders and other managers.
+//! The manager: one per node, between workloads, forwarders and other managers. Its chain is the list in [`chain`].
+
+mod discover_forwarder;
+mod elements;
+
+use std::{collections::BTreeSet, future::Future, sync::Arc, time::Duration};
+
+use ipnet::IpNet;
+use nsm_identity::{Source, SpiffeId};
+use nsm_mesh::{
+    Chain, Connections, Error, Result,
+    auth::{Authorize, OwnNamespace},
+    dial::Dial,
+    error::chain_text,
+    metrics::Metrics,
+    monitor::{Hub, Monitor},
+};
+use nsm_registry::{ManagerConfig, ManagerRegistry, node_labels};
+use nsm_transport::{DialUrl, ListenUrl, Pool, PoolConfig, Server};
+
+pub use discover_forwarder::DiscoverForwarder;
+pub use elements::{ClientInfo, ExcludedPrefixes};
+
+/// What a manager is told from outside.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Name in paths.
+    pub name: String,
+    /// Where to listen; the first TCP one is what others reach us by.
+    pub listen_on: Vec<ListenUrl>,
+    /// The cluster's registry; `None`: one in this process.
+    pub registry_url: Option<DialUrl>,
+    /// How long connecting to anybody may take.
+    pub dial_timeout: Duration,
+    /// The service that forwarders register under.
+    pub forwarder_service: String,
+    /// Who may hand over namespaces that are not its own.
+    pub namespace_delegates: BTreeSet<SpiffeId>,
+    /// Prefixes that endpoints must not hand out on this node.
+    pub excluded_prefixes: Vec<IpNet>,
+    /// How long our tokens live.
+    pub max_token_lifetime: Duration,
+}
+
+/// The chain of `nsm manager`.
+#[must_use]
+pub fn chain(config: &Config, registry: ManagerRegistry, hub: Arc<Hub>, pool: Pool) -> Chain {
+    nsm_mesh::chain![
+        Authorize { max_token_lifetime: config.max_token_lifetime }, // who asks, before anything is done
+        Monitor { hub: Arc::clone(&hub), terminates: false },        // what becomes of each connection
+        OwnNamespace { allowed: Arc::new(config.namespace_delegates.clone()) }, // a workload speaks for itself
+        ClientInfo(node_labels().into_iter().collect()),                        // where the client runs
+        ExcludedPrefixes(Arc::new(config.excluded_prefixes.clone())), // what is taken in this cluster
+        DiscoverForwarder(registry),                                  // who builds the wire
+        Dial::new(pool, &config.name, hub, config.dial_timeout),      // the forwarder
+    ]
+}
+
+/// Serves until `shutdown` is done.
+///
+/// # Errors
+/// A socket that cannot be bound.
+pub async fn serve(
+    config: Config,
+    source: Source,
+    ready: impl FnOnce(),
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<()> {
+    let pool_config = PoolConfig { max_token_lifetime: config.max_token_lifetime, ..PoolConfig::default() };
+    let pool = Pool::new(source.clone(), pool_config);
+    let server =
+        Server::bind(source, &config.listen_on).await.map_err(|e| Error::unavailable(chain_text(&e)))?;
+    let urls = server.urls();
+    let public = urls.iter().find(|url| matches!(url, ListenUrl::Tcp(_))).or(urls.first());
+    let public = public.map(ToString::to_string).unwrap_or_default();
+    let registry = ManagerRegistry::new(
+        ManagerConfig {
+            forwarder_service: config.forwarder_service.clone(),
+            max_token_lifetime: config.max_token_lifetime,
+            dial_timeout: config.dial_timeout,
+            ..ManagerConfig::new(config.registry_url.clone(), public.clone())
+        },
+        pool.clone(),
+    );
+    let hub = Arc::new(Hub::default());
+    let chain = chain(&config, registry.clone(), Arc::clone(&hub), pool);
+    let connections = Connections::serving(&config.name, chain, Arc::new(Metrics::default()));
+    let mut routes = tonic::service::RoutesBuilder::default();
+    nsm_mesh::server::add(&mut routes, connections, Arc::clone(&hub));
+    let routes = registry.add_to(routes.routes());
+    tracing::info!(name = %config.name, url = %public, "managing this node");
+    ready();
+    let services = [nsm_mesh::server::SERVICES, nsm_registry::SERVICES].concat();
+    let shutdown = async {
+        shutdown.await;
+        registry.end_watches();
+        hub.end_watches();
+    };
+    server.serve(routes, &services, shutdown).await;
+    Ok(())
+}

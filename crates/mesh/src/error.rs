@@ -53,6 +53,19 @@ impl Error {
         Self::new(Code::Internal, text)
     }
 
+    /// What to say when every one of several was tried in vain: of one its own error, of several each is named.
+    #[must_use]
+    pub fn all_failed(what: &str, mut failures: Vec<(String, Self)>) -> Self {
+        if failures.len() == 1
+            && let Some((_, error)) = failures.pop()
+        {
+            return error;
+        }
+        let code = failures.first().map_or(Code::Unknown, |(_, e)| e.code);
+        let texts: Vec<_> = failures.iter().map(|(name, error)| format!("{name}: {error}")).collect();
+        Self::new(code, format!("all {what} have failed: {}", texts.join("; ")))
+    }
+
     /// Adds what to do about it.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
@@ -111,9 +124,32 @@ impl From<Malformed> for Error {
     }
 }
 
+/// An error of a library with its causes, which is what an operator needs.
+#[must_use]
+pub fn chain_text(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(next) = cause {
+        text = format!("{text}: {next}");
+        cause = next.source();
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_single_failure_speaks_for_itself() {
+        let one = Error::all_failed("candidates", vec![("a".into(), Error::denied("no"))]);
+        assert_eq!((one.code, one.to_string().as_str()), (Code::PermissionDenied, "no"));
+        let two = vec![("a".into(), Error::denied("no")), ("b".into(), Error::internal("x"))];
+        assert_eq!(
+            Error::all_failed("candidates", two).to_string(),
+            "all candidates have failed: a: no; b: x"
+        );
+    }
 
     #[test]
     fn the_innermost_hop_and_the_hint_reach_the_client() {

@@ -136,6 +136,11 @@ impl Hub {
         Ok(receiver)
     }
 
+    /// Ends all streams: for a shutdown that does not wait for those who watch.
+    pub fn end_watches(&self) {
+        self.state.lock().watchers.clear();
+    }
+
     /// What is known of a connection.
     #[must_use]
     pub fn get(&self, id: &str) -> Option<Connection> {

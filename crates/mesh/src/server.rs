@@ -24,6 +24,9 @@ use crate::{
     monitor::Hub,
 };
 
+/// The names of both services, for gRPC health.
+pub const SERVICES: [&str; 2] = ["networkservice.NetworkService", "connection.MonitorConnection"];
+
 /// No caller keeps a request waiting for longer than this, whatever it says.
 const LONGEST_DEADLINE: std::time::Duration = std::time::Duration::from_secs(300);
 

@@ -44,8 +44,9 @@ pub(crate) fn label(text: &str) -> Result<(String, String), String> {
 
 /// Runs a role until it ends or a signal comes.
 pub(crate) fn run(common: &Common, role: impl Future<Output = Result<()>>) -> Result<()> {
-    let filter = EnvFilter::try_new(normal_level(&common.log_level))
-        .with_context(|| format!("log level {:?}: expected error, warn, info, debug, trace", common.log_level))?;
+    let filter = EnvFilter::try_new(normal_level(&common.log_level)).with_context(|| {
+        format!("log level {:?}: expected error, warn, info, debug, trace", common.log_level)
+    })?;
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     if common.log_json {
         log.json().init();
@@ -77,7 +78,9 @@ impl Shutdown {
     /// Catches the signals from now on.
     pub(crate) fn on_signals() -> Result<Self> {
         let (tell, told) = watch::channel(false);
-        for kind in [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup(), SignalKind::quit()] {
+        for kind in
+            [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup(), SignalKind::quit()]
+        {
             let (mut signals, tell) = (signal(kind).context("signals cannot be caught")?, tell.clone());
             tokio::spawn(async move {
                 while signals.recv().await.is_some() {

@@ -2,6 +2,7 @@
 //! crates of the same names.
 
 mod common;
+mod lab;
 mod roles;
 
 use std::process::ExitCode;
@@ -22,7 +23,13 @@ use clap::{CommandFactory as _, Parser};
 /// Every role takes its identity from the SPIFFE Workload API at SPIFFE_ENDPOINT_SOCKET: `nsm identity` serves
 /// one, SPIRE another. There is no mode without mutual TLS.
 #[derive(Debug, Parser)]
-#[command(name = "nsm", version, max_term_width = 110, arg_required_else_help = true, subcommand_required = true)]
+#[command(
+    name = "nsm",
+    version,
+    max_term_width = 110,
+    arg_required_else_help = true,
+    subcommand_required = true
+)]
 enum Nsm {
     /// The directory: which services there are, and which endpoints provide them
     Registry(roles::Registry),
@@ -34,12 +41,10 @@ enum Nsm {
     Client(roles::Client),
     /// Provides a service: addresses for its clients, and answers to their pings
     Endpoint(roles::Endpoint),
-    /// A function in the middle: lets pass what its rules allow, remembers flows, drops the rest
-    Firewall(roles::Firewall),
-    /// A function in the middle that lets everything pass
-    Passthrough(roles::Passthrough),
     /// A small certificate authority: tells every process who it is (SPIFFE Workload API)
     Identity(roles::Identity),
+    /// Builds a mesh on this machine from network namespaces, runs scenarios in it, removes it
+    Lab(lab::Lab),
     /// Prints a completion script for a shell
     Completions {
         /// bash, zsh, fish, elvish or powershell
@@ -55,9 +60,11 @@ fn main() -> ExitCode {
         Nsm::Forwarder(role) => common::run(&role.common.clone(), role.serve()),
         Nsm::Client(role) => common::run(&role.common.clone(), role.serve()),
         Nsm::Endpoint(role) => common::run(&role.common.clone(), role.serve()),
-        Nsm::Firewall(role) => common::run(&role.common.clone(), role.serve()),
-        Nsm::Passthrough(role) => common::run(&role.common.clone(), role.serve()),
         Nsm::Identity(role) => common::run(&role.common.clone(), role.serve()),
+        Nsm::Lab(lab) => match lab::run(lab) {
+            Ok(code) => return code,
+            Err(error) => Err(error),
+        },
         Nsm::Completions { shell } => {
             clap_complete::generate(shell, &mut Nsm::command(), "nsm", &mut std::io::stdout());
             Ok(())

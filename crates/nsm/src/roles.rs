@@ -1,6 +1,6 @@
 //! Flags and environment of every role, and the call that starts it.
 
-use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{net::IpAddr, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result};
 use clap::Args;
@@ -13,7 +13,7 @@ use nsm_sdk::{
     ipam::PrefixGroups,
     own_end::OwnNamespace,
 };
-use nsm_transport::{DialUrl, ListenUrl, Pool};
+use nsm_transport::{DialUrl, ListenUrl, Pool, PoolConfig};
 
 use crate::common::{Common, Shutdown, Tokens, duration, label, notify};
 
@@ -56,17 +56,33 @@ impl Registry {
     pub(crate) async fn serve(self) -> Result<()> {
         let shutdown = Shutdown::on_signals()?;
         let config = nsm_registry::Config {
-            name: self.name,
             listen_on: self.listen_on,
-            network_services: self.network_services,
-            default_expiration: self.expire_period,
+            // Read before anything is waited for: what is wrong with the files is said at once.
+            services: read_services(&self.network_services)?,
+            lifetime: self.expire_period,
             max_token_lifetime: self.tokens.max_token_lifetime,
+            ..nsm_registry::Config::default()
         };
-        // Files are read before anything is waited for: what is wrong with them is said at once.
-        let registry = nsm_registry::Registry::load(config)?;
-        registry.serve(identity().await?, ready, shutdown.wait()).await?;
+        let registry = nsm_registry::Registry::bind(config, identity().await?).await?;
+        tracing::info!(name = %self.name, "the directory is open");
+        ready();
+        registry.serve(shutdown.wait()).await;
         Ok(())
     }
+}
+
+fn read_services(files: &[PathBuf]) -> Result<Vec<nsm_api::pb::registry::NetworkService>> {
+    let mut services = Vec::new();
+    for path in files {
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("{} cannot be read", path.display()))?;
+        let file = nsm_api::resource::parse(&text).with_context(|| path.display().to_string())?;
+        for warning in &file.warnings {
+            tracing::warn!(file = %path.display(), "{warning}");
+        }
+        services.extend(file.services);
+    }
+    Ok(services)
 }
 
 /// One per node: takes requests of workloads and of other nodes, chooses the forwarder.
@@ -92,6 +108,9 @@ pub(crate) struct Manager {
     /// SPIFFE IDs that may ask for wires into namespaces other than their own
     #[arg(long, env = "NSM_NAMESPACE_DELEGATES", value_delimiter = ',', value_name = "SPIFFE_ID")]
     namespace_delegates: Vec<SpiffeId>,
+    /// Prefixes that endpoints must not hand out on this node
+    #[arg(long, env = "NSM_EXCLUDED_PREFIXES", value_delimiter = ',', value_name = "PREFIX")]
+    excluded_prefixes: Vec<IpNet>,
     #[command(flatten)]
     tokens: Tokens,
     #[command(flatten)]
@@ -112,6 +131,7 @@ impl Manager {
             dial_timeout: self.dial_timeout,
             forwarder_service: self.forwarder_network_service_name,
             namespace_delegates: self.namespace_delegates.into_iter().collect(),
+            excluded_prefixes: self.excluded_prefixes,
             max_token_lifetime: self.tokens.max_token_lifetime,
         };
         nsm_manager::serve(config, identity().await?, ready, shutdown.wait()).await?;
@@ -219,13 +239,15 @@ impl Client {
         let source = identity().await?;
         let config = ClientConfig {
             name: self.name,
-            connect_to: self.connect_to.into(),
+            connect_to: (&self.connect_to).into(),
             dial_timeout: self.dial_timeout,
             request_timeout: self.request_timeout,
             labels: self.labels.into_iter().collect(),
         };
         let namespace = OwnNamespace::open().context("our own network namespace cannot be opened")?;
-        let pool = Arc::new(Pool::new(source, self.tokens.max_token_lifetime));
+        let pool_config =
+            PoolConfig { max_token_lifetime: self.tokens.max_token_lifetime, ..PoolConfig::default() };
+        let pool = Pool::new(source, pool_config);
         let client = SdkClient::new(config, pool, namespace);
         let ask = async {
             let mut wires = Vec::new();
@@ -295,7 +317,7 @@ impl Serving {
             connect_to: self.connect_to,
             listen_on: self.listen_on,
             services,
-            labels: self.labels.into_iter().collect::<BTreeMap<_, _>>(),
+            labels: self.labels.into_iter().collect(),
             register_payload: None,
             dial_timeout: self.dial_timeout,
             max_token_lifetime: self.tokens.max_token_lifetime,
@@ -335,58 +357,15 @@ impl Endpoint {
         let mut config = self.serving.config(self.service_names);
         config.register_payload = self.register_service.then_some(self.payload);
         let source = identity().await?;
-        nsm_sdk::endpoint::serve_addresses(config, &self.cidr_prefix, self.routes, source, ready, shutdown.wait())
-            .await?;
-        Ok(())
-    }
-}
-
-/// A function in the middle: lets pass what its rules allow, remembers flows, drops the rest.
-///
-/// Refuses to start without readable rules. They are read in the syntax of upstream's firewall (a map of rules
-/// with `ispermit`, `proto`, …) or in the older one (`aclRules:` with `action=reflect,tcplowport=80,…`).
-#[derive(Debug, Args)]
-pub(crate) struct Firewall {
-    #[command(flatten)]
-    serving: Serving,
-    /// The service provided; the function asks for the same service with its own labels
-    #[arg(long, env = "NSM_SERVICE_NAME")]
-    service_name: String,
-    /// The rules
-    #[arg(long, env = "NSM_ACL_CONFIG_PATH", default_value = "/etc/firewall/config.yaml", value_name = "FILE")]
-    acl_config_path: PathBuf,
-    #[command(flatten)]
-    pub(crate) common: Common,
-}
-
-impl Firewall {
-    pub(crate) async fn serve(self) -> Result<()> {
-        let shutdown = Shutdown::on_signals()?;
-        let rules = nsm_cnf::rules::read(&self.acl_config_path)?;
-        let config = self.serving.config(vec![self.service_name]);
-        let source = identity().await?;
-        nsm_cnf::firewall(config, rules, source, ready, shutdown.wait()).await?;
-        Ok(())
-    }
-}
-
-/// A function in the middle that lets everything pass.
-#[derive(Debug, Args)]
-pub(crate) struct Passthrough {
-    #[command(flatten)]
-    serving: Serving,
-    /// The service provided; the function asks for the same service with its own labels
-    #[arg(long, env = "NSM_SERVICE_NAME")]
-    service_name: String,
-    #[command(flatten)]
-    pub(crate) common: Common,
-}
-
-impl Passthrough {
-    pub(crate) async fn serve(self) -> Result<()> {
-        let shutdown = Shutdown::on_signals()?;
-        let config = self.serving.config(vec![self.service_name]);
-        nsm_cnf::passthrough(config, identity().await?, ready, shutdown.wait()).await?;
+        nsm_sdk::endpoint::serve_addresses(
+            config,
+            &self.cidr_prefix,
+            self.routes,
+            source,
+            ready,
+            shutdown.wait(),
+        )
+        .await?;
         Ok(())
     }
 }

@@ -16,13 +16,13 @@ use nsm_api::{
     },
 };
 use nsm_mesh::{
-    Answer, Call, Connections, Context, Element, Error, Next, Result, chain,
+    Answer, Call, Connections, Context, Element, Error, Next, NextHop, Result, chain,
     dial::Dial,
     metrics::Metrics,
     monitor::{Hub, Monitor},
     refresh,
 };
-use nsm_transport::{DialTarget, Pool};
+use nsm_transport::Pool;
 use tokio::{task::AbortHandle, time::Instant};
 
 use crate::own_end::{ClientEnd, OwnNamespace};
@@ -33,7 +33,7 @@ pub struct ClientConfig {
     /// Name in the path, and prefix of connection ids: unique in the mesh.
     pub name: String,
     /// The manager of this node.
-    pub connect_to: DialTarget,
+    pub connect_to: NextHop,
     /// How long connecting to the manager may take.
     pub dial_timeout: Duration,
     /// How long one try of a request may take.
@@ -52,7 +52,7 @@ pub struct Client {
 
 /// Sends every request to the same place.
 #[derive(Debug)]
-pub struct To(pub DialTarget);
+pub struct To(pub NextHop);
 
 #[async_trait::async_trait]
 impl Element for To {
@@ -79,7 +79,7 @@ impl Element for To {
 impl Client {
     /// A client whose wires end in `namespace`.
     #[must_use]
-    pub fn new(config: ClientConfig, pool: Arc<Pool>, namespace: OwnNamespace) -> Arc<Self> {
+    pub fn new(config: ClientConfig, pool: Pool, namespace: OwnNamespace) -> Arc<Self> {
         let hub = Arc::new(Hub::default());
         let dial = Dial::new(pool, &config.name, Arc::clone(&hub), config.dial_timeout).checking_answers();
         let chain = chain![
@@ -240,6 +240,8 @@ async fn keep(
                     tracing::info!(connection = %id, attempts = attempt + 1, "the wire is up again");
                 }
                 attempt = 0;
+                // What the hub told while we asked is answered by this.
+                events = None;
                 tell.send_replace(answer.connection);
             }
             Err(error) => {

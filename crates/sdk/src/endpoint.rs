@@ -1,16 +1,26 @@
 //! An endpoint: a chain that ends here, served on a Unix socket and registered with the node's manager.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, future::Future, path::PathBuf, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use ipnet::IpNet;
-use nsm_api::pb::{connection::Connection, connectioncontext::Route, networkservice::NetworkServiceRequest};
+use nsm_api::pb::{
+    connection::Connection,
+    connectioncontext::Route,
+    networkservice::NetworkServiceRequest,
+    registry::{NetworkService, NetworkServiceEndpoint, NetworkServiceLabels},
+};
+use nsm_identity::Source;
 use nsm_mesh::{
-    Chain, Context, Element, Next, Result,
+    Chain, Connections, Context, Element, Error, Next, Reason, Result,
     auth::Authorize,
     chain,
+    error::chain_text,
+    metrics::Metrics,
     monitor::{Hub, Monitor},
 };
+use nsm_registry::{Client, ClientConfig};
+use nsm_transport::{DialUrl, ListenUrl, Pool, PoolConfig, Server};
 
 use crate::{
     ipam::{Ipam, PrefixGroups},
@@ -60,4 +70,156 @@ pub fn endpoint(
         RoutesBehind(behind),                       // what else is reached through us
         ServerEnd { namespace, unnumbered: false }, // where our end appears
     ]
+}
+
+/// How long to wait for the manager at start.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What an endpoint is told from outside.
+#[derive(Debug, Clone)]
+pub struct EndpointConfig {
+    /// Name in paths and in the registry; unique in the mesh.
+    pub name: String,
+    /// The manager of this node.
+    pub connect_to: DialUrl,
+    /// Where to listen; `None`: a socket in a fresh temporary directory.
+    pub listen_on: Option<ListenUrl>,
+    /// The services provided.
+    pub services: Vec<String>,
+    /// What services choose endpoints by.
+    pub labels: BTreeMap<String, String>,
+    /// Register the services too, with this payload.
+    pub register_payload: Option<String>,
+    /// How long connecting to the manager may take.
+    pub dial_timeout: Duration,
+    /// How long our tokens live.
+    pub max_token_lifetime: Duration,
+}
+
+impl EndpointConfig {
+    /// The element that knows how long our tokens live.
+    #[must_use]
+    pub fn authorize(&self) -> Authorize {
+        Authorize { max_token_lifetime: self.max_token_lifetime }
+    }
+
+    /// Connections to others, with our identity.
+    #[must_use]
+    pub fn pool(&self, source: Source) -> Pool {
+        let config = PoolConfig { max_token_lifetime: self.max_token_lifetime, ..PoolConfig::default() };
+        Pool::new(source, config)
+    }
+}
+
+/// Serves wires with addresses: `nsm endpoint`.
+///
+/// # Errors
+/// As [`serve`].
+pub async fn serve_addresses(
+    config: EndpointConfig,
+    prefixes: &PrefixGroups,
+    behind: Vec<IpNet>,
+    source: Source,
+    ready: impl FnOnce(),
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<()> {
+    let namespace = OwnNamespace::open()
+        .map_err(|e| Error::internal(format!("our own network namespace cannot be opened: {e}")))?;
+    let hub = Arc::new(Hub::default());
+    let chain = endpoint(config.authorize(), Arc::clone(&hub), prefixes, behind, namespace);
+    let pool = config.pool(source.clone());
+    serve(config, chain, hub, source, pool, ready, shutdown).await
+}
+
+/// Serves a chain as an endpoint: binds its socket, registers it, and ends its connections at the end.
+///
+/// # Errors
+/// A socket that cannot be bound, or a manager that refuses the registration.
+pub async fn serve(
+    config: EndpointConfig,
+    chain: Chain,
+    hub: Arc<Hub>,
+    source: Source,
+    pool: Pool,
+    ready: impl FnOnce(),
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<()> {
+    let connections = Connections::serving(&config.name, chain, Arc::new(Metrics::default()));
+    let (listen_on, _directory) = match &config.listen_on {
+        Some(url) => (url.clone(), None),
+        None => {
+            let directory = TemporaryDirectory::create(&config.name)
+                .map_err(|e| Error::internal(format!("no temporary directory for our socket: {e}")))?;
+            (ListenUrl::Unix(directory.0.join("listen.on")), Some(directory))
+        }
+    };
+    let server = Server::bind(source, std::slice::from_ref(&listen_on))
+        .await
+        .map_err(|e| Error::unavailable(chain_text(&e)))?;
+    let mut routes = tonic::service::RoutesBuilder::default();
+    nsm_mesh::server::add(&mut routes, Arc::clone(&connections), Arc::clone(&hub));
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let serving = server.serve(routes.routes(), &nsm_mesh::server::SERVICES, async {
+        let _ = stopped.await;
+    });
+    let client_config = ClientConfig { dial_timeout: config.dial_timeout, ..ClientConfig::default() };
+    let manager = Client::new(pool, config.connect_to.clone(), client_config);
+    let beside = async {
+        let refused = |e: nsm_registry::Error| {
+            Error::unavailable(format!("the manager did not take us: {}", chain_text(&e)))
+        };
+        let mut services = Vec::new();
+        for name in config.services.iter().filter(|_| config.register_payload.is_some()) {
+            let payload = config.register_payload.clone().unwrap_or_default();
+            let service = NetworkService { name: name.clone(), payload, ..NetworkService::default() };
+            services.push(manager.register_service(service, PATIENCE).await.map_err(refused)?);
+        }
+        let listed = registration(&config, &listen_on);
+        let registration = manager.register_endpoint(listed, PATIENCE).await.map_err(refused)?;
+        ready();
+        shutdown.await;
+        if let Err(error) = registration.unregister().await {
+            tracing::warn!(error = %chain_text(&error), "not unregistered; the registration expires");
+        }
+        for id in connections.ids() {
+            connections.drop_connection(&id, Reason::Shutdown).await;
+        }
+        hub.end_watches();
+        drop(stop);
+        Ok(())
+    };
+    let ((), result) = tokio::join!(serving, beside);
+    result
+}
+
+fn registration(config: &EndpointConfig, listen_on: &ListenUrl) -> NetworkServiceEndpoint {
+    let labels = |service: &String| (service.clone(), NetworkServiceLabels { labels: config.labels.clone() });
+    NetworkServiceEndpoint {
+        name: config.name.clone(),
+        network_service_names: config.services.clone(),
+        network_service_labels: config.services.iter().map(labels).collect(),
+        url: listen_on.to_string(),
+        ..NetworkServiceEndpoint::default()
+    }
+}
+
+/// Holds our socket; removed at the end.
+struct TemporaryDirectory(PathBuf);
+
+impl TemporaryDirectory {
+    fn create(name: &str) -> std::io::Result<Self> {
+        // A socket's path has at most 107 bytes, and a name may hold what a path must not.
+        let short: String = name.chars().filter(char::is_ascii_alphanumeric).take(32).collect();
+        let path = std::env::temp_dir().join(format!("nsm-{short}-{:016x}", rand::random::<u64>()));
+        std::fs::create_dir(&path)?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for TemporaryDirectory {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.0) {
+            tracing::warn!(path = %self.0.display(), %error, "not removed");
+        }
+    }
 }

@@ -1,0 +1,283 @@
+//! The role: its configuration, its chain, its serving, and what it does beside requests.
+
+use std::{
+    collections::BTreeMap,
+    future::Future,
+    net::IpAddr,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use nsm_api::{
+    mechanism::VXLAN_PORT,
+    pb::registry::{NetworkServiceEndpoint, NetworkServiceLabels},
+};
+use nsm_identity::Source;
+use nsm_kernel::{
+    netns::Namespace,
+    plan::vxlan_overhead,
+    watch::{Event, Watch},
+};
+use nsm_mesh::{
+    Chain, Connections, Error, Reason, Result,
+    auth::{Authorize, OwnNamespace},
+    dial::Dial,
+    error::chain_text,
+    metrics::Metrics,
+    monitor::{Hub, Monitor},
+};
+use nsm_registry::{Client, ClientConfig};
+use nsm_transport::{DialUrl, ListenUrl, Pool, PoolConfig, Server};
+use tokio::sync::mpsc;
+
+use crate::{cross_connect::CrossConnect, discover::Discover, tunnel::TunnelEnd, wires::Wires};
+
+/// How long to wait for the manager at start.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How often wires that no connection claims are looked at.
+const SWEEP: Duration = Duration::from_secs(1);
+
+/// What a forwarder is told from outside.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Name in paths and in the registry.
+    pub name: String,
+    /// The manager of this node.
+    pub connect_to: DialUrl,
+    /// Where to listen.
+    pub listen_on: ListenUrl,
+    /// This node's address for tunnels; `None`: that of the default route's device.
+    pub tunnel_ip: Option<IpAddr>,
+    /// UDP port of tunnels; 0: 4789.
+    pub vxlan_port: u16,
+    /// Where plans are kept.
+    pub state_dir: PathBuf,
+    /// What services choose forwarders by.
+    pub labels: BTreeMap<String, String>,
+    /// The service that forwarders register under.
+    pub service: String,
+    /// How long connecting to a next hop may take.
+    pub dial_timeout: Duration,
+    /// How long our tokens live.
+    pub max_token_lifetime: Duration,
+}
+
+/// A forwarder that has looked at its kernel and its state directory, and could serve.
+#[derive(Debug)]
+pub struct Forwarder {
+    config: Config,
+    wires: Arc<Wires>,
+    tunnel: TunnelEnd,
+    watch: Watch,
+}
+
+/// The chain of `nsm forwarder`.
+#[must_use]
+pub fn chain(
+    authorize: Authorize,
+    hub: Arc<Hub>,
+    discover: Discover,
+    cross_connect: CrossConnect,
+    dial: Dial,
+) -> Chain {
+    nsm_mesh::chain![
+        authorize,                          // who asks, before anything is made
+        Monitor { hub, terminates: false }, // what becomes of each connection
+        discover,                           // the endpoint, or the manager of its node
+        cross_connect,                      // on the way back: the wire
+        dial,                               // the next hop, on this node or another
+    ]
+}
+
+impl Forwarder {
+    /// Finds the node's uplink and the wires of an earlier process.
+    ///
+    /// # Errors
+    /// A missing capability, an unusable state directory, no address for tunnels.
+    pub fn prepare(config: Config) -> Result<Self> {
+        let kernel_says = |e: nsm_kernel::Error| {
+            Error::internal(chain_text(&e)).hint("the forwarder needs CAP_NET_ADMIN and CAP_SYS_ADMIN")
+        };
+        let node = Namespace::current().map_err(kernel_says)?;
+        let watch = Watch::open(&node).map_err(kernel_says)?;
+        let wires = Arc::new(Wires::open(node, &config.state_dir)?);
+        let ip = config.tunnel_ip.map_or_else(default_address, Ok)?;
+        let uplink = wires.kernel().uplink(ip).map_err(kernel_says)?.ok_or_else(|| {
+            Error::invalid(format!("no device of this node has the tunnel address {ip}"))
+                .hint("set NSM_TUNNEL_IP to an address of the node's uplink")
+        })?;
+        let tunnel = TunnelEnd {
+            ip,
+            port: if config.vxlan_port == 0 { VXLAN_PORT } else { config.vxlan_port },
+            mtu: uplink.mtu.saturating_sub(vxlan_overhead(ip)),
+        };
+        tracing::info!(%tunnel, device = %uplink.ifname, "tunnels end here");
+        Ok(Self { config, wires, tunnel, watch })
+    }
+
+    /// Serves until `shutdown` is done. Wires stay: they outlive this process.
+    ///
+    /// # Errors
+    /// A socket that cannot be bound, or a manager that refuses the registration.
+    pub async fn serve(
+        self,
+        source: Source,
+        ready: impl FnOnce(),
+        shutdown: impl Future<Output = ()> + Send,
+    ) -> Result<()> {
+        let Self { config, wires, tunnel, watch } = self;
+        let pool_config =
+            PoolConfig { max_token_lifetime: config.max_token_lifetime, ..PoolConfig::default() };
+        let pool = Pool::new(source.clone(), pool_config);
+        let client_config = ClientConfig { dial_timeout: config.dial_timeout, ..ClientConfig::default() };
+        let manager = Client::new(pool.clone(), config.connect_to.clone(), client_config);
+
+        let hub = Arc::new(Hub::default());
+        let metrics = Arc::new(Metrics::default());
+        let chain = chain(
+            Authorize { max_token_lifetime: config.max_token_lifetime },
+            Arc::clone(&hub),
+            Discover::new(manager.clone()),
+            CrossConnect { wires: Arc::clone(&wires), tunnel },
+            Dial::new(pool, &config.name, Arc::clone(&hub), config.dial_timeout)
+                .guarding_namespaces(OwnNamespace::default()),
+        );
+        let connections = Connections::serving(&config.name, chain, metrics);
+
+        let server = Server::bind(source, std::slice::from_ref(&config.listen_on))
+            .await
+            .map_err(|e| Error::unavailable(chain_text(&e)))?;
+        let mut routes = tonic::service::RoutesBuilder::default();
+        nsm_mesh::server::add(&mut routes, Arc::clone(&connections), Arc::clone(&hub));
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let serving = server.serve(routes.routes(), &nsm_mesh::server::SERVICES, async {
+            let _ = stopped.await;
+        });
+
+        let beside = async {
+            let registration =
+                manager.register_endpoint(registration(&config), PATIENCE).await.map_err(|e| {
+                    Error::unavailable(format!("the manager did not take us: {}", chain_text(&e)))
+                })?;
+            ready();
+            tokio::select! {
+                () = shutdown => {}
+                () = look_after(Arc::clone(&wires), Arc::clone(&connections), watch) => {}
+            }
+            if let Err(error) = registration.unregister().await {
+                tracing::warn!(error = %chain_text(&error), "not unregistered; the registration expires");
+            }
+            hub.end_watches();
+            drop(stop);
+            Ok(())
+        };
+        let ((), result) = tokio::join!(serving, beside);
+        // Deletions under way come to their end; standing wires stay.
+        wires.flush().await;
+        result
+    }
+}
+
+/// The address that the default route leaves from: connecting a UDP socket looks it up and sends nothing.
+fn default_address() -> Result<IpAddr> {
+    // TEST-NET-3 (RFC 5737): only the route towards it is looked up.
+    let look = || {
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+        socket.connect("203.0.113.1:9")?;
+        socket.local_addr()
+    };
+    look().map(|address| address.ip()).map_err(|e| {
+        Error::invalid(format!("this node has no default route to take the tunnel address from: {e}"))
+            .hint("set NSM_TUNNEL_IP")
+    })
+}
+
+fn registration(config: &Config) -> NetworkServiceEndpoint {
+    NetworkServiceEndpoint {
+        name: config.name.clone(),
+        network_service_names: vec![config.service.clone()],
+        network_service_labels: BTreeMap::from([(
+            config.service.clone(),
+            NetworkServiceLabels { labels: config.labels.clone() },
+        )]),
+        url: config.listen_on.to_string(),
+        ..NetworkServiceEndpoint::default()
+    }
+}
+
+/// Removes what nobody wants: wires whose pod is gone, at once; wires of an earlier process that no connection has
+/// claimed, when their token has expired.
+async fn look_after(wires: Arc<Wires>, connections: Arc<Connections>, watch: Watch) {
+    let mut events = watch_events(watch);
+    let mut sweep = tokio::time::interval(SWEEP);
+    loop {
+        tokio::select! {
+            _ = sweep.tick() => {
+                let live: std::collections::HashSet<String> = connections.ids().into_iter().collect();
+                wires.sweep(SystemTime::now(), |id| live.contains(id)).await;
+            }
+            Some(event) = events.recv() => match event {
+                Event::NamespaceGone { nsid } => {
+                    for id in wires.in_namespace(nsid) {
+                        end(&wires, &connections, id, "the network namespace of its pod is gone");
+                    }
+                }
+                Event::Lost => {
+                    for id in wires.ids() {
+                        if !wires.is_whole(&id) {
+                            end(&wires, &connections, id, "it is not in the kernel any more");
+                        }
+                    }
+                }
+                Event::LinkGone { .. } => {} // with its namespace, or removed by us, or healed by a refresh
+            },
+        }
+    }
+}
+
+/// Ends a connection whose wire cannot be used any more; a wire without a connection is removed and counted.
+fn end(wires: &Arc<Wires>, connections: &Arc<Connections>, id: String, why: &'static str) {
+    let (wires, connections) = (Arc::clone(wires), Arc::clone(connections));
+    // Closing may take as long as a neighbour lets it; events go on meanwhile.
+    tokio::spawn(async move {
+        tracing::info!(connection = %id, why, "wire ends");
+        connections.drop_connection(&id, Reason::Gone).await;
+        if wires.record(&id).is_some() {
+            wires.orphan(&id, why).await;
+        }
+    });
+}
+
+/// The kernel's events, read by a thread that does nothing else. It ends with the receiver.
+fn watch_events(mut watch: Watch) -> mpsc::Receiver<Event> {
+    let (tell, events) = mpsc::channel(1024);
+    let ended = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&ended);
+    let reader = move || {
+        while !flag.load(Ordering::Relaxed) && !tell.is_closed() {
+            match watch.wait(Some(Duration::from_millis(500))) {
+                Ok(seen) => {
+                    for event in seen {
+                        // A full queue waits: the kernel's own buffer holds more, and tells when it overflows.
+                        if tell.blocking_send(event).is_err() {
+                            return;
+                        }
+                    }
+                }
+                Err(error) => {
+                    tracing::error!(error = %chain_text(&error), "the kernel's events cannot be read any more");
+                    return;
+                }
+            }
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("kernel-events".into()).spawn(reader) {
+        tracing::error!(%error, "no thread for the kernel's events");
+        ended.store(true, Ordering::Relaxed);
+    }
+    events
+}

@@ -1,0 +1,118 @@
+//! Chooses the forwarder that builds the wire (spec/control-plane.md 8.1).
+
+use async_trait::async_trait;
+use nsm_api::{
+    matching::Policy,
+    path,
+    pb::{
+        connection::{Connection, State},
+        networkservice::NetworkServiceRequest,
+    },
+};
+use nsm_mesh::{Context, Element, Error, Lease, Next, Release, Result, error::chain_text};
+use nsm_registry::{Endpoint, ManagerRegistry};
+use tonic::Code;
+
+/// The element: the forwarders of this node that the service's matches admit, tried in turn; the one that serves a
+/// connection keeps it.
+#[derive(Debug)]
+pub struct DiscoverForwarder(pub ManagerRegistry);
+
+/// The forwarder that serves a connection.
+#[derive(Debug)]
+struct Chosen(String);
+
+#[async_trait]
+impl Lease for Chosen {
+    fn name(&self) -> &'static str {
+        "forwarder"
+    }
+
+    async fn release(self: Box<Self>, _: &Release) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl DiscoverForwarder {
+    async fn candidates(&self, cx: &Context<'_>, conn: &Connection) -> Result<Vec<Endpoint>> {
+        let name = &conn.network_service;
+        let find = self.0.find_service(name, &conn.payload);
+        let service = match tokio::time::timeout_at(cx.deadline, find).await {
+            Ok(Ok(service)) => service,
+            Ok(Err(error)) => {
+                return Err(Error::unavailable(format!(
+                    "the registry could not be asked: {}",
+                    chain_text(&error)
+                )));
+            }
+            Err(_) => return Err(Error::new(Code::DeadlineExceeded, "the registry did not answer in time")),
+        };
+        let service = service.ok_or_else(|| {
+            Error::not_found(format!("network service {name:?} is not found"))
+                .hint("apply a NetworkService of that name, or start an endpoint that registers it")
+        })?;
+        let forwarders = self.0.forwarders();
+        if forwarders.is_empty() {
+            return Err(Error::unavailable("no forwarder of this node has registered")
+                .hint("is the forwarder running, with NSM_CONNECT_TO at this manager?"));
+        }
+        let policy = Policy::lenient(&service);
+        let selection = policy.forwarders(&conn.labels, self.0.forwarder_service(), &forwarders);
+        if selection.candidates.is_empty() {
+            return Err(Error::not_found(format!("no candidates found: {selection}")));
+        }
+        Ok(selection.candidates.into_iter().cloned().collect())
+    }
+}
+
+#[async_trait]
+impl Element for DiscoverForwarder {
+    fn name(&self) -> &'static str {
+        "discover-forwarder"
+    }
+
+    async fn request(
+        &self,
+        cx: &mut Context<'_>,
+        request: NetworkServiceRequest,
+        next: Next<'_>,
+    ) -> Result<Connection> {
+        let conn = request.connection.clone().unwrap_or_default();
+        let mut candidates = self.candidates(cx, &conn).await?;
+        if let Some(Chosen(chosen)) = cx.scope.get::<Chosen>() {
+            let chosen = chosen.clone();
+            candidates.retain(|c| c.nse.name == chosen);
+            if candidates.is_empty() {
+                return Err(Error::unavailable(format!("forwarder {chosen:?} is not available"))
+                    .hint("it serves this wire and is expected back; a reselection chooses another"));
+            }
+        } else if conn.state() != State::ReselectRequested
+            && let Some(before) = path::segments(&conn).get(path::index(&conn) + 1)
+        {
+            // After our own restart: whoever served the connection has its wire.
+            candidates.sort_by_key(|c| c.nse.name != before.name);
+        }
+        let mut failures = Vec::new();
+        for candidate in candidates {
+            cx.next_hop = Some(candidate.dial.clone().into());
+            match next.request(cx, request.clone()).await {
+                Ok(conn) => {
+                    if cx.scope.get::<Chosen>().is_none() {
+                        cx.scope.lease(Chosen(candidate.nse.name));
+                    }
+                    return Ok(conn);
+                }
+                Err(error) => failures.push((candidate.nse.name, error)),
+            }
+        }
+        Err(Error::all_failed("forwarders", failures))
+    }
+
+    async fn close_forgotten(&self, cx: &mut Context<'_>, conn: Connection, next: Next<'_>) -> Result<()> {
+        let served_by =
+            path::segments(&conn).get(path::index(&conn) + 1).map(|segment| segment.name.as_str());
+        let forwarder = self.0.forwarders().into_iter().find(|f| Some(f.nse.name.as_str()) == served_by);
+        cx.next_hop = forwarder.map(|f| f.dial.into());
+        next.close_forgotten(cx, conn).await
+    }
+}
