@@ -75,6 +75,11 @@ pub enum Error {
         /// Our UDP port.
         port: u16,
     },
+    /// Bridged packets cannot be filtered here.
+    #[error(
+        "this kernel does not show bridged packets to its packet filter: load the module (modprobe br_netfilter)"
+    )]
+    NoBridgeFilter,
     /// A kernel setting could not be read or written.
     #[error("cannot access kernel setting {key}; is /proc/sys writable here?")]
     Sysctl {

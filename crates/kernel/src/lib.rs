@@ -22,6 +22,8 @@
 
 mod apply;
 mod error;
+pub mod join;
+pub mod joiner;
 pub mod netlink;
 pub mod netns;
 pub mod nft;

@@ -382,7 +382,7 @@ impl Kind {
     }
 }
 
-fn address_link(link: &mut LinkMessage, which: Which<'_>, nsid: Option<Nsid>) {
+pub(crate) fn address_link(link: &mut LinkMessage, which: Which<'_>, nsid: Option<Nsid>) {
     match which {
         Which::Index(index) => link.header.index = index,
         // This attribute has room for long names, and finds an interface by its first name as well.
@@ -664,7 +664,7 @@ fn ip_of(bytes: &[u8]) -> Option<IpAddr> {
     }
 }
 
-fn route_address(address: &RouteAddress) -> Option<IpAddr> {
+pub(crate) fn route_address(address: &RouteAddress) -> Option<IpAddr> {
     match address {
         RouteAddress::Inet(ip) => Some((*ip).into()),
         RouteAddress::Inet6(ip) => Some((*ip).into()),
