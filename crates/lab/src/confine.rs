@@ -92,6 +92,11 @@ pub(crate) fn start_beside(command: &mut Command, process: ProcessId) -> Result<
     Ok(())
 }
 
+/// Prepares a command of the user: it does not hear of what was done to get inside.
+pub(crate) fn leave_no_mark(command: &mut Command) {
+    command.env_remove(INSIDE);
+}
+
 /// First thing of a holder: inside new namespaces, `/run` becomes its own; elsewhere nothing happens.
 pub(crate) fn settle_in() -> Result<(), Error> {
     if std::env::var(INSIDE).as_deref() != Ok("new") {

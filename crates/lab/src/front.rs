@@ -94,7 +94,7 @@ impl Front {
         Ok(reports.iter().all(Report::is_good))
     }
 
-    /// `nsm lab status [LAB]`.
+    /// `nsm lab status [LAB]`; `true` if all is well.
     ///
     /// # Errors
     ///
@@ -113,12 +113,13 @@ impl Front {
                 good &= inside;
                 continue;
             }
-            let text = match (State::load(&lab), self.format) {
+            let state = State::load(&lab);
+            good &= state.as_ref().is_ok_and(State::is_healthy);
+            let text = match (state, self.format) {
                 (Ok(state), Format::Json) => serde_json::to_string_pretty(&state).unwrap_or_default() + "\n",
                 (Ok(state), format) => report::status(&state, format),
                 (Err(error), _) if lab::leftovers(&lab).is_empty() => return Err(error),
                 (Err(_), format) => {
-                    good = false;
                     let left = lab::leftovers(&lab).join(", ");
                     format.bad(&format!(
                         "lab {lab} was killed and left {left}; `nsm lab down {lab}` removes it\n"
@@ -157,6 +158,7 @@ impl Front {
             command.split_first().ok_or_else(|| Error::NoSuchLab("no command given".into()))?;
         let mut command = Command::new(program);
         command.args(args);
+        confine::leave_no_mark(&mut command);
         if let Some(node) = &found.node {
             let at = Paths::new(&found.lab).node(node);
             command.env("SPIFFE_ENDPOINT_SOCKET", format!("unix://{}", at.join("identity.sock").display()));

@@ -81,6 +81,13 @@ pub(crate) struct Lab {
 // === impl State ===
 
 impl State {
+    /// Whether its holder and all its processes run and are ready.
+    #[must_use]
+    pub fn is_healthy(&self) -> bool {
+        let well = |process: &ProcessState| process.condition == Condition::Ready && process.id.is_alive();
+        self.holder.is_alive() && self.processes.iter().all(well)
+    }
+
     /// Reads the record of a lab.
     ///
     /// # Errors
@@ -469,17 +476,16 @@ fn processes_in(lab: &str) -> Vec<ProcessId> {
         .filter_map(|name| Namespace::named(name).ok())
         .map(|namespace| (namespace.id().dev, namespace.id().ino))
         .collect();
-    if ids.is_empty() {
-        return Vec::new();
-    }
-    pids()
-        .filter(|pid| *pid != std::process::id())
-        .filter(|pid| {
-            fs::metadata(format!("/proc/{pid}/ns/net"))
+    let inside = pids().filter(|pid| *pid != std::process::id()).filter(|pid| {
+        !ids.is_empty()
+            && fs::metadata(format!("/proc/{pid}/ns/net"))
                 .is_ok_and(|stat| ids.contains(&(stat.dev(), stat.ino())))
-        })
-        .filter_map(ProcessId::of)
-        .collect()
+    });
+    let mut processes: Vec<_> = inside.filter_map(ProcessId::of).collect();
+    // Somebody may have taken the name of a namespace away; the record still knows who ran there.
+    let recorded = State::load(lab).into_iter().flat_map(|state| state.processes).map(|process| process.id);
+    processes.extend(recorded.filter(ProcessId::is_alive));
+    processes
 }
 
 /// All pids that can be seen.
