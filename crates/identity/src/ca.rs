@@ -229,6 +229,8 @@ impl Config {
 #[derive(Debug)]
 pub struct Ca {
     file: PathBuf,
+    /// Of the file before it was read: what is written to it since then is seen as a change.
+    stamp: Stamp,
     sockets: Vec<(String, UnixSocket)>,
     shared: Arc<Shared>,
     config: watch::Sender<Arc<Config>>,
@@ -262,6 +264,7 @@ impl Ca {
     /// # Errors
     /// As [`serve`].
     pub fn start(file: &Path) -> Result<Self, Error> {
+        let stamp = Stamp::of(file);
         let config = Config::load(file)?;
         let now = SystemTime::now();
         let authority = match &config.state_dir {
@@ -274,7 +277,15 @@ impl Ca {
         let (sender, receiver) = watch::channel(Arc::new(config));
         let (reloader, reload) = mpsc::channel(1);
         let shared = Arc::new(Shared { authority, config: receiver });
-        Ok(Self { file: file.into(), sockets, shared, config: sender, reload, reloader: Reloader(reloader) })
+        Ok(Self {
+            file: file.into(),
+            stamp,
+            sockets,
+            shared,
+            config: sender,
+            reload,
+            reloader: Reloader(reloader),
+        })
     }
 
     /// A handle that makes it read its file again.
@@ -287,7 +298,7 @@ impl Ca {
     /// # Errors
     /// A server broke.
     pub async fn serve(self, shutdown: impl Future<Output = ()> + Send) -> Result<(), Error> {
-        let Self { file, sockets, shared, config, mut reload, reloader: _reloader } = self;
+        let Self { file, mut stamp, sockets, shared, config, mut reload, reloader: _reloader } = self;
         let (stop, stopped) = watch::channel(());
         let mut servers = JoinSet::new();
         for (node, socket) in &sockets {
@@ -301,7 +312,15 @@ impl Ca {
         }
         drop(stopped);
         let watch = FileWatch::new(&file);
-        let mut stamp = Stamp::of(&file);
+        let mut look = || {
+            let new = Stamp::of(&file);
+            if new != stamp {
+                stamp = new;
+                read_again(&file, &config);
+            }
+        };
+        // What was written since the file was read and before the watch began makes no event.
+        look();
         tokio::pin!(shutdown);
         let result = loop {
             tokio::select! {
@@ -312,17 +331,8 @@ impl Ca {
                     Some(Err(e)) => std::panic::resume_unwind(e.into_panic()),
                     None => Ok(()),
                 },
-                Some(()) = reload.recv() => {
-                    stamp = Stamp::of(&file);
-                    read_again(&file, &config);
-                }
-                () = watch.maybe_changed() => {
-                    let new = Stamp::of(&file);
-                    if new != stamp {
-                        stamp = new;
-                        read_again(&file, &config);
-                    }
-                }
+                Some(()) = reload.recv() => read_again(&file, &config),
+                () = watch.maybe_changed() => look(),
             }
         };
         drop(stop);
@@ -332,7 +342,7 @@ impl Ca {
 }
 
 /// Enough of a file's metadata to see that it was written or replaced.
-#[derive(PartialEq)]
+#[derive(Debug, PartialEq)]
 struct Stamp(Option<(u64, u64, i64, i64)>);
 
 impl Stamp {
