@@ -223,7 +223,7 @@ impl Pool {
         };
         match timeout(patience, result).await {
             Ok(result) => result,
-            Err(_) => Err(DialError::Timeout { url: describe(&target) }),
+            Err(_) => Err(DialError::Timeout { url: target.to_string() }),
         }
     }
 
@@ -243,7 +243,7 @@ impl Pool {
             let left = deadline.saturating_duration_since(Instant::now());
             match self.get(target.clone(), left).await {
                 Err(error) if error.is_transient() && left > pause => {
-                    debug!(target = describe(&target), %error, "waiting for a server");
+                    debug!(%target, %error, "waiting for a server");
                     sleep(pause).await;
                     pause = (pause * 2).min(Duration::from_millis(500));
                 }
@@ -271,11 +271,11 @@ impl Pool {
     fn dial(&self, dial: u64, key: Key, target: DialTarget, identity: Arc<Identity>) -> Dialing {
         let pool = Arc::downgrade(&self.0);
         let config = self.0.config;
-        let url = describe(&target);
+        let url = target.to_string();
         let task = tokio::spawn(async move {
             let result = match timeout(config.dial, open(&target, identity, config)).await {
                 Ok(result) => result,
-                Err(_) => Err(DialError::Timeout { url: describe(&target) }),
+                Err(_) => Err(DialError::Timeout { url: target.to_string() }),
             };
             if let Some(pool) = pool.upgrade() {
                 let mut slots = pool.slots.lock();
@@ -468,7 +468,7 @@ async fn open(
     identity: Arc<Identity>,
     config: PoolConfig,
 ) -> Result<Connection, DialError> {
-    let url = describe(target);
+    let url = target.to_string();
     let connect = |source| DialError::Connect { url: url.clone(), source: Arc::new(source) };
     let (wire, authority) = match target {
         DialTarget::Url(DialUrl::Tcp(host_port)) => {
@@ -615,7 +615,7 @@ async fn connect_unix(path: &std::ffi::OsStr) -> io::Result<UnixStream> {
 
 fn key(target: &DialTarget) -> Result<Key, DialError> {
     let unix = |meta: io::Result<std::fs::Metadata>| {
-        let meta = meta.map_err(|e| DialError::Connect { url: describe(target), source: Arc::new(e) })?;
+        let meta = meta.map_err(|e| DialError::Connect { url: target.to_string(), source: Arc::new(e) })?;
         let file = FileId { dev: meta.dev(), ino: meta.ino() };
         // File systems reuse inode numbers; not with the same time.
         Ok(Key::Unix { file, changed: (meta.ctime(), meta.ctime_nsec()) })
@@ -624,16 +624,6 @@ fn key(target: &DialTarget) -> Result<Key, DialError> {
         DialTarget::Url(DialUrl::Tcp(host_port)) => Ok(Key::Tcp(host_port.clone())),
         DialTarget::Url(DialUrl::Unix(path)) => unix(std::fs::metadata(path)),
         DialTarget::Socket(fd) => unix(std::fs::metadata(format!("/proc/self/fd/{}", fd.as_raw_fd()))),
-    }
-}
-
-fn describe(target: &DialTarget) -> String {
-    match target {
-        DialTarget::Url(url) => url.to_string(),
-        DialTarget::Socket(fd) => match FileId::of(fd) {
-            Ok(id) => format!("inode://{}/{}", id.dev, id.ino),
-            Err(_) => "a socket descriptor".into(),
-        },
     }
 }
 

@@ -37,7 +37,8 @@ pub struct Limits {
     pub handshakes: usize,
     /// How long a handshake may take.
     pub handshake: Duration,
-    /// Calls at a time on one connection; more wait at the peer.
+    /// Calls at a time on one connection, streams included; more wait at the peer. A manager may hold one stream per
+    /// wire to another.
     pub calls: u32,
     /// How long calls in flight may take to end at a shutdown.
     pub drain: Duration,
@@ -49,7 +50,7 @@ impl Default for Limits {
             connections: 2048,
             handshakes: 256,
             handshake: Duration::from_secs(10),
-            calls: 1024,
+            calls: 10_000,
             drain: Duration::from_secs(5),
         }
     }

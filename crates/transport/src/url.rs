@@ -8,6 +8,8 @@ use std::{
     sync::Arc,
 };
 
+use nsm_identity::FileId;
+
 /// Longest path of a Unix socket: `sun_path` has 108 bytes, the last is zero (`unix(7)`).
 const MAX_UNIX_PATH: usize = 107;
 
@@ -87,6 +89,13 @@ impl DialUrl {
     }
 }
 
+impl DialTarget {
+    /// Is it on this machine for certain, so that descriptors can be handed over?
+    pub fn is_local(&self) -> bool {
+        matches!(self, Self::Socket(_) | Self::Url(DialUrl::Unix(_)))
+    }
+}
+
 impl From<DialUrl> for DialTarget {
     fn from(url: DialUrl) -> Self {
         Self::Url(url)
@@ -125,6 +134,19 @@ impl fmt::Display for DialUrl {
         match self {
             Self::Unix(path) => write!(f, "unix://{}", path.display()),
             Self::Tcp(host_port) => write!(f, "tcp://{host_port}"),
+        }
+    }
+}
+
+impl fmt::Display for DialTarget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Url(url) => url.fmt(f),
+            // Known by what it is: names below /proc/PID/fd are reused.
+            Self::Socket(fd) => match FileId::of(fd) {
+                Ok(id) => write!(f, "inode://{}/{}", id.dev, id.ino),
+                Err(_) => f.write_str("a socket that cannot be examined"),
+            },
         }
     }
 }

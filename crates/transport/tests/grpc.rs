@@ -653,3 +653,61 @@ async fn a_server_that_stops_lets_calls_finish_for_a_while() {
     stopping.await.unwrap();
     until(|| handler.dropped.load(Ordering::SeqCst) == 1).await;
 }
+
+#[tokio::test]
+async fn no_call_fails_while_a_real_ca_renews_both_sides() {
+    let dir = TempDir::new().unwrap();
+    let text = format!(
+        "trustDomain: test.lab\nsvidTtl: 2s\nsockets: [{{path: {dir}/api.sock, node: n}}]\n\
+         entries: [{{spiffeId: 'spiffe://test.lab/me', selectors: {{pid: {pid}}}}}]\n",
+        dir = dir.path().display(),
+        pid = std::process::id(),
+    );
+    std::fs::write(dir.path().join("ca.yaml"), text).unwrap();
+    let ca = nsm_identity::ca::Ca::start(&dir.path().join("ca.yaml")).unwrap();
+    let (stop, stopped) = watch::channel(());
+    let until_stopped =
+        |mut stopped: watch::Receiver<()>| async move { while stopped.changed().await.is_ok() {} };
+    let ca = tokio::spawn(ca.serve(until_stopped(stopped.clone())));
+    let endpoint = format!("unix://{}/api.sock", dir.path().display());
+    let source = timeout(PATIENCE, Source::open(&endpoint)).await.unwrap().unwrap();
+    let url = dir.path().join("s.sock");
+    let server = Server::bind(source.clone(), &[ListenUrl::Unix(url.clone())]).await.unwrap();
+    let handler = Handler {
+        started: AtomicUsize::new(0),
+        dropped: AtomicUsize::new(0),
+        release: tokio::sync::Semaphore::new(0),
+    };
+    let routes = Routes::new(NetworkServiceServer::new(handler));
+    let served = tokio::spawn(server.serve(routes, &[], until_stopped(stopped)));
+
+    // The client's renewals come at other moments than the server's.
+    let mine = timeout(PATIENCE, Source::open(&endpoint)).await.unwrap().unwrap();
+    let pool = Pool::new(mine, PoolConfig::default());
+    let callers: Vec<_> = (0..4)
+        .map(|_| {
+            let (pool, url) = (pool.clone(), DialUrl::Unix(url.clone()));
+            tokio::spawn(async move {
+                let mut calls = 0;
+                while pool.handshakes() < 5 {
+                    let connection = pool.get(&url, PATIENCE).await.unwrap();
+                    let answer = client(&connection).request(ask("whoami")).await.unwrap().into_inner();
+                    let tokens: Vec<_> =
+                        answer.path.unwrap().path_segments.into_iter().map(|s| s.token).collect();
+                    policy::check_client(&tokens, 0, connection.peer().leaf(), SystemTime::now()).unwrap();
+                    calls += 1;
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+                calls
+            })
+        })
+        .collect();
+    let mut calls = 0;
+    for caller in callers {
+        calls += timeout(PATIENCE, caller).await.unwrap().unwrap();
+    }
+    println!("{calls} calls over {} connections", pool.handshakes());
+    drop((stop, pool));
+    timeout(PATIENCE, served).await.unwrap().unwrap();
+    timeout(PATIENCE, ca).await.unwrap().unwrap().unwrap();
+}
