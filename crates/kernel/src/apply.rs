@@ -136,8 +136,10 @@ impl Kernel {
         let writes = match configured {
             Ok(counts) => counts.iter().sum::<u64>() + node.writes() - before,
             Err(e) => {
-                if created {
-                    delete(&mut node, links.iter().zip(&ends).map(|(link, end)| (link, end.nsid)))?;
+                if created
+                    && let Err(error) = delete(&mut node, links.iter().zip(ends.iter().map(|end| end.nsid)))
+                {
+                    tracing::warn!(%error, wire = plan.id, "cannot take back a wire that could not be finished");
                 }
                 return Err(e);
             }
@@ -200,6 +202,18 @@ impl Kernel {
             }
             batch.orphans(&tables);
             batch.commit(&mut socket, &format!("{} in {}", end.plan.ifname, end.ns.id()))
+        })?
+    }
+
+    /// Takes the rules of ours away that lead to an empty table. How many there were.
+    pub(crate) fn clear_rules(&self, ns: &Namespace) -> Result<usize> {
+        ns.run(|| {
+            let mut socket = Socket::open()?;
+            let _guard = self.tables.lock();
+            let mut batch = Batch::default();
+            batch.orphans(&Tables::read(&mut socket)?);
+            let count = batch.requests.len();
+            batch.commit(&mut socket, &format!("in {}", ns.id())).map(|()| count)
         })?
     }
 
@@ -325,11 +339,9 @@ fn claim(end: &End<'_>, marked: Option<Link>, named: Option<Link>) -> Result<(Op
     let mark = named.altnames.iter().find(|name| parse_mark(name).is_some());
     // Of the same client's connection, from an older life, as upstream's forwarders know each other's.
     let same_client = named.alias.as_deref() == Some(end.plan.alias.as_str());
-    // We were killed before we could finish it.
-    let unfinished = named.alias.is_none() && named.group == BIRTH_GROUP;
     if named.name == *name && same_client && mark.is_none() {
         Ok((Some(named), marked.into_iter().collect()))
-    } else if named.name == *name && (same_client || unfinished) {
+    } else if named.name == *name && (same_client || named.is_unfinished()) {
         // It was another wire of ours, which nobody looks after any more, or never became one.
         Ok((None, marked.into_iter().chain([named]).collect()))
     } else {

@@ -12,12 +12,12 @@ use std::thread;
 use parking_lot::{Condvar, Mutex};
 use rustix::io::Errno;
 
-use crate::apply::{Kernel, Nsids, Sockets, ends, find_missing};
+use crate::apply::{Kernel, Nsids, Sockets, delete, ends, find_missing};
 use crate::error::{Error, Result};
 use crate::netlink::Request;
 use crate::netns::Namespace;
 use crate::plan::{Side, WirePlan, mark};
-use crate::rt::{self, Nsid, Which};
+use crate::rt::{self, Link, Nsid, Which};
 
 /// The queue; its threads work it off before it is dropped.
 #[derive(Debug)]
@@ -77,6 +77,25 @@ impl Kernel {
         let doomed =
             ends.into_iter().filter_map(|(side, nsid)| Some(Doomed { mark: mark(side, id), nsid: nsid? }));
         self.reaper.push(doomed.collect());
+    }
+
+    /// Removes from a namespace what a killed life of ours could not finish or finish removing, and no plan can know:
+    /// links without a mark yet, and rules that lead to nowhere. To be called at the start, before anything is applied
+    /// there. How many things there were.
+    pub fn sweep(&self, ns: &Namespace) -> Result<usize> {
+        let mut node = self.sockets.get()?;
+        let nsid = node.assign_nsids(&[ns])?.first().copied();
+        let links = node.dump(rt::list_links(nsid)).map_err(|e| e.during("list interfaces"))?;
+        let unfinished: Vec<_> = links
+            .into_iter()
+            .filter_map(Link::of)
+            .filter(Link::is_unfinished)
+            .zip(nsid.into_iter().cycle())
+            .collect();
+        // Of a pair only one has to go; the other is gone with it then.
+        delete(&mut node, unfinished.iter().map(|(link, nsid)| (link, *nsid)))?;
+        self.sockets.give_back(node);
+        Ok(unfinished.len() + self.clear_rules(ns)?)
     }
 
     /// Waits until all that was queued is deleted.

@@ -328,6 +328,11 @@ impl Link {
         Some(link)
     }
 
+    /// Whether we made it and were killed before we could say so.
+    pub(crate) fn is_unfinished(&self) -> bool {
+        self.group == BIRTH_GROUP && self.alias.is_none()
+    }
+
     /// Whether this is what the construction makes, as far as one end alone tells.
     pub(crate) fn fits(&self, construction: &Construction) -> bool {
         match (construction, &self.kind) {
@@ -589,7 +594,7 @@ pub(crate) fn list_nsids() -> Message {
 
 /// The number in a message; none where the kernel says −1.
 pub(crate) fn nsid_of(message: &Message) -> Option<Nsid> {
-    let Message::NewNsId(message) = message else { return None };
+    let (Message::NewNsId(message) | Message::DelNsId(message)) = message else { return None };
     message.attributes.iter().find_map(|attribute| match attribute {
         NsidAttribute::Id(id) if *id >= 0 => Some(Nsid(*id)),
         _ => None,
@@ -619,7 +624,8 @@ impl Socket<Rt> {
         numbers.ok_or_else(|| Error::Protocol("a namespace has no number although it was given one".into()))
     }
 
-    fn nsids_of(&mut self, namespaces: &[&Namespace]) -> Result<Vec<Option<Nsid>>> {
+    /// How the socket's namespace numbers those; `None` where it does not.
+    pub(crate) fn nsids_of(&mut self, namespaces: &[&Namespace]) -> Result<Vec<Option<Nsid>>> {
         let answers = self.ask(namespaces.iter().map(|ns| Message::GetNsId(nsid_message(ns))).collect())?;
         answers
             .into_iter()

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::netlink::{Attempt, Route as Rt, Socket};
 use crate::netns::{self, Namespace};
 use crate::plan::{
-    Change, Construction, EndPlan, Mac, Policy, PortRange, Selector, Side, Vxlan, WirePlan, parse_mark,
+    Change, Construction, EndPlan, Mac, Policy, PortRange, Selector, Side, Vxlan, WirePlan, mark, parse_mark,
 };
 use crate::rt::{self, Address, Counters, Kind, Link, MAIN_TABLE, Nsid, Which};
 
@@ -116,16 +116,16 @@ impl Kernel {
     /// Only whether the links are there and their traffic, by the numbers in the wire's record: needs no namespace to
     /// be open or found.
     pub fn facts(&self, id: &str, nsids: Nsids) -> Result<(Option<EndFacts>, Option<EndFacts>)> {
+        let marks =
+            [(Side::Near, nsids.near), (Side::Far, nsids.far)].map(|(side, nsid)| (mark(side, id), nsid));
         let mut node = self.sockets.get()?;
-        let mut look = |side, nsid: Option<Nsid>| -> Result<Option<EndFacts>> {
-            let Some(nsid) = nsid else { return Ok(None) };
-            let mark = crate::plan::mark(side, id);
-            let link = node.links(vec![rt::get_link(Which::Name(&mark), Some(nsid), true)])?.pop().flatten();
-            Ok(link.and_then(|link| facts(&link, nsid)))
-        };
-        let both = (look(Side::Near, nsids.near)?, look(Side::Far, nsids.far)?);
+        let questions = marks
+            .iter()
+            .filter_map(|(mark, nsid)| nsid.map(|nsid| rt::get_link(Which::Name(mark), Some(nsid), true)));
+        let mut links = node.links(questions.collect())?.into_iter();
         self.sockets.give_back(node);
-        Ok(both)
+        let mut next = |nsid: Option<Nsid>| nsid.and_then(|nsid| facts(&links.next()??, nsid));
+        Ok((next(nsids.near), next(nsids.far)))
     }
 
     /// Which device of the node owns that address; `None` if none does, so no tunnel can start there.

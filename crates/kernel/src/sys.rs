@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::mem::{size_of, zeroed};
+use std::mem::{size_of, size_of_val, zeroed};
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use rustix::thread::UnshareFlags;
@@ -52,4 +52,33 @@ pub(crate) fn receive_with_nsid(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Re
         message = unsafe { libc::CMSG_NXTHDR(&raw const header, message) };
     }
     Ok((length, nsid))
+}
+
+/// Lets only netlink messages of these types into a socket; the others cost neither a wake-up nor room.
+pub(crate) fn only_messages(fd: BorrowedFd<'_>, kinds: [u16; 2]) -> io::Result<()> {
+    let instruction = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
+    // The type is at offset 4 in the machine's byte order; this load takes it for the network's.
+    let [first, second] = kinds.map(|kind| u32::from(kind.to_be()));
+    let mut program = [
+        instruction(0x28, 0, 0, 4),        // ldh [4]
+        instruction(0x15, 1, 0, first),    // jeq first, accept
+        instruction(0x15, 0, 1, second),   // jeq second, accept, drop
+        instruction(0x06, 0, 0, u32::MAX), // accept: ret all of it
+        instruction(0x06, 0, 0, 0),        // drop: ret nothing
+    ];
+    let length = u16::try_from(program.len()).map_err(io::Error::other)?;
+    let filter = libc::sock_fprog { len: length, filter: program.as_mut_ptr() };
+    let size = libc::socklen_t::try_from(size_of_val(&filter)).map_err(io::Error::other)?;
+    // SAFETY: the kernel copies `size` bytes of `filter` and `len` instructions it points at, all alive and
+    // initialised until the call returns; the descriptor is open while it is borrowed.
+    let result = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            (&raw const filter).cast(),
+            size,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
