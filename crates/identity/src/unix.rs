@@ -17,7 +17,7 @@ use std::{
 
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
-    fs::{FlockOperation, flock},
+    fs::{AtFlags, FlockOperation, StatxFlags, flock, makedev, statx},
     io::Errno,
 };
 
@@ -130,13 +130,14 @@ impl FileId {
         Ok(Self { dev: meta.dev(), ino: meta.ino() })
     }
 
-    /// Of an open file.
+    /// Of an open file. Never waits for a file system, whoever runs it: a descriptor may come from anybody.
     ///
     /// # Errors
-    /// Those of `fstat`.
+    /// Those of `statx`.
     pub fn of(file: impl AsFd) -> io::Result<Self> {
-        let stat = rustix::fs::fstat(file)?;
-        Ok(Self { dev: stat.st_dev, ino: stat.st_ino })
+        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+        let stat = statx(file, c"", flags, StatxFlags::INO)?;
+        Ok(Self { dev: makedev(stat.stx_dev_major, stat.stx_dev_minor), ino: stat.stx_ino })
     }
 }
 

@@ -961,9 +961,10 @@ async fn sockets_that_cannot_be_used_are_refused() {
     assert_eq!(raw.register(nse("gw-1", "web", "")).await.unwrap_err().code(), Code::InvalidArgument);
     assert_eq!(raw.register(nse("gw-1", "web", "ftp://x")).await.unwrap_err().code(), Code::InvalidArgument);
     // A descriptor of something else.
-    let file = std::fs::File::open(lab.dir.path()).unwrap();
+    let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
+    let file = rustix::fs::open(lab.dir.path(), flags, rustix::fs::Mode::empty()).unwrap();
     let id = FileId::of(&file).unwrap();
-    assert!(raw.connection.send_fd(std::os::fd::OwnedFd::from(file)));
+    assert!(raw.connection.send_fd(file));
     let error = raw.register(nse("gw-1", "web", format!("inode://{}/{}", id.dev, id.ino))).await.unwrap_err();
     assert_eq!(error.code(), Code::InvalidArgument);
     assert!(node.registry.locals().is_empty());

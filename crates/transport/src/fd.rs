@@ -6,9 +6,13 @@
 //! ```
 //!
 //! Descriptors are attached to bytes that had to be sent anyway; the stream of bytes is not changed. They are
-//! identified by `fstat` alone. Calls in flight may each send the same file, so every arrival is kept and every
+//! identified by device and inode alone. Calls in flight may each send the same file, so every arrival is kept and every
 //! [`FdTable::take`] removes one. One may arrive before its message or after it; one that nobody takes is closed after
 //! [`GRACE`], because a descriptor of a network namespace keeps the namespace alive.
+//!
+//! Peers are not trusted. Only namespaces and descriptors opened `O_PATH` are kept, which is all that is ever sent:
+//! closing others can take as long as their file system (FUSE) or socket (`SO_LINGER`) wants, and a pod must not be able
+//! to stop a node's threads.
 
 use std::{
     collections::VecDeque,
@@ -17,7 +21,7 @@ use std::{
     mem::MaybeUninit,
     os::fd::{AsFd, OwnedFd},
     pin::Pin,
-    sync::{Arc, Weak},
+    sync::{Arc, LazyLock, Weak},
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -26,6 +30,7 @@ use nsm_identity::FileId;
 use parking_lot::Mutex;
 use rustix::{
     cmsg_space,
+    fs::OFlags,
     io::Errno,
     net::{
         RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -49,6 +54,8 @@ const MAX_FDS_PER_READ: usize = 253;
 pub const GRACE: Duration = Duration::from_secs(2);
 /// Most descriptors kept of one peer; beyond it the oldest goes.
 pub const MAX_KEPT: usize = 4096;
+/// The same of a peer that is not authenticated yet, and of what was not fit to keep: what one message may carry.
+const MAX_KEPT_OF_STRANGER: usize = MAX_FDS_PER_WRITE;
 /// The kernel counts descriptors in flight per user; when the peer reads too slowly, sending pauses this long.
 const TOO_MANY_IN_FLIGHT: Duration = Duration::from_millis(5);
 
@@ -62,6 +69,9 @@ pub enum FdError {
     /// The peer named a file and did not send it in time.
     #[error("descriptor inode://{}/{} did not arrive in time; the peer must send it on this connection", .0.dev, .0.ino)]
     Late(FileId),
+    /// It came, and is neither a namespace nor opened `O_PATH`.
+    #[error("descriptor inode://{}/{} is neither a namespace nor opened O_PATH: the peer must send one that is", .0.dev, .0.ino)]
+    Unfit(FileId),
     /// The connection ended first.
     #[error("the connection closed before descriptor inode://{}/{} arrived", .0.dev, .0.ino)]
     Closed(FileId),
@@ -79,8 +89,12 @@ pub struct FdStream {
 struct State {
     /// In the order of arrival.
     kept: VecDeque<Kept>,
-    waiting: VecDeque<(FileId, oneshot::Sender<OwnedFd>)>,
+    waiting: VecDeque<(FileId, oneshot::Sender<Result<OwnedFd, FdError>>)>,
+    /// The last that came and were not fit to keep, to tell who asks for them.
+    unfit: VecDeque<FileId>,
     queued: VecDeque<Arc<OwnedFd>>,
+    /// The peer is authenticated; until then it gets little room.
+    trusted: bool,
     /// A task is closing what nobody takes.
     sweeping: bool,
     closed: bool,
@@ -118,6 +132,10 @@ impl FdTable {
             {
                 return Ok(kept.fd);
             }
+            if let Some(at) = state.unfit.iter().position(|unfit| *unfit == id) {
+                state.unfit.remove(at);
+                return Err(FdError::Unfit(id));
+            }
             if state.closed {
                 return Err(FdError::Closed(id));
             }
@@ -127,7 +145,7 @@ impl FdTable {
             arrival
         };
         match tokio::time::timeout_at(deadline, arrival).await {
-            Ok(Ok(fd)) => Ok(fd),
+            Ok(Ok(result)) => result,
             Ok(Err(_)) => Err(FdError::Closed(id)),
             Err(_) => Err(FdError::Late(id)),
         }
@@ -138,22 +156,49 @@ impl FdTable {
         self.0.lock().kept.len()
     }
 
-    fn received(&self, mut fd: OwnedFd) {
+    /// The peer is authenticated: from now on [`MAX_KEPT`] of its descriptors are kept, and not only those of one message.
+    pub fn trust(&self) {
+        self.0.lock().trusted = true;
+    }
+
+    fn received(&self, fd: OwnedFd) {
         let id = match FileId::of(&fd) {
             Ok(id) => id,
-            Err(reason) => return debug!(%reason, "a received descriptor cannot be identified"),
+            Err(reason) => {
+                debug!(%reason, "a received descriptor cannot be identified");
+                return close_aside(fd);
+            }
         };
+        let fit = is_fit(&fd, id);
+        let mut arrival = Ok(fd);
+        if !fit {
+            debug!(
+                dev = id.dev,
+                ino = id.ino,
+                "a peer sent a descriptor that is no namespace and not O_PATH"
+            );
+            if let Ok(fd) = std::mem::replace(&mut arrival, Err(FdError::Unfit(id))) {
+                close_aside(fd);
+            }
+        }
         let mut state = self.0.lock();
         while let Some(at) = state.waiting.iter().position(|(wanted, _)| *wanted == id) {
             let Some((_, taker)) = state.waiting.remove(at) else { break };
-            match taker.send(fd) {
+            match taker.send(arrival) {
                 Ok(()) => return,
                 // That taker has given up.
-                Err(back) => fd = back,
+                Err(back) => arrival = back,
             }
         }
-        if state.kept.len() == MAX_KEPT {
-            warn!(limit = MAX_KEPT, "a peer sends descriptors that nobody takes; the oldest is closed");
+        let Ok(fd) = arrival else {
+            if state.unfit.len() == MAX_KEPT_OF_STRANGER {
+                state.unfit.pop_front();
+            }
+            return state.unfit.push_back(id);
+        };
+        let limit = if state.trusted { MAX_KEPT } else { MAX_KEPT_OF_STRANGER };
+        if state.kept.len() >= limit {
+            warn!(limit, "a peer sends descriptors that nobody takes; the oldest is closed");
             state.kept.pop_front();
         }
         state.kept.push_back(Kept { id, fd, until: Instant::now() + GRACE });
@@ -186,6 +231,19 @@ impl FdTable {
             batch.into_iter().rev().for_each(|fd| state.queued.push_front(fd));
         }
     }
+}
+
+/// Is it a namespace, or opened `O_PATH`? Then closing it does nothing that could wait.
+fn is_fit(fd: &OwnedFd, id: FileId) -> bool {
+    // All namespaces are files of one file system of the kernel's.
+    static NAMESPACES: LazyLock<Option<u64>> =
+        LazyLock::new(|| FileId::of_path("/proc/self/ns/net").ok().map(|id| id.dev));
+    Some(id.dev) == *NAMESPACES || rustix::fs::fcntl_getfl(fd).is_ok_and(|flags| flags.contains(OFlags::PATH))
+}
+
+/// Closes what may take its time where nothing else waits.
+fn close_aside(fd: OwnedFd) {
+    tokio::task::spawn_blocking(move || drop(fd));
 }
 
 /// Closes what nobody takes; ends when nothing is left or the connection is gone.

@@ -94,7 +94,10 @@ impl Peer {
         let certificates = connection.peer_certificates().unwrap_or_default();
         let leaf = Leaf::parse(certificates.first().ok_or(PeerError::Anonymous)?.clone())?;
         let unix = match wire {
-            Wire::Unix(stream, peer) => Some((peer.clone(), stream.fds().clone())),
+            Wire::Unix(stream, peer) => {
+                stream.fds().trust();
+                Some((peer.clone(), stream.fds().clone()))
+            }
             Wire::Tcp(_) => None,
         };
         Ok(Self(Arc::new(Inner { leaf, identity, address, unix })))

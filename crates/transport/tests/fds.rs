@@ -61,10 +61,17 @@ fn run_alone<T>(mut runtime: tokio::runtime::Builder, test: impl Future<Output =
     result
 }
 
+fn open_path(path: impl AsRef<std::path::Path>) -> OwnedFd {
+    let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
+    rustix::fs::open(path.as_ref(), flags, rustix::fs::Mode::empty()).unwrap()
+}
+
 fn files(dir: &TempDir, count: usize) -> Vec<(FileId, Arc<OwnedFd>)> {
     (0..count)
         .map(|i| {
-            let file: OwnedFd = File::create(dir.path().join(format!("file{i}"))).unwrap().into();
+            let path = dir.path().join(format!("file{i}"));
+            File::create(&path).unwrap();
+            let file = open_path(&path);
             (FileId::of(&file).unwrap(), Arc::new(file))
         })
         .collect()
@@ -166,7 +173,13 @@ fn a_thousand_calls_at_once_with_the_same_and_different_descriptors() {
 
 fn pair() -> (FdStream, FdStream) {
     let (a, b) = UnixStream::pair().unwrap();
-    (FdStream::new(a), FdStream::new(b))
+    (trusted(a), trusted(b))
+}
+
+fn trusted(socket: UnixStream) -> FdStream {
+    let stream = FdStream::new(socket);
+    stream.fds().trust();
+    stream
 }
 
 #[test]
@@ -293,6 +306,51 @@ fn a_flood_of_descriptors_is_bounded() {
     });
 }
 
+#[test]
+fn a_stranger_gets_the_room_of_one_message() {
+    alone(async {
+        let dir = TempDir::new().unwrap();
+        let (a, b) = UnixStream::pair().unwrap();
+        let (mut a, mut b) = (FdStream::new(a), FdStream::new(b));
+        files(&dir, 200).into_iter().for_each(|(_, fd)| a.fds().send(fd));
+        a.write_all(b"x").await.unwrap();
+        a.write_all(b"yz").await.unwrap();
+        a.write_all(b"yz").await.unwrap();
+        a.write_all(b"yz").await.unwrap();
+        b.read_exact(&mut [0; 7]).await.unwrap();
+        assert_eq!(b.fds().kept(), MAX_FDS_PER_WRITE);
+    });
+}
+
+#[test]
+fn only_what_closes_at_once_is_taken_from_peers() {
+    alone(async {
+        let (mut a, mut b) = pair();
+        let dir = TempDir::new().unwrap();
+        let file = File::create(dir.path().join("file")).unwrap();
+        let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let unfit: Vec<OwnedFd> = vec![file.into(), socket.into()];
+        let ids: Vec<_> = unfit.iter().map(|fd| FileId::of(fd).unwrap()).collect();
+        // One is asked for before it comes, the other after.
+        let (fds, first) = (b.fds().clone(), ids[0]);
+        let early = tokio::spawn(async move { fds.take(first, later()).await });
+        tokio::task::yield_now().await;
+        for fd in unfit {
+            a.fds().send(fd);
+        }
+        let namespace: OwnedFd = File::open("/proc/self/ns/net").unwrap().into();
+        let id = FileId::of(&namespace).unwrap();
+        assert_eq!(id, FileId::of_path("/proc/self/ns/net").unwrap());
+        a.fds().send(namespace);
+        a.write_all(b"x").await.unwrap();
+        b.read_exact(&mut [0; 1]).await.unwrap();
+        assert_eq!(early.await.unwrap().unwrap_err(), FdError::Unfit(ids[0]));
+        assert_eq!(b.fds().take(ids[1], later()).await.unwrap_err(), FdError::Unfit(ids[1]));
+        b.fds().take(id, later()).await.unwrap();
+        assert_eq!(b.fds().kept(), 0);
+    });
+}
+
 /// Sends one raw message the way a peer might: any number of bytes and descriptors.
 fn send_raw(socket: &std::os::unix::net::UnixStream, bytes: &[u8], fds: &[&OwnedFd]) {
     let fds: Vec<_> = fds.iter().map(|fd| fd.as_fd()).collect();
@@ -318,8 +376,8 @@ proptest! {
         alone(async {
             let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
             ours.set_nonblocking(true).unwrap();
-            let mut stream = FdStream::new(UnixStream::from_std(ours).unwrap());
-            let file: OwnedFd = File::open("/proc/self/stat").unwrap().into();
+            let mut stream = trusted(UnixStream::from_std(ours).unwrap());
+            let file = open_path("/proc/self/stat");
             let mut sent = Vec::new();
             let mut count = 0;
             for (n, (bytes, fds)) in messages.into_iter().enumerate() {
@@ -347,8 +405,8 @@ proptest! {
         alone(async {
             let (ours, mut theirs) = std::os::unix::net::UnixStream::pair().unwrap();
             ours.set_nonblocking(true).unwrap();
-            let mut stream = FdStream::new(UnixStream::from_std(ours).unwrap());
-            let file: OwnedFd = File::open("/proc/self/stat").unwrap().into();
+            let mut stream = trusted(UnixStream::from_std(ours).unwrap());
+            let file = open_path("/proc/self/stat");
             send_raw(&theirs, &vec![7; bytes], &vec![&file; fds]);
             theirs.write_all(b"more").unwrap();
             let mut received = vec![0; bytes + 4];
