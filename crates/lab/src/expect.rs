@@ -50,13 +50,14 @@ pub(crate) fn check(lab: &Lab, expectation: &Expectation) -> Outcome {
                     && route.interface.as_ref().is_none_or(|interface| *interface == other.interface)
             })?;
             let via = found.via.map(|via| format!(" via {via}")).unwrap_or_default();
-            Some(format!("{}{via} dev {}", found.to, found.interface))
+            Some((true, format!("{}{via} dev {}", found.to, found.interface)))
         }),
         Expectation::Interface(interface) => {
             present(lab, &interface.pod, interface.is, interface.within, |seen| {
                 let link = seen.links.iter().find(|link| link.name == interface.name)?;
-                let state = if link.up { "up" } else { "down" };
-                Some(format!("{} {state}, mtu {}", link.kind, link.mtu))
+                let found =
+                    format!("{} {}, MTU {}", link.kind, if link.up { "up" } else { "down" }, link.mtu);
+                Some((interface.mtu.is_none_or(|mtu| link.mtu == mtu), found))
             })
         }
         Expectation::Address(address) => present(lab, &address.pod, address.is, address.within, |seen| {
@@ -64,7 +65,7 @@ pub(crate) fn check(lab: &Lab, expectation: &Expectation) -> Outcome {
                 .addresses
                 .iter()
                 .find(|other| other.interface == address.interface && other.address == address.address)?;
-            Some(found.address.to_string())
+            Some((true, found.address.to_string()))
         }),
         Expectation::Fault(fault) => check_fault(lab, fault),
     };
@@ -152,22 +153,24 @@ fn connect(to: SocketAddr, within: Duration) -> Result<(std::net::TcpStream, Dur
     })
 }
 
+/// `find` says what is there, and whether it is as wanted.
 fn present(
     lab: &Lab,
     pod: &str,
     is: Presence,
     within: Duration,
-    find: impl Fn(&Seen) -> Option<String>,
+    find: impl Fn(&Seen) -> Option<(bool, String)>,
 ) -> Finding {
     let namespace = lab.namespace(pod).map_err(|error| error.chain())?;
     let began = Instant::now();
     probe::until(within, |_| {
         let seen = Seen::of(namespace).map_err(|error| error.chain())?;
         match (find(&seen), is) {
-            (Some(found), Presence::Present) => Ok(found),
+            (Some((true, found)), Presence::Present) => Ok(found),
+            (Some((false, found)), Presence::Present) => Err(found),
             (None, Presence::Gone) => Ok(format!("gone after {}", ms(began.elapsed()))),
             (None, Presence::Present) => Err("not there".into()),
-            (Some(found), Presence::Gone) => Err(format!("still there: {found}")),
+            (Some((_, found)), Presence::Gone) => Err(format!("still there: {found}")),
         }
     })
 }

@@ -276,6 +276,8 @@ pub struct Interface {
     pub pod: String,
     /// Its name.
     pub name: String,
+    /// Its MTU in bytes, if that matters.
+    pub mtu: Option<u32>,
     /// `present` (the default) or `gone`.
     #[serde(default)]
     pub is: Presence,
@@ -559,9 +561,9 @@ impl Pod {
 
 impl fmt::Display for Expectation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let is = |presence: &Presence| match presence {
+        let no = |presence: &Presence| match presence {
             Presence::Present => "",
-            Presence::Gone => " is gone",
+            Presence::Gone => "no ",
         };
         match self {
             Self::Ping(ping) => write!(f, "{} pings {} ({} times)", ping.from, ping.to, ping.count),
@@ -572,12 +574,15 @@ impl fmt::Display for Expectation {
             Self::Tcp(Tcp { from, to, .. }) => write!(f, "{to} is blocked for {from}"),
             Self::Http(http) => write!(f, "{} GETs {}", http.from, http.url),
             Self::Route(route) => {
-                write!(f, "{} has a route to {}{}", route.pod, route.to, is(&route.is))?;
+                write!(f, "{} has {}route to {}", route.pod, no(&route.is), route.to)?;
                 route.via.iter().try_for_each(|via| write!(f, " via {via}"))?;
                 route.interface.iter().try_for_each(|interface| write!(f, " dev {interface}"))
             }
-            Self::Interface(i) => write!(f, "{} has interface {}{}", i.pod, i.name, is(&i.is)),
-            Self::Address(a) => write!(f, "{} has {} on {}{}", a.pod, a.address, a.interface, is(&a.is)),
+            Self::Interface(i) => {
+                write!(f, "{} has {}interface {}", i.pod, no(&i.is), i.name)?;
+                i.mtu.iter().try_for_each(|mtu| write!(f, " with MTU {mtu}"))
+            }
+            Self::Address(a) => write!(f, "{} has {}{} on {}", a.pod, no(&a.is), a.address, a.interface),
             Self::Fault(fault) => {
                 let how = match fault.signal {
                     FaultSignal::KILL => "killed",
