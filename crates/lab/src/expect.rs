@@ -207,7 +207,7 @@ fn check_fault(lab: &Lab, fault: &Fault) -> Finding {
     if let Some(row) = row {
         let row = row.map_err(|_| "the ping thread panicked".to_owned())?;
         let lost = row.sent - row.answered;
-        measured = format!("{measured}, {lost} of {} lost, slowest {}", row.sent, ms(row.worst));
+        measured = format!("{lost} of {} lost, slowest {}; {measured}", row.sent, ms(row.worst));
         if lost > fault.lost || row.answered == 0 {
             return Err(measured);
         }
@@ -225,7 +225,7 @@ fn end_and_restart(lab: &Lab, fault: &Fault, signal: Signal) -> Finding {
     let again = Instant::now();
     lab.start(&fault.kill).map_err(|error| error.chain())?;
     lab.supervisor.wait_ready(&[&fault.kill], fault.within).map_err(|error| error.chain())?;
-    Ok(format!("ended in {}, ready again in {}", ms(ended), ms(again.elapsed())))
+    Ok(format!("ready again in {}", ms(again.elapsed())))
 }
 
 /// Milliseconds with as many digits as mean something.

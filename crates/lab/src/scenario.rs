@@ -588,16 +588,9 @@ impl fmt::Display for Expectation {
                     FaultSignal::KILL => "killed",
                     FaultSignal::TERM => "ended",
                 };
-                write!(f, "{} is {how}", fault.kill)?;
-                if fault.restart {
-                    write!(f, " and restarted")?;
-                }
-                match &fault.ping {
-                    Some(ping) => {
-                        write!(f, ", {} pings {} every ms, {} lost", ping.from, ping.to, fault.lost)
-                    }
-                    None => Ok(()),
-                }
+                let again = if fault.restart { " and restarted" } else { "" };
+                write!(f, "{} {how}{again}", fault.kill)?;
+                fault.ping.iter().try_for_each(|ping| write!(f, ", {} pings {}", ping.from, ping.to))
             }
         }
     }
