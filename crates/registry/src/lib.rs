@@ -11,6 +11,7 @@
 //! before different directories. The pure parts — [`store`], [`expiry`], [`path`] — know no RPC.
 //! Facts: spec/registry.md sections 1 to 3; its defects (section 11) are not reproduced.
 
+mod cache;
 mod client;
 pub mod expiry;
 mod lanes;

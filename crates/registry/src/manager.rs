@@ -16,7 +16,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use futures::{Stream, StreamExt, TryStreamExt};
+use futures::{Stream, StreamExt, TryStreamExt, stream};
 use nsm_api::{
     mechanism::InodeUrl,
     pb::registry::{
@@ -26,7 +26,7 @@ use nsm_api::{
     },
 };
 use nsm_identity::token;
-use nsm_transport::{DialTarget, DialUrl, FileId, Peer, Pool};
+use nsm_transport::{DialTarget, DialUrl, FdTable, FileId, Peer, Pool};
 use parking_lot::Mutex;
 use rustix::fs::FileType;
 use tokio::{sync::watch, task::JoinHandle, time::Instant};
@@ -35,6 +35,7 @@ use tracing::{debug, info};
 
 use crate::{
     Error,
+    cache::Cached,
     client::Endpoint,
     expiry::{self, Timers, time_of},
     lanes::Lanes,
@@ -42,6 +43,7 @@ use crate::{
     path::RegistrationPath,
     rpc::{CALL, Upstream},
     server::{Context, Directory, Events, Front, WatchLimit},
+    store::Item,
 };
 
 /// How a manager's registry behaves.
@@ -119,6 +121,19 @@ impl Local {
             Reach::Socket(socket, _) => socket.clone().into(),
         }
     }
+
+    /// Gives an answer the URL by which its reader reaches this endpoint, and the reader the
+    /// descriptor that goes with it. Who cannot receive one dials this manager.
+    fn show(&self, nse: &mut NetworkServiceEndpoint, fds: Option<&FdTable>) {
+        match (&self.reach, fds) {
+            (Reach::Url(url), _) => nse.url = url.to_string(),
+            (Reach::Socket(socket, inode), Some(fds)) => {
+                nse.url = inode.to_string();
+                fds.send(socket.clone());
+            }
+            (Reach::Socket(..), None) => {}
+        }
+    }
 }
 
 impl From<Local> for Endpoint {
@@ -154,7 +169,9 @@ impl ManagerRegistry {
     pub fn new(config: ManagerConfig, pool: Pool) -> Self {
         let upstream = config.registry.clone().map(|url| Upstream { pool, url, dial: config.dial_timeout });
         let (services, endpoints): (Arc<dyn Directory<_>>, Arc<dyn Directory<_>>) = match upstream {
-            Some(upstream) => (Arc::new(upstream.clone()), Arc::new(upstream)),
+            Some(upstream) => {
+                (Arc::new(Cached::new(Arc::new(upstream.clone()))), Arc::new(Cached::new(Arc::new(upstream))))
+            }
             None => (Arc::new(Services::default()), Arc::new(Endpoints::new(config.lifetime))),
         };
         let inner = Arc::new(Inner {
@@ -290,6 +307,9 @@ impl ManagerRegistry {
     }
 }
 
+/// How long the news of an endpoint wait for its registration to end here.
+const SETTLE: Duration = Duration::from_secs(2);
+
 /// Where an endpoint is that the registry names.
 enum Place {
     Here(Local),
@@ -312,7 +332,7 @@ impl Inner {
             return Place::Elsewhere;
         }
         // The registry may tell of a registration before its answer is dealt with here.
-        let soon = Some(Instant::now() + CALL);
+        let soon = Some(Instant::now() + SETTLE);
         let settled = self.lanes.enter(&nse.name, soon).await;
         drop(settled);
         self.local(&nse.name).map_or(Place::Nowhere, Place::Here)
@@ -449,29 +469,25 @@ impl Directory<NetworkServiceEndpoint> for LocalEndpoints {
     ) -> Result<Events<NetworkServiceEndpoint>, Error> {
         let inner = self.0.clone();
         let fds = peer.and_then(Peer::fds).cloned();
+        if let Some(local) = inner.local(&query.name).filter(|_| !watch) {
+            // Of a name of this node the registry knows nothing more.
+            let mut nse =
+                NetworkServiceEndpoint { url: inner.config.public_url.clone(), ..(*local.nse).clone() };
+            let answers = nse.answers(&query);
+            local.show(&mut nse, fds.as_ref().filter(|_| answers));
+            return Ok(stream::iter(answers.then_some(Ok((nse, false)))).boxed());
+        }
         let events = inner.endpoints.find(query, watch, None).await?;
         let events = events.try_filter_map(move |(mut nse, deleted)| {
             let (inner, fds) = (inner.clone(), fds.clone());
             async move {
                 match inner.place(&nse, deleted).await {
+                    Place::Here(local) => local.show(&mut nse, fds.as_ref().filter(|_| !deleted)),
+                    Place::Elsewhere => {}
                     Place::Nowhere => {
-                        debug!(
-                            name = nse.name,
-                            "a registration of this node that it does not know is passed over"
-                        );
+                        debug!(name = nse.name, "a registration of before, which this node does not know");
                         return Ok(None);
                     }
-                    Place::Here(Local { reach: Reach::Url(url), .. }) => nse.url = url.to_string(),
-                    Place::Here(Local { reach: Reach::Socket(socket, inode), .. }) => {
-                        // Who cannot receive it dials this manager.
-                        if let Some(fds) = fds {
-                            nse.url = inode.to_string();
-                            if !deleted {
-                                fds.send(socket);
-                            }
-                        }
-                    }
-                    Place::Elsewhere => {}
                 }
                 Ok(Some((nse, deleted)))
             }

@@ -214,4 +214,21 @@ mod tests {
         assert_eq!(again, path(1, &["C2>n", "N2>c"]));
         assert_eq!(path(2, &["a", "b"]).step("x", "y"), Err(PathError::IndexPastEnd { next: 3, len: 2 }));
     }
+
+    proptest::proptest! {
+        #[test]
+        fn decoding_never_panics_and_gives_back_what_was_encoded(
+            junk in "[{}\\[\\]\",:a-zA-Z0-9 ]{0,40}",
+            index in 0..40_usize,
+            tokens in proptest::collection::vec("[a-zA-Z0-9._-]{0,20}", 0..8),
+        ) {
+            let _ = RegistrationPath::decode(&junk);
+            let path = RegistrationPath { index, tokens };
+            proptest::prop_assert_eq!(RegistrationPath::decode(&path.encode()), Ok(path.clone()));
+            let mut stepped = path;
+            if let Ok(asker) = stepped.step("c", "o") {
+                proptest::prop_assert_eq!((stepped.index, stepped.tokens.len()), (asker + 1, asker + 2));
+            }
+        }
+    }
 }

@@ -1,8 +1,8 @@
 //! Upstream's programs as peers in every position of a registration.
 //!
-//! `NSM_INTEROP_PEER` names the program (`interop/` builds it: upstream's published modules, a role
+//! `NSM_UPSTREAM_PEER` names the program (`interop/` builds it: upstream's published modules, a role
 //! per process). Without it these tests say that they did not run.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::{
     net::TcpListener,
@@ -45,8 +45,8 @@ impl Drop for Lab {
 
 impl Lab {
     async fn start(test: &str) -> Option<Self> {
-        let Some(peer) = std::env::var_os("NSM_INTEROP_PEER") else {
-            println!("SKIPPED {test}: NSM_INTEROP_PEER does not name a program with upstream's roles");
+        let Some(peer) = std::env::var_os("NSM_UPSTREAM_PEER") else {
+            println!("SKIPPED {test}: NSM_UPSTREAM_PEER does not name a program with upstream's roles");
             return None;
         };
         let (dir, peer) = (TempDir::new().unwrap(), peer.into());
