@@ -53,6 +53,10 @@ pub(crate) fn run(common: &Common, role: impl Future<Output = Result<()>>) -> Re
     } else {
         log.with_ansi(std::io::stderr().is_terminal()).init();
     }
+    // Every wire needs descriptors; the usual soft limit is meant for programs that use select(2).
+    if let Err(error) = nsm_transport::raise_descriptor_limit() {
+        tracing::debug!(%error, "the limit of open files stays as it is");
+    }
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
