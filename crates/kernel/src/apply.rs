@@ -121,12 +121,13 @@ impl Kernel {
         let before = node.writes();
         let ends = ends(&mut node, plan, known, &found)?;
 
+        let going = self.reaper.queued();
         let (links, created) = loop {
-            let (ended, more) = self.reaper.progress();
+            let gone = self.reaper.ended();
             match links(&mut node, plan, &ends) {
                 // A link that is going, but not gone, may be in the way.
-                Err(Error::NameTaken { .. } | Error::VniTaken { .. }) if more => {
-                    self.reaper.wait_beyond(ended)
+                Err(Error::NameTaken { .. } | Error::VniTaken { .. }) if gone < going => {
+                    self.reaper.wait_beyond(gone);
                 }
                 other => break other?,
             }
@@ -197,7 +198,7 @@ impl Kernel {
             if let Some(link) = link {
                 let seen = observe(&mut socket, end.plan, link)?;
                 for (_, policy) in &seen.tables {
-                    batch.remove_policy(link.index, policy, &seen, &tables);
+                    batch.remove_policy(&seen, policy, &tables);
                 }
             }
             batch.orphans(&tables);
@@ -235,33 +236,14 @@ impl Kernel {
             None => Tables::default(),
         };
 
-        let index = seen.link.index;
         let mut batch = Batch::default();
-        let mut link_attributes = Vec::new();
-        let (mut up, mut link_change) = (false, None);
-        for change in changes {
-            match &change {
-                Change::Mark(mark) => {
-                    batch.push(rt::set_mark(index, mark), &change);
-                    continue;
-                }
-                Change::Alias(alias) => link_attributes.push(LinkAttribute::IfAlias(alias.clone())),
-                Change::Mac(mac) => link_attributes.push(LinkAttribute::Address(mac.0.to_vec())),
-                Change::Mtu(mtu) => link_attributes.push(LinkAttribute::Mtu(*mtu)),
-                Change::Up => up = true,
-                _ => {
-                    // All that concerns the link itself is one message, and comes before what hangs on the link.
-                    if let Some(first) = link_change.take() {
-                        batch.push(link_message(seen, std::mem::take(&mut link_attributes), up), &first);
-                    }
-                    batch.add(index, &change, seen, &mut tables);
-                    continue;
-                }
-            }
-            link_change.get_or_insert(change);
+        // All that concerns the link itself is one message, and comes before what hangs on the link.
+        let (of_link, others): (Vec<_>, Vec<_>) = changes.into_iter().partition(Change::is_of_link);
+        if let Some(first) = of_link.first() {
+            batch.push(link_message(seen, &of_link), first);
         }
-        if let Some(first) = link_change {
-            batch.push(link_message(seen, link_attributes, up), &first);
+        for change in &others {
+            batch.add(seen, change, &mut tables);
         }
         batch.orphans(&tables);
         batch.commit(socket, &format!("{} in {}", end.plan.ifname, end.ns.id()))
@@ -439,27 +421,28 @@ fn first_line(plan: &WirePlan) -> String {
 
 /// All that is to be done at one end.
 fn work(end: &End<'_>, seen: &Seen) -> Vec<Change> {
-    let mut changes = Vec::new();
+    let mut changes = end.plan.difference(&seen.plan);
     if !seen.link.altnames.contains(&end.mark) {
-        changes.push(Change::Mark(end.mark.clone()));
+        changes.insert(0, Change::Mark(end.mark.clone()));
     }
-    let mut rest = end.plan.difference(&seen.plan);
-    // What concerns the link comes first; it has to be up before it takes routes.
     if !seen.link.up {
-        let at = rest
-            .iter()
-            .take_while(|change| matches!(change, Change::Alias(_) | Change::Mac(_) | Change::Mtu(_)));
-        rest.insert(at.count(), Change::Up);
+        changes.insert(0, Change::Up);
     }
-    changes.append(&mut rest);
     changes
 }
 
-fn link_message(seen: &Seen, mut attributes: Vec<LinkAttribute>, up: bool) -> Request<Message> {
+fn link_message(seen: &Seen, changes: &[Change]) -> Request<Message> {
+    let attribute = |change: &Change| match change {
+        Change::Alias(alias) => Some(LinkAttribute::IfAlias(alias.clone())),
+        Change::Mac(mac) => Some(LinkAttribute::Address(mac.0.to_vec())),
+        Change::Mtu(mtu) => Some(LinkAttribute::Mtu(*mtu)),
+        _ => None,
+    };
+    let mut attributes: Vec<_> = changes.iter().filter_map(attribute).collect();
     if seen.link.group == BIRTH_GROUP {
         attributes.push(rt::grown_up());
     }
-    rt::set_link(seen.link.index, attributes, up)
+    rt::set_link(seen.link.index, attributes, changes.contains(&Change::Up))
 }
 
 /// Settings of the namespace that a wire needs (data-plane 2.12).
@@ -508,9 +491,11 @@ impl Batch {
         self.changes.push(change.clone());
     }
 
-    fn add(&mut self, index: u32, change: &Change, seen: &Seen, tables: &mut Tables) {
+    fn add(&mut self, seen: &Seen, change: &Change, tables: &mut Tables) {
+        let index = seen.link.index;
         let replace = NLM_F_CREATE | NLM_F_REPLACE;
         match change {
+            Change::Mark(mark) => self.push(rt::set_mark(index, mark), change),
             Change::AddAddress(net) => {
                 self.push(Request::with(Message::NewAddress(rt::address(index, *net)), replace), change);
             }
@@ -551,20 +536,24 @@ impl Batch {
                 }
             }
             Change::RemovePolicy(policy) => {
-                self.remove_policy(index, policy, seen, tables);
+                self.remove_policy(seen, policy, tables);
             }
-            Change::Mark(_) | Change::Alias(_) | Change::Mac(_) | Change::Mtu(_) | Change::Up => {}
+            // They are one message together.
+            Change::Alias(_) | Change::Mac(_) | Change::Mtu(_) | Change::Up => {}
         }
     }
 
-    fn remove_policy(&mut self, index: u32, policy: &Policy, seen: &Seen, tables: &Tables) {
+    fn remove_policy(&mut self, seen: &Seen, policy: &Policy, tables: &Tables) {
         let change = Change::RemovePolicy(policy.clone());
         for (table, _) in seen.tables.iter().filter(|(_, other)| other == policy) {
             for rule in tables.rules.iter().filter(|rule| rule.ours && rule.table == *table) {
                 self.push(Request::new(Message::DelRule(rt::rule(rule))), &change);
             }
             for route in &policy.routes {
-                self.push(Request::new(Message::DelRoute(rt::route(index, *table, route))), &change);
+                self.push(
+                    Request::new(Message::DelRoute(rt::route(seen.link.index, *table, route))),
+                    &change,
+                );
             }
         }
     }

@@ -837,6 +837,11 @@ impl fmt::Display for Mac {
 // === impl Change ===
 
 impl Change {
+    /// Whether it is a property of the link, rather than something that hangs on it.
+    pub(crate) fn is_of_link(&self) -> bool {
+        matches!(self, Self::Alias(_) | Self::Mac(_) | Self::Mtu(_) | Self::Up)
+    }
+
     /// Whether it takes something away.
     pub(crate) fn removes(&self) -> bool {
         matches!(

@@ -35,6 +35,7 @@ struct Shared {
 struct Queue {
     doomed: VecDeque<Vec<Doomed>>,
     threads: usize,
+    queued: u64,
     ended: u64,
     errors: Vec<Error>,
 }
@@ -132,10 +133,14 @@ impl Reaper {
         Self(Arc::new(Shared { sockets, queue: Mutex::default(), progress: Condvar::new() }))
     }
 
-    /// How many deletions have ended so far, and whether there are more to come.
-    pub(crate) fn progress(&self) -> (u64, bool) {
-        let queue = self.0.queue.lock();
-        (queue.ended, queue.threads > 0)
+    /// How many deletions were ever asked for.
+    pub(crate) fn queued(&self) -> u64 {
+        self.0.queue.lock().queued
+    }
+
+    /// How many of them have ended.
+    pub(crate) fn ended(&self) -> u64 {
+        self.0.queue.lock().ended
     }
 
     /// Waits until more deletions have ended than that, or none is left.
@@ -147,6 +152,7 @@ impl Reaper {
     fn push(&self, doomed: Vec<Doomed>) {
         let mut queue = self.0.queue.lock();
         queue.doomed.push_back(doomed);
+        queue.queued += 1;
         if queue.threads == THREADS {
             return;
         }
