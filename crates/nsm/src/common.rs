@@ -81,10 +81,13 @@ pub(crate) struct Shutdown(watch::Receiver<bool>);
 impl Shutdown {
     /// Catches the signals from now on.
     pub(crate) fn on_signals() -> Result<Self> {
+        Self::on([SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup(), SignalKind::quit()])
+    }
+
+    /// Catches only these: for a role that a hangup tells something else.
+    pub(crate) fn on(kinds: impl IntoIterator<Item = SignalKind>) -> Result<Self> {
         let (tell, told) = watch::channel(false);
-        for kind in
-            [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup(), SignalKind::quit()]
-        {
+        for kind in kinds {
             let (mut signals, tell) = (signal(kind).context("signals cannot be caught")?, tell.clone());
             tokio::spawn(async move {
                 while signals.recv().await.is_some() {

@@ -14,6 +14,7 @@ use nsm_sdk::{
     own_end::OwnNamespace,
 };
 use nsm_transport::{DialUrl, ListenUrl, Pool, PoolConfig};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::common::{Common, Shutdown, Tokens, duration, label, notify};
 
@@ -373,7 +374,7 @@ impl Endpoint {
 /// A small certificate authority: tells every process who it is (SPIFFE Workload API).
 ///
 /// Callers are attested by what the kernel says of them: network namespace, user, executable, cgroup, process.
-/// The configuration maps that to SPIFFE IDs; it is read again when it changes.
+/// The configuration maps that to SPIFFE IDs; it is read again when it changes, and on SIGHUP.
 #[derive(Debug, Args)]
 pub(crate) struct Identity {
     /// YAML: trustDomain, svidTtl, stateDir, sockets (path, node), entries (spiffeId, node, selectors)
@@ -385,8 +386,15 @@ pub(crate) struct Identity {
 
 impl Identity {
     pub(crate) async fn serve(self) -> Result<()> {
-        let shutdown = Shutdown::on_signals()?;
+        let shutdown = Shutdown::on([SignalKind::interrupt(), SignalKind::terminate(), SignalKind::quit()])?;
+        let mut hangups = signal(SignalKind::hangup()).context("signals cannot be caught")?;
         let ca = nsm_identity::ca::Ca::start(&self.config)?;
+        let reloader = ca.reloader();
+        tokio::spawn(async move {
+            while hangups.recv().await.is_some() {
+                reloader.reload();
+            }
+        });
         ready();
         ca.serve(shutdown.wait()).await?;
         Ok(())
