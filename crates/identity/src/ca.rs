@@ -151,6 +151,9 @@ pub enum CaError {
     /// A key or certificate cannot be made.
     #[error("cannot make a certificate")]
     Make(#[from] rcgen::Error),
+    /// A server panicked: a defect. All end, so that whoever supervises them starts all anew.
+    #[error("a Workload API server broke down; please report this")]
+    Broken(#[source] tokio::task::JoinError),
     /// The server broke.
     #[error("the Workload API server of node {node} ended")]
     Serve {
@@ -327,8 +330,7 @@ impl Ca {
                 () = &mut shutdown => break Ok(()),
                 ended = servers.join_next() => break match ended {
                     Some(Ok(result)) => result,
-                    // A panic of a server: nothing was promised about the others, end all.
-                    Some(Err(e)) => std::panic::resume_unwind(e.into_panic()),
+                    Some(Err(source)) => Err(CaError::Broken(source)),
                     None => Ok(()),
                 },
                 Some(()) = reload.recv() => read_again(&file, &config),

@@ -8,6 +8,31 @@
 //!
 //! Each connection knows its [`Peer`]: who it is, its process, its descriptors, and the identity that *we* presented
 //! on it, with which tokens for this peer are signed. HTTP/2 keepalive pings are never sent: grpc-go punishes them.
+//!
+//! ```
+//! # use std::time::{Duration, SystemTime};
+//! # use nsm_identity::{Source, ca::Authority};
+//! use nsm_transport::{DialUrl, ListenUrl, Pool, PoolConfig, Server};
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let now = SystemTime::now();
+//! # let root = Authority::new("example.org".parse()?, now)?;
+//! # let source = |id: &str| -> Result<Source, Box<dyn std::error::Error>> {
+//! #     Ok(Source::fixed(root.identity(&id.parse()?, Duration::from_secs(60), now)?))
+//! # };
+//! // Programs have Source::from_env().await?
+//! let (manager, client) = (source("spiffe://example.org/manager")?, source("spiffe://example.org/client")?);
+//! let listen: ListenUrl = "tcp://127.0.0.1:0".parse()?;
+//! let server = Server::bind(manager, &[listen]).await?;
+//! let url: DialUrl = server.urls()[0].to_string().parse()?;
+//! tokio::spawn(server.serve(tonic::service::Routes::default(), &[], std::future::pending()));
+//!
+//! let pool = Pool::new(client, PoolConfig::default());
+//! let connection = pool.get(&url, Duration::from_secs(5)).await?; // a tonic client's transport
+//! assert_eq!(connection.peer().id().path(), "/manager");
+//! # Ok(())
+//! # }
+//! ```
 
 mod deadline;
 mod fd;
