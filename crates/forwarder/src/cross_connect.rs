@@ -15,7 +15,7 @@ use nsm_api::{
     mechanism::{LOCAL, REMOTE, interface_name, key, kind},
     path,
     pb::{
-        connection::{Connection, Mechanism},
+        connection::{Connection, Mechanism, State},
         networkservice::NetworkServiceRequest,
     },
 };
@@ -84,7 +84,11 @@ impl Lease for Wire {
 impl CrossConnect {
     /// What is remembered of the far side: by this process, or by the one before it.
     fn remembered(&self, cx: &Context<'_>, id: &str) -> Option<Mechanism> {
-        cx.scope.get::<Wire>().map(|wire| wire.far.clone()).or_else(|| self.wires.record(id).map(|r| r.far))
+        let wire = cx.scope.get::<Wire>().map(|wire| wire.far.clone());
+        let mut far = wire.or_else(|| self.wires.record(id).map(|r| r.far))?;
+        // An endpoint's namespace is the endpoint's to name: its descriptor is not kept here, and so cannot go along.
+        far.parameters.remove(key::INODE_URL);
+        Some(far)
     }
 
     /// Chooses what joins us with the side next to the client, and fills in our half.
@@ -258,6 +262,12 @@ impl Element for CrossConnect {
         mut request: NetworkServiceRequest,
         next: Next<'_>,
     ) -> Result<Connection> {
+        if let Some(conn) = &request.connection
+            && conn.state() == State::ReselectRequested
+        {
+            // The runner has released what this process held; a wire of the process before us goes as well.
+            self.wires.remove(&conn.id).await?;
+        }
         let mut near = self.near(cx, &mut request)?;
         let local = cx.next_hop.as_ref().is_some_and(NextHop::is_local);
         let conn = request.connection.get_or_insert_default();

@@ -27,6 +27,9 @@ use tokio::{task::AbortHandle, time::Instant};
 
 use crate::own_end::{ClientEnd, OwnNamespace};
 
+/// How long a wire that the mesh calls down is asked for as it was, before another endpoint may take its place.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// What a client is told from outside.
 #[derive(Debug, Clone)]
 pub struct ClientConfig {
@@ -213,22 +216,22 @@ async fn keep(
     let selector = MonitorScopeSelector { path_segments: vec![own], ..MonitorScopeSelector::default() };
     let mut events = None;
     let mut attempt = 0;
-    let mut down = false;
+    let mut give_up: Option<Instant> = None;
     loop {
         if attempt == 0 {
             let wait = refresh::wait(&tell.borrow(), SystemTime::now()).unwrap_or(Duration::from_secs(10));
             tokio::select! {
-                () = tokio::time::sleep(wait) => down = false,
-                () = goes_down(&client.hub, &selector, &id, &mut events) => down = true,
+                () = tokio::time::sleep(wait) => {}
+                () = goes_down(&client.hub, &selector, &id, &mut events) => {}
             }
         } else {
             tokio::time::sleep(refresh::backoff(attempt - 1, rand::random())).await;
         }
         let mut request = first.clone();
         let mut conn = tell.borrow().clone();
-        // Something behind the wire is gone: the first try keeps everything, because a restarted hop takes it
-        // up again; if that fails, every second one lets the mesh choose another endpoint.
-        if down && attempt % 2 == 1 {
+        // A restarted hop takes the wire up again as it is, and packets flow meanwhile: only when that does not come
+        // about, or the endpoint is known to be gone, the mesh shall choose another.
+        if give_up.is_some_and(|at| Instant::now() >= at) {
             conn.mechanism = None;
             conn.network_service_endpoint_name.clear();
             conn.set_state(State::ReselectRequested);
@@ -240,6 +243,7 @@ async fn keep(
                     tracing::info!(connection = %id, attempts = attempt + 1, "the wire is up again");
                 }
                 attempt = 0;
+                give_up = None;
                 // What the hub told while we asked is answered by this.
                 events = None;
                 tell.send_replace(answer.connection);
@@ -249,6 +253,9 @@ async fn keep(
                     tracing::warn!(connection = %id, %error, "the wire cannot be refreshed; trying again");
                 }
                 attempt = attempt.saturating_add(1);
+                let patience = if error.code == tonic::Code::NotFound { Duration::ZERO } else { PATIENCE };
+                let at = Instant::now() + patience;
+                give_up = Some(give_up.map_or(at, |earlier| at.min(earlier)));
             }
         }
     }
