@@ -150,7 +150,7 @@ pub struct Selector {
 pub struct PortRange {
     /// First port, at least 1.
     pub first: u16,
-    /// Last port, not below the first.
+    /// Last port, not below the first. The rules of the kernel end at 65534, so a range to 65535 means to there.
     pub last: u16,
 }
 
@@ -296,6 +296,8 @@ pub const MAX_ID: usize = 110;
 pub const MIN_MTU: u32 = 68;
 /// The most the kernel takes for veth and VXLAN (`ETH_MAX_MTU`).
 pub const MAX_MTU: u32 = 65_535;
+/// The last port that a rule can match (`fib_rule_port_range_valid`).
+const MAX_PORT: u16 = 65_534;
 /// `IFALIASZ` (256) less two terminators: ours on the wire and the kernel's.
 const MAX_ALIAS: usize = 254;
 
@@ -554,6 +556,7 @@ impl EndPlan {
         let mut selectors = BTreeSet::new();
         for policy in &self.policies {
             policy.routes.iter().try_for_each(Route::validate)?;
+            policy.when.validate()?;
             if !selectors.insert(policy.when.canonical()) {
                 return Err(Invalid::Policies(policy.when.to_string()));
             }
@@ -737,7 +740,26 @@ impl fmt::Display for Policy {
 
 impl Selector {
     fn canonical(self) -> Self {
-        Self { from: self.from.map(|net| net.trunc()), ..self }
+        let ports = |range: Option<PortRange>| {
+            range.map(|PortRange { first, last }| PortRange { first, last: last.min(MAX_PORT) })
+        };
+        Self {
+            from: self.from.map(|net| net.trunc()),
+            proto: self.proto,
+            src_ports: ports(self.src_ports),
+            dst_ports: ports(self.dst_ports),
+        }
+    }
+
+    fn validate(&self) -> Result<(), Invalid> {
+        let wrong = |ports: &PortRange| ports.first == 0 || ports.first > ports.last.min(MAX_PORT);
+        match self.src_ports.iter().chain(&self.dst_ports).find(|ports| wrong(ports)) {
+            Some(ports) => Err(Invalid::Text {
+                text: ports.to_string(),
+                what: "ports that a rule can match: 1 to 65534",
+            }),
+            None => Ok(()),
+        }
     }
 }
 
@@ -1087,6 +1109,12 @@ mod tests {
         assert!(of(&|end| end.routes.push(mixed)).is_err());
         let policy = Policy { when: Selector::default(), routes: Vec::new() };
         assert!(of(&|end| end.policies.extend([policy.clone(), policy.clone()])).is_err());
+
+        for (ports, valid) in [("1-65535", true), ("65534", true), ("65535", false)] {
+            let when = Selector { dst_ports: Some(ports.parse().unwrap()), ..Selector::default() };
+            let policy = Policy { when, routes: Vec::new() };
+            assert_eq!(of(&|end| end.policies.push(policy.clone())).is_ok(), valid, "{ports}");
+        }
 
         let mut plan = WirePlan::veth("id", end("nsm0"), end("nsm0"));
         assert!(plan.validate().is_err(), "one interface twice");
