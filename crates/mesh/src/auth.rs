@@ -13,7 +13,7 @@ use nsm_api::{
     path,
     pb::{connection::Connection, networkservice::NetworkServiceRequest},
 };
-use nsm_identity::{SpiffeId, policy};
+use nsm_identity::{SpiffeId, policy, token};
 use nsm_transport::Peer;
 
 use crate::{
@@ -76,6 +76,28 @@ impl Element for Authorize {
         self.check(cx, &mut conn)?;
         next.close_forgotten(cx, conn).await
     }
+}
+
+/// Makes an answer hold before our caller's eyes while certificates rotate. The next hop has put the token that came
+/// with our call into our segment: signed by what we presented to *it*. Our caller checks it against what we presented
+/// to *him*, which is another certificate when one of the two connections is older than the last rotation.
+///
+/// # Errors
+/// What we presented to the caller has expired.
+pub(crate) fn sign_for_caller(answer: &mut Connection, caller: &Peer, next: &Peer) -> Result<()> {
+    if Arc::ptr_eq(caller.identity(), next.identity()) {
+        return Ok(());
+    }
+    let now = SystemTime::now();
+    let Some(own) = path::current_mut(answer) else { return Ok(()) };
+    let expires = own.expires.as_ref().map_or(now, path::from_timestamp);
+    let left = expires.duration_since(now).unwrap_or_default();
+    let svid = caller.identity().svid();
+    let token = token::mint(svid, Some(next.id()), Some(next.leaf().not_after()), left, now)
+        .map_err(|e| Error::internal(format!("no token can be made: {e}")))?;
+    token.jwt().clone_into(&mut own.token);
+    own.expires = Some(path::to_timestamp(token.expires()));
+    Ok(())
 }
 
 /// What an edge client checks of an answer: every token on the path is in date and addressed to the next hop's,

@@ -23,7 +23,7 @@ use tokio::time::Instant;
 
 use crate::{
     auth::{self, OwnNamespace},
-    chain::{Context, Element, Next},
+    chain::{Caller, Context, Element, Next},
     error::{Error, Result},
     fds::{self, Fds},
     hop::NextHop,
@@ -124,6 +124,9 @@ impl Dial {
         if let Err(error) = self.receive(cx, &peer, &answer).await {
             tokio::spawn(close(channel, answer, Instant::now() + Release::TIME));
             return Err(error);
+        }
+        if let Some(Caller { peer: caller, .. }) = &cx.caller {
+            auth::sign_for_caller(&mut answer, caller, &peer)?;
         }
         self.follower.follow(target, &channel, &answer.id);
         Ok(answer)
