@@ -186,11 +186,11 @@ impl CrossConnect {
         })?;
         let mut end = EndPlan::new(side, NsId { dev: url.dev, ino: url.ino }, name, path::client_id(conn));
         let context = conn.context.clone().unwrap_or_default();
-        end.mtu = Some(context.mtu).filter(|mtu| *mtu != 0);
         if m.is_true(key::UNNUMBERED) {
+            end.mtu = Some(context.mtu).filter(|mtu| *mtu != 0);
             return Ok(end);
         }
-        end.with_context(side, &ip_context(&context.ip_context.unwrap_or_default()))
+        end.with_context(side, &ip_context(&context.ip_context.unwrap_or_default(), context.mtu))
             .map_err(|e| Error::invalid(format!("the {} side: {e}", whose(side))))
     }
 
@@ -418,7 +418,7 @@ fn whose(side: Side) -> &'static str {
 }
 
 /// The wire's context in the kernel crate's own words.
-fn ip_context(ip: &nsm_api::pb::connectioncontext::IpContext) -> IpContext {
+fn ip_context(ip: &nsm_api::pb::connectioncontext::IpContext, mtu: u32) -> IpContext {
     let route = |r: &nsm_api::pb::connectioncontext::Route| ContextRoute {
         prefix: r.prefix.clone(),
         next_hop: r.next_hop.clone(),
@@ -440,7 +440,7 @@ fn ip_context(ip: &nsm_api::pb::connectioncontext::IpContext) -> IpContext {
                 routes: p.routes.iter().map(route).collect(),
             })
             .collect(),
-        mtu: 0, // the wire's MTU is decided with the peers, not by the context alone
+        mtu,
     }
 }
 
