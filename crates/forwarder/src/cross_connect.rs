@@ -23,7 +23,7 @@ use nsm_kernel::{
     netns::NsId,
     plan::{ContextPolicy, ContextRoute, EndPlan, IpContext, Side, Vxlan, WirePlan},
 };
-use nsm_mesh::{Context, Element, Error, Lease, Next, NextHop, Release, Result};
+use nsm_mesh::{Context, Element, Error, Lease, Next, NextHop, Release, Result, fds::Fds};
 
 use crate::{
     tunnel::{self, TunnelEnd},
@@ -91,8 +91,8 @@ impl CrossConnect {
         Some(far)
     }
 
-    /// Chooses what joins us with the side next to the client, and fills in our half.
-    fn near(&self, cx: &mut Context<'_>, request: &mut NetworkServiceRequest) -> Result<Mechanism> {
+    /// Chooses what joins us with the side next to the client, and fills in our half. Whether the VNI was drawn now.
+    fn near(&self, cx: &mut Context<'_>, request: &mut NetworkServiceRequest) -> Result<(Mechanism, bool)> {
         let conn = request.connection.get_or_insert_default();
         let mut near = choose(conn.mechanism.as_ref(), &request.mechanism_preferences)?;
         tunnel::clamp_mtu(conn, tunnel::DEFAULT_MTU);
@@ -102,7 +102,7 @@ impl CrossConnect {
                     "the KERNEL mechanism names no network namespace (parameter inodeURL)",
                 ));
             }
-            return Ok(near);
+            return Ok((near, false));
         }
         self.tunnel.accept(&mut near);
         tunnel::clamp_mtu(conn, near.number(key::MTU).unwrap_or(self.tunnel.mtu));
@@ -111,15 +111,15 @@ impl CrossConnect {
             // A refresh keeps it; a peer that found it taken on its node proposes another.
             if near.vni().is_none_or(|vni| vni == held) {
                 near.set(key::VNI, held.to_string());
-                return Ok(near);
+                return Ok((near, false));
             }
             if let Some(old) = cx.scope.take::<HeldVni>() {
                 self.wires.vnis().release(old.vni, &old.id);
             }
         }
         let id = conn.id.clone();
-        let vni = match near.vni() {
-            Some(vni) if self.wires.vnis().claim(vni, &id) => vni,
+        let (vni, drawn) = match near.vni() {
+            Some(vni) if self.wires.vnis().claim(vni, &id) => (vni, false),
             Some(vni) => {
                 return Err(Error::new(
                     tonic::Code::AlreadyExists,
@@ -127,11 +127,11 @@ impl CrossConnect {
                 )
                 .hint("ask again without a VNI, or with another"));
             }
-            None => self.draw(&near, &id)?,
+            None => (self.draw(&near, &id)?, true),
         };
         near.set(key::VNI, vni.to_string());
         cx.scope.lease(HeldVni { wires: Arc::clone(&self.wires), vni, id });
-        Ok(near)
+        Ok((near, drawn))
     }
 
     fn draw(&self, m: &Mechanism, id: &str) -> Result<u32> {
@@ -146,8 +146,8 @@ impl CrossConnect {
         if local { vec![Mechanism::new(LOCAL, kind::KERNEL)] } else { vec![self.tunnel.offer()] }
     }
 
-    fn plan(&self, conn: &Connection, near: &Mechanism, far: &Mechanism) -> Result<WirePlan> {
-        let end = |side, m| self.end(side, m, conn);
+    fn plan(&self, fds: &Fds, conn: &Connection, near: &Mechanism, far: &Mechanism) -> Result<WirePlan> {
+        let end = |side, m| end(fds, side, m, conn);
         match (near.r#type.as_str(), far.r#type.as_str()) {
             (kind::KERNEL, kind::KERNEL) => {
                 Ok(WirePlan::veth(&conn.id, end(Side::Near, near)?, end(Side::Far, far)?))
@@ -173,27 +173,6 @@ impl CrossConnect {
         Ok(Vxlan { vni, local: self.tunnel.ip, remote, port: self.tunnel.port, remote_port })
     }
 
-    fn end(&self, side: Side, m: &Mechanism, conn: &Connection) -> Result<EndPlan> {
-        let url = m.inode().map_err(|e| Error::invalid(e.to_string()))?;
-        let url = url.ok_or_else(|| {
-            Error::invalid(format!(
-                "the {} side names no network namespace (parameter inodeURL)",
-                whose(side)
-            ))
-        })?;
-        let name = m.get(key::NAME).ok_or_else(|| {
-            Error::invalid(format!("the {} side names no interface (parameter name)", whose(side)))
-        })?;
-        let mut end = EndPlan::new(side, NsId { dev: url.dev, ino: url.ino }, name, path::client_id(conn));
-        let context = conn.context.clone().unwrap_or_default();
-        if m.is_true(key::UNNUMBERED) {
-            end.mtu = Some(context.mtu).filter(|mtu| *mtu != 0);
-            return Ok(end);
-        }
-        end.with_context(side, &ip_context(&context.ip_context.unwrap_or_default(), context.mtu))
-            .map_err(|e| Error::invalid(format!("the {} side: {e}", whose(side))))
-    }
-
     /// Makes the wire; where a name or a VNI turns out to be taken and the choice was ours, makes another.
     async fn join(
         &self,
@@ -205,7 +184,7 @@ impl CrossConnect {
         vni_is_ours: bool,
     ) -> std::result::Result<(), Unjoined> {
         for _ in 0..NAME_TRIES {
-            let plan = self.plan(conn, near, far)?;
+            let plan = self.plan(&cx.fds, conn, near, far)?;
             let record = Record::new(plan, far.clone(), conn);
             match self.wires.apply(record, &cx.fds).await {
                 Ok(()) => return Ok(()),
@@ -238,6 +217,32 @@ impl CrossConnect {
     }
 }
 
+/// One end of the wire, as its mechanism and the connection's context want it.
+fn end(fds: &Fds, side: Side, m: &Mechanism, conn: &Connection) -> Result<EndPlan> {
+    let url = m.inode().map_err(|e| Error::invalid(e.to_string()))?;
+    let url = url.ok_or_else(|| {
+        Error::invalid(format!("the {} side names no network namespace (parameter inodeURL)", whose(side)))
+    })?;
+    if fds.get(url).is_none() {
+        // A number alone gives no right to a namespace: whoever names it must hold it.
+        return Err(Error::denied(format!(
+            "the {} side names {url} and did not send its descriptor",
+            whose(side)
+        )));
+    }
+    let name = m.get(key::NAME).ok_or_else(|| {
+        Error::invalid(format!("the {} side names no interface (parameter name)", whose(side)))
+    })?;
+    let mut end = EndPlan::new(side, NsId { dev: url.dev, ino: url.ino }, name, path::client_id(conn));
+    let context = conn.context.clone().unwrap_or_default();
+    if m.is_true(key::UNNUMBERED) {
+        end.mtu = Some(context.mtu).filter(|mtu| *mtu != 0);
+        return Ok(end);
+    }
+    end.with_context(side, &ip_context(&context.ip_context.unwrap_or_default(), context.mtu))
+        .map_err(|e| Error::invalid(format!("the {} side: {e}", whose(side))))
+}
+
 enum Unjoined {
     /// The far side's VNI is in use here.
     Vni,
@@ -268,7 +273,7 @@ impl Element for CrossConnect {
             // The runner has released what this process held; a wire of the process before us goes as well.
             self.wires.remove(&conn.id).await?;
         }
-        let mut near = self.near(cx, &mut request)?;
+        let (mut near, vni_is_ours) = self.near(cx, &mut request)?;
         let local = cx.next_hop.as_ref().is_some_and(NextHop::is_local);
         let conn = request.connection.get_or_insert_default();
         let id = conn.id.clone();
@@ -281,8 +286,6 @@ impl Element for CrossConnect {
             let known = self.wires.record(&id).and_then(|r| r.plan.near.map(|end| end.ifname));
             near.set(key::NAME, known.unwrap_or_else(|| interface_name(&conn.network_service, rand::random)));
         }
-        // The number was drawn by us, for a tunnel that the peer has not seen yet.
-        let vni_is_ours = near.r#type == kind::VXLAN && self.wires.record(&id).is_none();
 
         let mut proposed = None;
         loop {
@@ -297,6 +300,13 @@ impl Element for CrossConnect {
                 .mechanism
                 .clone()
                 .ok_or_else(|| Error::new(tonic::Code::Unknown, "the next hop's answer has no mechanism"))?;
+            if far.cls != class {
+                // Another node has no say over namespaces of this one.
+                return Err(Error::denied(format!(
+                    "the next hop answers with a {} mechanism, but only {class} ones can lead there",
+                    far.cls
+                )));
+            }
             let limit = answer.context.as_ref().map_or(0, |c| c.mtu);
             tunnel::clamp_mtu(&mut answer, if limit == 0 { tunnel::DEFAULT_MTU } else { limit });
             if far.r#type == kind::VXLAN {
