@@ -47,6 +47,9 @@ pub enum Error {
         "the key of {0} is not ECDSA P-256, and tokens cannot be signed with another; configure the issuer for ec-p256 keys"
     )]
     NotP256(SpiffeId),
+    /// Key and certificate are of two SVIDs.
+    #[error("key and certificate of {0} do not belong together; the issuer mixed them up")]
+    KeyMismatch(SpiffeId),
     /// A root that is no certificate.
     #[error("a root of trust domain {domain} cannot be used")]
     Root {
@@ -55,8 +58,8 @@ pub enum Error {
         /// What the verifier says.
         source: webpki::Error,
     },
-    /// Key and certificate do not match, or TLS refuses them.
-    #[error("the X.509-SVID of {id} cannot be used for TLS; do key and certificate belong together?")]
+    /// TLS refuses key or certificate.
+    #[error("the X.509-SVID of {id} cannot be used for TLS")]
     Tls {
         /// Whose SVID.
         id: SpiffeId,
@@ -67,13 +70,8 @@ pub enum Error {
     #[error("the X.509-SVID of {0} has expired and was not renewed; is the Workload API served?")]
     SvidExpired(SpiffeId),
     /// The key does not sign.
-    #[error("no token can be signed with the key of {id}")]
-    Sign {
-        /// Whose key.
-        id: SpiffeId,
-        /// What the signer says.
-        source: jsonwebtoken::errors::Error,
-    },
+    #[error("no token can be signed with the key of {0}")]
+    Sign(SpiffeId),
     /// The address of the Workload API.
     #[error(
         "{value:?} is no address of a Workload API ({reason}); set SPIFFE_ENDPOINT_SOCKET=unix:///path/to/socket"

@@ -11,10 +11,17 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use aws_lc_rs::{
+    error::Unspecified,
+    rand::SystemRandom,
+    signature::{
+        ECDSA_P256_SHA256_FIXED, ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair, ParsedPublicKey,
+    },
+};
 use rustls::{
     ClientConfig, DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-    crypto::{CryptoProvider, WebPkiSupportedAlgorithms, aws_lc_rs},
+    crypto::{self, CryptoProvider, WebPkiSupportedAlgorithms},
     server::danger::{ClientCertVerified, ClientCertVerifier},
 };
 use rustls_pki_types::{
@@ -35,13 +42,13 @@ use crate::{
 /// What a certificate must be to stand for somebody, checked: a leaf with exactly one SPIFFE ID.
 ///
 /// Parsing says nothing about who signed it: that is [`Bundles::verify`].
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct Leaf {
     der: CertificateDer<'static>,
     id: SpiffeId,
     not_after: SystemTime,
-    /// The uncompressed point if the key is P-256, which is what tokens are verified with.
-    p256_key: Option<Vec<u8>>,
+    /// The key if it is P-256, which is what tokens are verified with: parsed once, used for every call.
+    p256_key: Option<ParsedPublicKey>,
 }
 
 /// An X.509-SVID with its private key, which never shows in `Debug`.
@@ -50,7 +57,7 @@ pub struct Svid {
     leaf: Leaf,
     chain: Vec<CertificateDer<'static>>,
     key: Arc<PrivatePkcs8KeyDer<'static>>,
-    signer: jsonwebtoken::EncodingKey,
+    signer: Arc<EcdsaKeyPair>,
 }
 
 /// The roots of each trusted domain.
@@ -142,7 +149,9 @@ impl Leaf {
                 .as_ref()
                 .and_then(|p| p.as_oid().ok())
                 .is_some_and(|oid| oid == OID_EC_P256);
-        let p256_key = is_p256.then(|| cert.public_key().subject_public_key.data.to_vec());
+        let point =
+            || ParsedPublicKey::new(&ECDSA_P256_SHA256_FIXED, &cert.public_key().subject_public_key.data);
+        let p256_key = is_p256.then(point).transpose().map_err(|_| CertificateError::Malformed)?;
         Ok(Self { id, not_after, p256_key, der })
     }
 
@@ -161,9 +170,9 @@ impl Leaf {
         self.not_after
     }
 
-    /// The uncompressed point of the key, if it is P-256.
-    pub(crate) fn p256_key(&self) -> Option<&[u8]> {
-        self.p256_key.as_deref()
+    /// Verifies an ES256 signature, r and s of 32 bytes each. A key of another kind has signed nothing.
+    pub(crate) fn has_signed(&self, message: &[u8], signature: &[u8]) -> bool {
+        self.p256_key.as_ref().is_some_and(|key| key.verify_sig(message, signature).is_ok())
     }
 }
 
@@ -171,15 +180,18 @@ impl Svid {
     /// Joins a chain (leaf first) and its key, PKCS#8 DER.
     ///
     /// # Errors
-    /// The leaf is no X.509-SVID, or its key is not P-256: tokens could not be signed (`control-plane.md` 5.1).
+    /// The leaf is no X.509-SVID, its key is not P-256, so that tokens could not be signed (`control-plane.md` 5.1), or
+    /// key and certificate do not belong together.
     pub fn new(chain: Vec<CertificateDer<'static>>, key: PrivatePkcs8KeyDer<'static>) -> Result<Self, Error> {
         let leaf = chain.first().cloned().ok_or(Error::EmptyChain)?;
         let leaf = Leaf::parse(leaf)?;
-        if leaf.p256_key.is_none() {
-            return Err(Error::NotP256(leaf.id));
+        let Some(public) = &leaf.p256_key else { return Err(Error::NotP256(leaf.id)) };
+        let signer = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, key.secret_pkcs8_der());
+        let signer = signer.map_err(|_| Error::NotP256(leaf.id.clone()))?;
+        if signer.public_key().as_ref() != public.as_ref() {
+            return Err(Error::KeyMismatch(leaf.id));
         }
-        let signer = jsonwebtoken::EncodingKey::from_ec_der(key.secret_pkcs8_der());
-        Ok(Self { leaf, chain, key: Arc::new(key), signer })
+        Ok(Self { leaf, chain, key: Arc::new(key), signer: Arc::new(signer) })
     }
 
     /// Whom the SVID stands for.
@@ -207,8 +219,9 @@ impl Svid {
         &self.key
     }
 
-    pub(crate) fn signer(&self) -> &jsonwebtoken::EncodingKey {
-        &self.signer
+    /// Signs with ES256: r and s of 32 bytes each.
+    pub(crate) fn sign(&self, message: &[u8]) -> Result<impl AsRef<[u8]> + use<>, Unspecified> {
+        self.signer.sign(&SystemRandom::new(), message)
     }
 }
 
@@ -259,9 +272,9 @@ impl Identity {
     /// A snapshot; builds the TLS configurations.
     ///
     /// # Errors
-    /// Key and certificate do not belong together, or TLS refuses them.
+    /// TLS refuses key or certificate.
     pub fn new(svid: Svid, bundles: Bundles) -> Result<Self, Error> {
-        let provider = Arc::new(aws_lc_rs::default_provider());
+        let provider = Arc::new(crypto::aws_lc_rs::default_provider());
         let verifier = Arc::new(Verifier { bundles: bundles.clone() });
         let key = || PrivateKeyDer::Pkcs8(svid.key.clone_key());
         let tls = |source| Error::Tls { id: svid.id().clone(), source };
@@ -329,7 +342,7 @@ pub(crate) fn split_certificates(mut der: &[u8]) -> Result<Vec<CertificateDer<'s
 
 fn algorithms() -> WebPkiSupportedAlgorithms {
     static PROVIDER: std::sync::LazyLock<CryptoProvider> =
-        std::sync::LazyLock::new(aws_lc_rs::default_provider);
+        std::sync::LazyLock::new(crypto::aws_lc_rs::default_provider);
     PROVIDER.signature_verification_algorithms
 }
 
@@ -434,6 +447,15 @@ impl ClientCertVerifier for Verifier {
         algorithms().supported_schemes()
     }
 }
+
+impl PartialEq for Leaf {
+    fn eq(&self, other: &Self) -> bool {
+        // All else follows from it.
+        self.der == other.der
+    }
+}
+
+impl Eq for Leaf {}
 
 impl fmt::Debug for Leaf {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

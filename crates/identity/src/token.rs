@@ -5,11 +5,11 @@
 
 use std::{
     fmt,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
-use jsonwebtoken::{Algorithm, DecodingKey};
 use serde_json::{Value, json};
 
 use crate::{
@@ -24,7 +24,7 @@ pub const DEFAULT_MAX_LIFETIME: Duration = Duration::from_secs(600);
 /// A signed token and the time that is reported beside it. `Debug` does not show the token.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Token {
-    jwt: String,
+    jwt: Arc<str>,
     expires: SystemTime,
 }
 
@@ -67,12 +67,59 @@ pub fn mint(
     max_lifetime: Duration,
     now: SystemTime,
 ) -> Result<Token, Error> {
-    let limit = now.checked_add(max_lifetime).unwrap_or(svid.not_after());
-    let end = limit.min(svid.not_after());
-    if end <= now {
-        return Err(Error::SvidExpired(svid.id().clone()));
+    let end = end(svid, max_lifetime, now)?;
+    let jwt = sign(svid, audience, exp(end))?.into();
+    Ok(Token { jwt, expires: peer_not_after.map_or(end, |peer| end.min(peer)) })
+}
+
+/// Makes the tokens of one SVID for one peer. Tokens made within the same second say the same, so they are signed
+/// once: when many wires are set up, signing would be a good part of the work.
+#[derive(Default)]
+pub struct Minter(Mutex<Option<(u64, Arc<str>)>>);
+
+impl Minter {
+    /// As [`mint`]; `svid` and `peer` must be the same at each call.
+    ///
+    /// # Errors
+    /// As [`mint`].
+    pub fn mint(
+        &self,
+        svid: &Svid,
+        peer: &Leaf,
+        max_lifetime: Duration,
+        now: SystemTime,
+    ) -> Result<Token, Error> {
+        let end = end(svid, max_lifetime, now)?;
+        let expires = end.min(peer.not_after());
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((when, jwt)) = &*last
+            && *when == exp(end)
+        {
+            return Ok(Token { jwt: jwt.clone(), expires });
+        }
+        // Signed under the lock: who comes at the same moment needs the same token.
+        let jwt: Arc<str> = sign(svid, Some(peer.id()), exp(end))?.into();
+        *last = Some((exp(end), jwt.clone()));
+        Ok(Token { jwt, expires })
     }
-    let exp = end.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+}
+
+impl fmt::Debug for Minter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Minter").finish_non_exhaustive()
+    }
+}
+
+fn end(svid: &Svid, max_lifetime: Duration, now: SystemTime) -> Result<SystemTime, Error> {
+    let end = now.checked_add(max_lifetime).unwrap_or(svid.not_after()).min(svid.not_after());
+    if end > now { Ok(end) } else { Err(Error::SvidExpired(svid.id().clone())) }
+}
+
+fn exp(end: SystemTime) -> u64 {
+    end.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+fn sign(svid: &Svid, audience: Option<&SpiffeId>, exp: u64) -> Result<String, Error> {
     let claims = match audience {
         Some(peer) => json!({ "sub": svid.id(), "aud": [peer], "exp": exp }),
         None => json!({ "sub": svid.id(), "exp": exp }),
@@ -80,11 +127,10 @@ pub fn mint(
     // The header never changes: {"alg":"ES256","typ":"JWT"}.
     let mut jwt = String::from("eyJhbGciOiJFUzI1NiIsInR5cCI6IkpXVCJ9.");
     URL_SAFE_NO_PAD.encode_string(claims.to_string(), &mut jwt);
-    let signature = jsonwebtoken::crypto::sign(jwt.as_bytes(), svid.signer(), Algorithm::ES256)
-        .map_err(|source| Error::Sign { id: svid.id().clone(), source })?;
+    let signature = svid.sign(jwt.as_bytes()).map_err(|_| Error::Sign(svid.id().clone()))?;
     jwt.push('.');
-    jwt.push_str(&signature);
-    Ok(Token { jwt, expires: peer_not_after.map_or(end, |peer| end.min(peer)) })
+    URL_SAFE_NO_PAD.encode_string(signature, &mut jwt);
+    Ok(jwt)
 }
 
 /// Reads a token's claims without verifying who signed it.
@@ -116,19 +162,18 @@ pub fn claims(jwt: &str) -> Result<Claims, Malformed> {
 pub fn is_signed_by(jwt: &str, signer: &Leaf) -> Result<bool, Malformed> {
     let (header, payload, signature) = parts(jwt)?;
     let algorithm = object(header, "header")?;
-    let Some(key) = signer.p256_key() else { return Ok(false) };
+    let signature = decode(signature, "signature")?;
     if algorithm.get("alg").and_then(Value::as_str) != Some("ES256") {
         return Ok(false);
     }
     let signed = &jwt[..header.len() + 1 + payload.len()];
-    let key = DecodingKey::from_ec_der(key);
-    Ok(jsonwebtoken::crypto::verify(signature, signed.as_bytes(), &key, Algorithm::ES256).unwrap_or(false))
+    Ok(signer.has_signed(signed.as_bytes(), &signature))
 }
 
 impl Token {
     /// A token that came from somebody else, with the expiry that came beside it; nothing is verified.
     pub fn received(jwt: String, expires: SystemTime) -> Self {
-        Self { jwt, expires }
+        Self { jwt: jwt.into(), expires }
     }
 
     /// The compact form, `header.payload.signature`. A secret: do not log it.

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use nsm_identity::{Bundles, CertificateError, Error, Identity, Leaf, Svid, ca::Authority};
+use nsm_identity::{Bundles, CertificateError, Error, Leaf, Svid, ca::Authority};
 use rcgen::{
     BasicConstraints, CertificateParams, CustomExtension, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PKCS_ECDSA_P384_SHA384, SanType, SignatureAlgorithm,
@@ -161,9 +161,8 @@ fn key_and_certificate_must_belong_together() {
     let root = Root::new();
     let (der, _) = root.issue(|_| {});
     let (_, other) = root.issue(|_| {});
-    let svid = Svid::new(vec![der], other.serialize_der().into()).unwrap();
-    let error = Identity::new(svid, root.bundles("test.lab")).unwrap_err();
-    assert!(matches!(error, Error::Tls { .. }), "{error}");
+    let error = Svid::new(vec![der], other.serialize_der().into()).unwrap_err();
+    assert!(matches!(error, Error::KeyMismatch(_)), "{error}");
 }
 
 /// A TLS handshake in memory; both sides' results.

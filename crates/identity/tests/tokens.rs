@@ -4,7 +4,7 @@
 use std::time::{Duration, SystemTime};
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
-use jsonwebtoken::{Algorithm, EncodingKey};
+use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Validation};
 use nsm_identity::{
     Denial, Error, SpiffeId, Svid,
     ca::Authority,
@@ -12,7 +12,7 @@ use nsm_identity::{
         check_client, check_server, client_allowed, next_token_signed, prev_token_signed, tokens_chained,
         tokens_expired, tokens_valid,
     },
-    token::{Malformed, claims, is_signed_by, mint, parse_rfc3339},
+    token::{Malformed, Minter, claims, is_signed_by, mint, parse_rfc3339},
 };
 use proptest::prelude::*;
 use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256, SanType};
@@ -86,6 +86,13 @@ fn a_token_is_what_upstream_makes() {
     assert_eq!(token.expires_rfc3339(), "2027-01-15T08:10:00.750000000Z");
     assert!(is_signed_by(token.jwt(), cast.client.leaf()).unwrap());
     assert!(!is_signed_by(token.jwt(), cast.manager.leaf()).unwrap());
+    // Another implementation verifies it, with the key as it is in the certificate.
+    let (_, certificate) = x509_parser::parse_x509_certificate(cast.client.leaf().der()).unwrap();
+    let key = DecodingKey::from_ec_der(&certificate.public_key().subject_public_key.data);
+    let mut rules = Validation::new(Algorithm::ES256);
+    rules.set_audience(&["spiffe://test.lab/manager"]);
+    rules.validate_exp = false;
+    jsonwebtoken::decode::<Value>(token.jwt(), &key, &rules).unwrap();
     // Without a peer there is no audience.
     assert_eq!(payload(&crate::token(&cast.client, None)).get("aud"), None);
 }
@@ -106,6 +113,32 @@ fn a_lifetime_ends_with_the_certificates() {
     let late = mint(&cast.client, None, None, day, end).unwrap_err();
     assert!(matches!(late, Error::SvidExpired(_)), "{late}");
     assert_eq!(mint(&cast.client, None, None, Duration::MAX, now()).unwrap().expires(), end);
+}
+
+#[test]
+fn tokens_of_one_second_are_signed_once() {
+    let cast = Cast::new();
+    let minter = Minter::default();
+    let mint = |max, now| minter.mint(&cast.client, cast.manager.leaf(), max, now).unwrap();
+    let first = mint(10 * MINUTE, now());
+    let plain =
+        nsm_identity::token::mint(&cast.client, Some(&id("manager")), None, 10 * MINUTE, now()).unwrap();
+    assert_eq!(payload(first.jwt()), payload(plain.jwt()));
+    assert!(is_signed_by(first.jwt(), cast.client.leaf()).unwrap());
+    let same = mint(10 * MINUTE, now() + Duration::from_millis(249));
+    assert_eq!(same.jwt(), first.jwt());
+    assert_eq!(
+        same.expires(),
+        first.expires() + Duration::from_millis(249),
+        "the expiry beside it is its own"
+    );
+    let next = mint(10 * MINUTE, now() + Duration::from_millis(250));
+    assert_eq!(claims(next.jwt()).unwrap().expires, Some(1_800_000_601.0));
+    let shorter = mint(MINUTE, now());
+    assert_eq!(claims(shorter.jwt()).unwrap().expires, Some(1_800_000_060.0));
+    // An SVID that has ended signs nothing, whatever was signed before.
+    mint(60 * MINUTE, now());
+    minter.mint(&cast.client, cast.manager.leaf(), MINUTE, cast.client.not_after()).unwrap_err();
 }
 
 #[test]

@@ -8,7 +8,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use nsm_identity::{CertificateError, Identity, Leaf, SpiffeId, Token, UnixPeer, token};
+use nsm_identity::{
+    CertificateError, Identity, Leaf, SpiffeId, Token, UnixPeer,
+    token::{self, Minter},
+};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
@@ -32,6 +35,7 @@ struct Inner {
     identity: Arc<Identity>,
     address: String,
     unix: Option<(UnixPeer, FdTable)>,
+    minter: Minter,
 }
 
 impl Peer {
@@ -78,7 +82,7 @@ impl Peer {
     /// # Errors
     /// What we presented on this connection has expired.
     pub fn token(&self, max_lifetime: Duration, now: SystemTime) -> Result<Token, nsm_identity::Error> {
-        token::mint(self.0.identity.svid(), Some(self.id()), Some(self.0.leaf.not_after()), max_lifetime, now)
+        self.0.minter.mint(self.0.identity.svid(), &self.0.leaf, max_lifetime, now)
     }
 
     /// Reads the peer of an established TLS connection.
@@ -100,7 +104,7 @@ impl Peer {
             }
             Wire::Tcp(_) => None,
         };
-        Ok(Self(Arc::new(Inner { leaf, identity, address, unix })))
+        Ok(Self(Arc::new(Inner { leaf, identity, address, unix, minter: Minter::default() })))
     }
 }
 
