@@ -1,7 +1,7 @@
 //! The role: its configuration, its chain, its serving, and what it does beside requests.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     future::Future,
     net::IpAddr,
     path::PathBuf,
@@ -16,7 +16,7 @@ use nsm_api::{
     mechanism::VXLAN_PORT,
     pb::registry::{NetworkServiceEndpoint, NetworkServiceLabels},
 };
-use nsm_identity::Source;
+use nsm_identity::{Source, SpiffeId};
 use nsm_kernel::{
     netns::Namespace,
     plan::vxlan_overhead,
@@ -60,6 +60,8 @@ pub struct Config {
     pub labels: BTreeMap<String, String>,
     /// The service that forwarders register under.
     pub service: String,
+    /// Who may answer with namespaces that are not its own.
+    pub namespace_delegates: BTreeSet<SpiffeId>,
     /// How long connecting to a next hop may take.
     pub dial_timeout: Duration,
     /// How long our tokens live.
@@ -144,7 +146,7 @@ impl Forwarder {
             Discover::new(manager.clone()),
             CrossConnect { wires: Arc::clone(&wires), tunnel },
             Dial::new(pool, &config.name, Arc::clone(&hub), config.dial_timeout)
-                .guarding_namespaces(OwnNamespace::default()),
+                .guarding_namespaces(OwnNamespace { allowed: Arc::new(config.namespace_delegates.clone()) }),
         );
         let connections = Connections::serving(&config.name, chain, metrics);
 

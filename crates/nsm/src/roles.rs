@@ -170,6 +170,9 @@ pub(crate) struct Forwarder {
     /// The service under which forwarders register
     #[arg(long, env = "NSM_NSNAME", default_value = "forwarder")]
     nsname: String,
+    /// SPIFFE IDs of endpoints that may answer with namespaces other than their own
+    #[arg(long, env = "NSM_NAMESPACE_DELEGATES", value_delimiter = ',', value_name = "SPIFFE_ID")]
+    namespace_delegates: Vec<SpiffeId>,
     /// How long connecting to endpoints and managers may take
     #[arg(long, env = "NSM_DIAL_TIMEOUT", default_value = "750ms", value_parser = duration)]
     dial_timeout: Duration,
@@ -191,6 +194,7 @@ impl Forwarder {
             state_dir: self.state_dir,
             labels: self.labels.into_iter().collect(),
             service: self.nsname,
+            namespace_delegates: self.namespace_delegates.into_iter().collect(),
             dial_timeout: self.dial_timeout,
             max_token_lifetime: self.tokens.max_token_lifetime,
         };
