@@ -30,20 +30,14 @@ use clap::{CommandFactory as _, Parser};
     arg_required_else_help = true,
     subcommand_required = true
 )]
+// What each role says of itself is at its flags: the first line here, all of it in `nsm ROLE --help`.
 enum Nsm {
-    /// The directory: which services there are, and which endpoints provide them
     Registry(roles::Registry),
-    /// One per node: takes requests of workloads and of other nodes, chooses the forwarder
     Manager(roles::Manager),
-    /// One per node: turns connections into wires of the kernel
     Forwarder(roles::Forwarder),
-    /// Asks for wires and keeps them up
     Client(roles::Client),
-    /// Provides a service: addresses for its clients, and answers to their pings
     Endpoint(roles::Endpoint),
-    /// A small certificate authority: tells every process who it is (SPIFFE Workload API)
     Identity(roles::Identity),
-    /// Builds a mesh on this machine from network namespaces, runs scenarios in it, removes it
     Lab(lab::Lab),
     /// Prints a completion script for a shell
     Completions {

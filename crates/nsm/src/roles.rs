@@ -30,9 +30,12 @@ fn ready() {
     notify("READY=1");
 }
 
-/// The directory: which services there are, and which endpoints provide them.
+/// The directory: which services there are, and which endpoints provide them
 ///
-/// State is in memory; after a restart managers and endpoints register again by themselves.
+/// State is in memory; after a restart managers and endpoints register again by themselves. Services given as files
+/// belong to the operator: no workload changes them.
+///
+/// Example: nsm registry --listen-on tcp://10.0.0.1:5002 --network-services services.yaml
 #[derive(Debug, Args)]
 pub(crate) struct Registry {
     /// Name in logs
@@ -86,9 +89,12 @@ fn read_services(files: &[PathBuf]) -> Result<Vec<nsm_api::pb::registry::Network
     Ok(services)
 }
 
-/// One per node: takes requests of workloads and of other nodes, chooses the forwarder.
+/// One per node: takes requests of workloads and of other nodes, chooses the forwarder
 ///
-/// Accepts a network namespace from a workload only if it is the workload's own.
+/// Workloads reach it by its Unix socket, other nodes by its TCP address. It accepts a network namespace from a
+/// workload only if it is the workload's own, and keeps no descriptor of one.
+///
+/// Example: nsm manager --name node1 --listen-on unix:///run/nsm/nsm.io.sock,tcp://10.0.0.1:5001 --registry-url tcp://10.0.0.1:5002
 #[derive(Debug, Args)]
 pub(crate) struct Manager {
     /// Name in the path of connections; unique in the mesh
@@ -140,10 +146,13 @@ impl Manager {
     }
 }
 
-/// One per node: turns connections into wires of the kernel.
+/// One per node: turns connections into wires of the kernel
 ///
-/// On one node a wire is a veth pair, between nodes a VXLAN device; both are made straight in the pods. Wires
-/// outlive this process: after a restart they are found and adopted. Needs CAP_NET_ADMIN and CAP_SYS_ADMIN.
+/// On one node a wire is a veth pair, between nodes a VXLAN device; both are made straight in the pods, no device is
+/// moved and no program started. Wires outlive this process: after a restart they are found and adopted, and no packet
+/// is lost. Needs CAP_NET_ADMIN and CAP_SYS_ADMIN.
+///
+/// Example: nsm forwarder --connect-to unix:///run/nsm/nsm.io.sock --tunnel-ip 10.0.0.1
 #[derive(Debug, Args)]
 pub(crate) struct Forwarder {
     /// Name in the path of connections and in the registry; unique in the mesh
@@ -205,7 +214,10 @@ impl Forwarder {
     }
 }
 
-/// Asks for wires and keeps them up until a signal comes; then closes them.
+/// Asks for wires and keeps them up; closes them when a signal ends it
+///
+/// It tries until the wires are there, refreshes them before their tokens expire, and asks again when the mesh says
+/// that something behind them is gone. NOTIFY_SOCKET (systemd) hears READY=1 when all wires are up.
 ///
 /// Example: nsm client --name web --network-services kernel://secure-intranet-connectivity/nsm0
 #[derive(Debug, Args)]
@@ -330,9 +342,12 @@ impl Serving {
     }
 }
 
-/// Provides a service: addresses for its clients, and answers to their pings.
+/// Provides a service: addresses for its clients, and answers to their pings
 ///
-/// Example: nsm endpoint --name gw --service-names vpn --cidr-prefix 172.16.1.0/24,2001:db8::/64
+/// Of each pair of addresses the endpoint takes the lower one, the client the next. Whatever listens in its network
+/// namespace is reached through the wire.
+///
+/// Example: nsm endpoint --name gw --service-names vpn --cidr-prefix 172.16.1.0/24,2001:db8::/64 --routes 10.10.0.0/16
 #[derive(Debug, Args)]
 pub(crate) struct Endpoint {
     #[command(flatten)]
@@ -375,11 +390,21 @@ impl Endpoint {
     }
 }
 
-/// A small certificate authority: tells every process who it is (SPIFFE Workload API).
+/// A small certificate authority: tells every process who it is (SPIFFE Workload API)
 ///
-/// Callers are attested by what the kernel says of them: network namespace, user, executable, cgroup, process.
-/// The configuration maps that to SPIFFE IDs; it is read again when it changes, and on SIGHUP.
+/// Callers are attested by what the kernel says of them: network namespace, user, executable, cgroup, process. The
+/// configuration maps that to SPIFFE IDs; it is read again when it changes.
+///
+/// Example configuration:
+///
+///   trustDomain: example.org
+///   sockets:
+///   - {path: /run/nsm/identity.sock, node: node1}
+///   entries:
+///   - spiffeId: spiffe://example.org/client
+///     selectors: {netns: client, uid: 1000}
 #[derive(Debug, Args)]
+#[command(verbatim_doc_comment)]
 pub(crate) struct Identity {
     /// YAML: trustDomain, svidTtl, stateDir, sockets (path, node), entries (spiffeId, node, selectors)
     #[arg(long, env = "NSM_IDENTITY_CONFIG", value_name = "FILE")]
