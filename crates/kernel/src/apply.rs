@@ -145,6 +145,13 @@ impl Kernel {
                 return Err(e);
             }
         };
+        if writes > 0 {
+            // The kernel may take a second to notice that the other end of a veth is up, and sends nothing before,
+            // not even ARP. To be asked for the link makes it notice (linkwatch_sync_dev).
+            let both = ends.iter().zip(&links);
+            let ask = both.map(|(end, link)| rt::get_link(Which::Index(link.index), Some(end.nsid), false));
+            node.links(ask.collect())?;
+        }
         self.sockets.give_back(node);
 
         let state = |side| {

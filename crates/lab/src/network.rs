@@ -204,6 +204,13 @@ pub(crate) fn connect(
     for (name, (socket, batch)) in &mut batches {
         commit(socket, std::mem::take(batch), name)?;
     }
+    for end in cables.iter().flat_map(|cable| [&cable.a, &cable.b]) {
+        if let Some((socket, _)) = batches.get_mut(end.namespace.as_str()) {
+            // The kernel may take a second to notice that the other end is up, and sends nothing before. To be
+            // asked for the link makes it notice (linkwatch_sync_dev).
+            index_of(socket, &end.interface)?;
+        }
+    }
     Ok(())
 }
 

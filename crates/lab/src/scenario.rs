@@ -561,8 +561,8 @@ impl Pod {
 
 impl fmt::Display for Expectation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let no = |presence: &Presence| match presence {
-            Presence::Present => "",
+        let no = |presence: &Presence, article: &'static str| match presence {
+            Presence::Present => article,
             Presence::Gone => "no ",
         };
         match self {
@@ -574,15 +574,15 @@ impl fmt::Display for Expectation {
             Self::Tcp(Tcp { from, to, .. }) => write!(f, "{to} is blocked for {from}"),
             Self::Http(http) => write!(f, "{} GETs {}", http.from, http.url),
             Self::Route(route) => {
-                write!(f, "{} has {}route to {}", route.pod, no(&route.is), route.to)?;
+                write!(f, "{} has {}route to {}", route.pod, no(&route.is, "a "), route.to)?;
                 route.via.iter().try_for_each(|via| write!(f, " via {via}"))?;
                 route.interface.iter().try_for_each(|interface| write!(f, " dev {interface}"))
             }
             Self::Interface(i) => {
-                write!(f, "{} has {}interface {}", i.pod, no(&i.is), i.name)?;
+                write!(f, "{} has {}interface {}", i.pod, no(&i.is, ""), i.name)?;
                 i.mtu.iter().try_for_each(|mtu| write!(f, " with MTU {mtu}"))
             }
-            Self::Address(a) => write!(f, "{} has {}{} on {}", a.pod, no(&a.is), a.address, a.interface),
+            Self::Address(a) => write!(f, "{} has {}{} on {}", a.pod, no(&a.is, ""), a.address, a.interface),
             Self::Fault(fault) => {
                 let how = match fault.signal {
                     FaultSignal::KILL => "killed",
