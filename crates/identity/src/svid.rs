@@ -7,7 +7,7 @@
 use std::{
     collections::BTreeMap,
     fmt,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
 
@@ -49,6 +49,8 @@ pub struct Leaf {
     not_after: SystemTime,
     /// The key if it is P-256, which is what tokens are verified with: parsed once, used for every call.
     p256_key: Option<ParsedPublicKey>,
+    /// The last token that this key was found to have signed: peers of ours send the same for a second.
+    verified: Arc<Mutex<Option<Box<str>>>>,
 }
 
 /// An X.509-SVID with its private key, which never shows in `Debug`.
@@ -152,7 +154,7 @@ impl Leaf {
         let point =
             || ParsedPublicKey::new(&ECDSA_P256_SHA256_FIXED, &cert.public_key().subject_public_key.data);
         let p256_key = is_p256.then(point).transpose().map_err(|_| CertificateError::Malformed)?;
-        Ok(Self { id, not_after, p256_key, der })
+        Ok(Self { id, not_after, p256_key, der, verified: Arc::default() })
     }
 
     /// Whom the certificate stands for.
@@ -173,6 +175,16 @@ impl Leaf {
     /// Verifies an ES256 signature, r and s of 32 bytes each. A key of another kind has signed nothing.
     pub(crate) fn has_signed(&self, message: &[u8], signature: &[u8]) -> bool {
         self.p256_key.as_ref().is_some_and(|key| key.verify_sig(message, signature).is_ok())
+    }
+
+    /// Was this very token remembered last?
+    pub(crate) fn remembers(&self, jwt: &str) -> bool {
+        self.verified.lock().unwrap_or_else(PoisonError::into_inner).as_deref() == Some(jwt)
+    }
+
+    /// Remembers a token that the key has signed.
+    pub(crate) fn remember(&self, jwt: &str) {
+        *self.verified.lock().unwrap_or_else(PoisonError::into_inner) = Some(jwt.into());
     }
 }
 

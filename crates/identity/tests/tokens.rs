@@ -142,6 +142,21 @@ fn tokens_of_one_second_are_signed_once() {
 }
 
 #[test]
+fn what_was_verified_once_says_nothing_about_others() {
+    let cast = Cast::new();
+    let leaf = cast.manager.leaf();
+    let good = token(&cast.manager, Some("client"));
+    let (signed, _) = good.rsplit_once('.').unwrap();
+    let (_, other) = cast.path()[0].rsplit_once('.').map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
+    for _ in 0..2 {
+        assert!(is_signed_by(&good, leaf).unwrap());
+        assert!(!is_signed_by(&format!("{signed}.{other}"), leaf).unwrap());
+        assert!(!is_signed_by(&good, cast.client.leaf()).unwrap(), "nor to another key");
+        assert_ne!(is_signed_by(&good[..good.len() - 1], leaf), Ok(true));
+    }
+}
+
+#[test]
 fn a_token_shows_in_no_debug_output() {
     let cast = Cast::new();
     let token = mint(&cast.client, None, None, MINUTE, now()).unwrap();
