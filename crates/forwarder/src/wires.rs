@@ -215,6 +215,12 @@ impl Wires {
         if before.as_ref().is_none_or(|before| before.record != held.record) {
             self.save(&held).map_err(Taken::Other)?;
         }
+        if let Some(before) = before.as_ref().filter(|before| moved(&before.record.plan, plan)) {
+            // An endpoint that came back in another pod: the old ends are where the new plan does not look.
+            self.kernel
+                .remove(&before.record.plan, before.nsids, &known)
+                .map_err(|e| Taken::Other(refused(&e)))?;
+        }
         match self.kernel.apply(plan, &known) {
             Ok(applied) => {
                 tracing::debug!(wire = %id, created = applied.created, writes = applied.writes, "applied");
@@ -335,6 +341,13 @@ impl Wires {
             tracing::warn!(error = %chain_text(&error), "some links could not be removed");
         }
     }
+}
+
+/// Whether a wire has an end in another namespace than before, or is of another kind.
+fn moved(before: &WirePlan, now: &WirePlan) -> bool {
+    let places = |plan: &WirePlan| plan.ends().map(|(side, end)| (side, end.ns)).collect::<Vec<_>>();
+    places(before) != places(now)
+        || std::mem::discriminant(&before.construction) != std::mem::discriminant(&now.construction)
 }
 
 fn taken(error: nsm_kernel::Error, plan: &WirePlan) -> Taken {
