@@ -58,7 +58,7 @@ impl Default for ClientConfig {
     fn default() -> Self {
         Self {
             dial_timeout: Duration::from_secs(2),
-            first_pause: Duration::from_millis(200),
+            first_pause: Duration::from_millis(20),
             longest_pause: Duration::from_secs(5),
             labels: node_labels(),
         }
