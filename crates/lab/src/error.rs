@@ -64,9 +64,9 @@ pub enum Error {
         /// Its holder; 0 while it only just starts.
         pid: u32,
     },
-    /// No lab of that name, or no lab at all.
+    /// Something was asked for that is not there, or not uniquely.
     #[error("{0}")]
-    NoSuchLab(String),
+    NotThere(String),
     /// A pod or namespace that the lab does not have.
     #[error("lab {lab} has no {name}; it has {}", known.join(", "))]
     NoSuchPod {

@@ -5,7 +5,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 
 use nsm_kernel::netns::Namespace;
@@ -61,7 +61,7 @@ impl Front {
     pub fn up(&self, file: &Path, out: &mut dyn Write) -> Result<bool, Error> {
         let report = self.start(file, Aim::Up, &Interrupt::listen()?, out)?;
         let good = report.errors.is_empty() && report.up_millis.is_some();
-        if good {
+        if good && self.format != Format::Json {
             let lab = &report.lab;
             let text = format!("`nsm lab exec POD -- CMD` looks inside, `nsm lab down {lab}` ends it\n");
             out.write_all(text.as_bytes()).map_err(|e| Error::system("write", e))?;
@@ -98,7 +98,7 @@ impl Front {
     ///
     /// # Errors
     ///
-    /// [`Error::NoSuchLab`] if the lab that was asked for is not there.
+    /// [`Error::NotThere`] if the lab that was asked for is not there.
     pub fn status(&self, lab: Option<&str>, out: &mut dyn Write) -> Result<bool, Error> {
         let labs = match lab {
             Some(lab) => BTreeSet::from([lab.to_owned()]),
@@ -109,8 +109,8 @@ impl Front {
         }
         let mut good = true;
         for lab in labs {
-            if let Some(inside) = self.beside(&lab, &["status", &lab])? {
-                good &= inside;
+            if self.is_outside() {
+                good &= self.beside(&lab, &["status", &lab])?.success();
                 continue;
             }
             let state = State::load(&lab);
@@ -141,21 +141,27 @@ impl Front {
     /// No such pod, no such program.
     pub fn exec(&self, pod: &str, command: &[String]) -> Result<i32, Error> {
         let labs = self.labs();
-        for lab in &labs {
-            let within = pod.strip_prefix(lab.as_str()).and_then(|rest| rest.strip_prefix('.'));
-            if within.is_none() && labs.len() > 1 && pod.contains('.') {
-                continue;
-            }
+        if self.is_outside() {
+            let of_lab =
+                |lab: &&String| pod.strip_prefix(lab.as_str()).is_some_and(|rest| rest.starts_with('.'));
+            let lab = match (labs.iter().find(of_lab), labs.first()) {
+                (Some(lab), _) => lab,
+                (None, Some(lab)) if labs.len() == 1 => lab,
+                (None, None) => return Err(Error::NotThere("no lab of yours runs here".into())),
+                (None, Some(lab)) => {
+                    return Err(Error::NotThere(format!(
+                        "several labs run here: say which, as in {lab}.{pod}"
+                    )));
+                }
+            };
             let args: Vec<&str> =
                 ["exec", pod, "--"].into_iter().chain(command.iter().map(String::as_str)).collect();
-            if let Some(mut child) = self.enter(lab, &args)? {
-                let status = child.status().map_err(|e| Error::system("start the command", e))?;
-                return Ok(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)));
-            }
+            let status = self.beside(lab, &args)?;
+            return Ok(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)));
         }
         let found = find_pod(&labs, pod)?;
         let (program, args) =
-            command.split_first().ok_or_else(|| Error::NoSuchLab("no command given".into()))?;
+            command.split_first().ok_or_else(|| Error::NotThere("no command given".into()))?;
         let mut command = Command::new(program);
         command.args(args);
         confine::leave_no_mark(&mut command);
@@ -175,7 +181,7 @@ impl Front {
     ///
     /// # Errors
     ///
-    /// [`Error::NoSuchLab`] if there is none or it is not clear which; what the kernel says if something stays.
+    /// [`Error::NotThere`] if there is none or it is not clear which; what the kernel says if something stays.
     pub fn down(&self, lab: Option<&str>, out: &mut dyn Write) -> Result<bool, Error> {
         let lab = match lab {
             Some(lab) => lab.to_owned(),
@@ -183,78 +189,69 @@ impl Front {
                 let mut labs = self.labs().into_iter();
                 match (labs.next(), labs.next()) {
                     (Some(lab), None) => lab,
-                    (None, _) => return Err(Error::NoSuchLab("no lab runs here".into())),
+                    (None, _) => return Err(Error::NotThere("no lab runs here".into())),
                     (Some(a), Some(b)) => {
-                        return Err(Error::NoSuchLab(format!(
+                        return Err(Error::NotThere(format!(
                             "several labs run here ({a}, {b}, …): say which"
                         )));
                     }
                 }
             }
         };
-        if self.beside(&lab, &["down", &lab])? == Some(false) {
-            return Ok(false);
-        }
-        if confine::is_privileged() || confine::is_inside() {
-            if State::load(&lab).is_err() && lab::leftovers(&lab).is_empty() {
-                return Err(Error::NoSuchLab(format!("no lab {lab} runs here, and nothing of one is left")));
+        if self.is_outside() {
+            let good = self.beside(&lab, &["down", &lab])?.success();
+            if good {
+                Record::forget(&lab)?;
             }
-            let left = lab::remove(&lab)?;
-            let text = match left.as_slice() {
-                [] => format!("lab {lab} is down, nothing left behind\n"),
-                left => self.format.bad(&format!("lab {lab} left behind: {}\n", left.join(", "))),
-            };
-            out.write_all(text.as_bytes()).map_err(|e| Error::system("write", e))?;
-            return Ok(left.is_empty());
+            return Ok(good);
         }
-        Record::forget(&lab)?;
-        Ok(true)
+        if State::load(&lab).is_err() && lab::leftovers(&lab).is_empty() {
+            return Err(Error::NotThere(format!("no lab {lab} runs here, and nothing of one is left")));
+        }
+        let left = lab::remove(&lab)?;
+        let text = match left.as_slice() {
+            [] => format!("lab {lab} is down, nothing left behind\n"),
+            left => self.format.bad(&format!("lab {lab} left behind: {}\n", left.join(", "))),
+        };
+        out.write_all(text.as_bytes()).map_err(|e| Error::system("write", e))?;
+        Ok(left.is_empty())
     }
 
     fn load(&self, file: &Path) -> Result<Scenario, Error> {
         let mut scenario = Scenario::load(file)?;
         if let Some(name) = &self.name {
-            scenario.name.clone_from(name);
+            scenario.rename(name)?;
         }
         Ok(scenario)
     }
 
-    /// Labs of this machine that we can do something with.
-    fn labs(&self) -> BTreeSet<String> {
-        let mut labs = State::labs();
-        if !confine::is_inside() && !confine::is_privileged() {
-            labs.extend(Record::all().into_keys());
-        }
-        labs
+    /// Whether labs of this user are in namespaces that this process is not in.
+    fn is_outside(&self) -> bool {
+        !confine::is_privileged() && !confine::is_inside()
     }
 
-    /// A command that is this program in the namespaces of a user's lab; nothing where that is not needed.
-    fn enter(&self, lab: &str, args: &[&str]) -> Result<Option<Command>, Error> {
-        if confine::is_privileged() || confine::is_inside() {
-            return Ok(None);
-        }
+    /// Labs of this machine that we can do something with.
+    fn labs(&self) -> BTreeSet<String> {
+        if self.is_outside() { Record::all().into_keys().collect() } else { State::labs() }
+    }
+
+    /// Runs this program, with other arguments, in the namespaces of a user's lab.
+    fn beside(&self, lab: &str, args: &[&str]) -> Result<ExitStatus, Error> {
         let Some(record) = Record::all().remove(lab) else {
-            return Err(Error::NoSuchLab(format!("no lab {lab} of yours runs here")));
+            return Err(Error::NotThere(format!("no lab {lab} of yours runs here")));
         };
         let Some(process) = record.anybody() else {
             // Its processes are dead, so the kernel has taken its namespaces and mounts away already.
             Record::forget(lab)?;
-            return Err(Error::NoSuchLab(format!("lab {lab} was killed; nothing of it is left")));
+            return Err(Error::NotThere(format!("lab {lab} was killed; nothing of it is left")));
         };
         let mut command = Command::new(&self.exe);
-        command.arg0("nsm").arg("lab").args(args);
+        command.arg0("nsm").arg("lab");
         if self.format == Format::Json {
             command.arg("--json");
         }
-        confine::start_beside(&mut command, process)?;
-        Ok(Some(command))
-    }
-
-    /// Runs this program inside a user's lab, if the lab is one, and says whether that went well.
-    fn beside(&self, lab: &str, args: &[&str]) -> Result<Option<bool>, Error> {
-        let Some(mut command) = self.enter(lab, args)? else { return Ok(None) };
-        let status = command.status().map_err(|e| Error::system("start inside the lab", e))?;
-        Ok(Some(status.success()))
+        confine::start_beside(command.args(args), process)?;
+        command.status().map_err(|e| Error::system("start inside the lab", e))
     }
 
     /// Starts a holder and listens to it until its work is done.
@@ -279,7 +276,7 @@ impl Front {
                 }
                 // Killed: its processes go before new ones come.
                 _ => self.down(Some(&scenario.name), out).map(drop).or_else(|error| match error {
-                    Error::NoSuchLab(_) => Ok(()),
+                    Error::NotThere(_) => Ok(()),
                     error => Err(error),
                 })?,
             }
@@ -415,10 +412,10 @@ fn find_pod(labs: &BTreeSet<String>, pod: &str) -> Result<FoundPod, Error> {
     }
     match (found.pop(), found.pop()) {
         (Some(one), None) => Ok(one),
-        (None, _) if known.is_empty() => Err(Error::NoSuchLab("no lab runs here".into())),
-        (None, _) => Err(Error::NoSuchLab(format!("no pod {pod}; there are {}", known.join(", ")))),
+        (None, _) if known.is_empty() => Err(Error::NotThere("no lab runs here".into())),
+        (None, _) => Err(Error::NotThere(format!("no pod {pod}; there are {}", known.join(", ")))),
         (Some(a), Some(b)) => {
-            Err(Error::NoSuchLab(format!("{}.{pod} and {}.{pod} exist: say which", a.lab, b.lab)))
+            Err(Error::NotThere(format!("{}.{pod} and {}.{pod} exist: say which", a.lab, b.lab)))
         }
     }
 }

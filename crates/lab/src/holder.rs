@@ -102,7 +102,7 @@ pub fn hold(options: &Hold, exe: &Path) -> Result<bool, Error> {
     let at = || began.elapsed().as_millis() as u64;
     let mut scenario = Scenario::load(&options.file)?;
     if let Some(name) = &options.name {
-        scenario.name.clone_from(name);
+        scenario.rename(name)?;
     }
     let plan = Plan::new(&scenario);
     let supervisor = Supervisor::default();

@@ -92,13 +92,13 @@ impl State {
     ///
     /// # Errors
     ///
-    /// [`Error::NoSuchLab`] if there is none, [`Error::Read`] if it is not readable.
+    /// [`Error::NotThere`] if there is none, [`Error::Read`] if it is not readable.
     pub fn load(lab: &str) -> Result<Self, Error> {
         let path = Paths::new(lab).state();
         let text = match fs::read(&path) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(Error::NoSuchLab(format!(
+                return Err(Error::NotThere(format!(
                     "no lab {lab} runs here; `nsm lab status` lists those that do"
                 )));
             }
@@ -133,8 +133,8 @@ impl Lab {
         let names = namespaces_of(&plan.lab)?;
         if !names.is_empty() {
             progress(format!("removing what a killed lab left: {} namespaces", names.len()));
-            sweep_kernel(&plan.lab)?;
         }
+        sweep_kernel(&plan.lab)?;
         empty(&plan.paths().root)?;
         let mut lab = Self {
             plan,
@@ -173,7 +173,7 @@ impl Lab {
             .processes
             .iter()
             .find(|process| process.name == name)
-            .ok_or_else(|| Error::NoSuchLab(format!("the plan has no process {name}")))?;
+            .ok_or_else(|| Error::NotThere(format!("the plan has no process {name}")))?;
         let at = self.plan.paths();
         let mut env = process.env.clone();
         for key in ["PATH", "NSM_LOG_LEVEL", "RUST_BACKTRACE"] {

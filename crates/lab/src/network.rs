@@ -158,7 +158,7 @@ pub(crate) fn connect(
     cables: &[Cable],
 ) -> Result<(), Error> {
     let find = |name: &str| {
-        namespaces.get(name).ok_or_else(|| Error::NoSuchLab(format!("the plan has no namespace {name}")))
+        namespaces.get(name).ok_or_else(|| Error::NotThere(format!("the plan has no namespace {name}")))
     };
     // One socket and one batch per namespace, and one pass for the links of all: a pair needs both namespaces.
     let mut batches = BTreeMap::new();

@@ -313,6 +313,8 @@ impl Plan {
         });
         let config = IdentityConfig {
             trust_domain: format!("{}.lab", self.lab),
+            // A restart keeps the root that everybody trusts.
+            state_dir: at.root.join("identity"),
             sockets: sockets.collect(),
             entries: daemons.chain(pods).collect(),
         };
@@ -427,6 +429,7 @@ impl Paths {
 #[serde(rename_all = "camelCase")]
 struct IdentityConfig {
     trust_domain: String,
+    state_dir: PathBuf,
     sockets: Vec<Socket>,
     entries: Vec<Entry>,
 }

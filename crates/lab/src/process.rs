@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use nsm_kernel::netns::Namespace;
 use parking_lot::{Condvar, Mutex};
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
@@ -321,10 +322,12 @@ impl Supervisor {
         let mut ready = false;
         loop {
             let mut fds = [PollFd::new(pidfd, PollFlags::IN), PollFd::new(notify, PollFlags::IN)];
-            if poll(&mut fds, None).is_err() {
-                continue; // interrupted by a signal
-            }
-            let ended = !fds[0].revents().is_empty();
+            let ended = match poll(&mut fds, None) {
+                Ok(_) => !fds[0].revents().is_empty(),
+                Err(Errno::INTR) => continue,
+                // Not to be expected; its end will still be noticed.
+                Err(_) => true,
+            };
             let mut message = [0; 4096];
             while let Ok(length) = notify.recv(&mut message) {
                 for line in String::from_utf8_lossy(&message[..length]).lines() {

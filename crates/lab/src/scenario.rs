@@ -45,6 +45,9 @@ pub const WITHIN: Duration = Duration::from_secs(5);
 /// How long a blocked port must stay silent when the expectation says nothing else.
 pub const SILENCE: Duration = Duration::from_secs(1);
 
+/// Addresses of the underlay, a /24.
+const MAX_NODES: usize = 254;
+
 /// A parsed and checked scenario file.
 #[derive(Debug, Clone)]
 pub struct Scenario {
@@ -391,6 +394,17 @@ impl Scenario {
         Ok(scenario)
     }
 
+    /// Gives the lab another name than the file's.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotThere`] if it is no name.
+    pub fn rename(&mut self, name: &str) -> Result<(), Error> {
+        valid_name("--name", name).map_err(Error::NotThere)?;
+        name.clone_into(&mut self.name);
+        Ok(())
+    }
+
     /// The pod of that name.
     #[must_use]
     pub fn pod(&self, name: &str) -> Option<&Pod> {
@@ -426,6 +440,9 @@ impl Scenario {
         valid_name("name", &self.name).map_err(|message| (1, message))?;
         if self.nodes.is_empty() {
             return Err((1, "nodes: a mesh needs at least one node".into()));
+        }
+        if self.nodes.len() > MAX_NODES {
+            return Err((1, format!("nodes: the underlay has room for {MAX_NODES}")));
         }
         let mut seen = BTreeSet::from(["underlay"]);
         for node in &self.nodes {
