@@ -19,11 +19,13 @@ use nsm_transport::Peer;
 use crate::{
     chain::{Caller, Context, Element, Next},
     error::{Error, Result},
+    scope::{Lease, Release},
 };
 
 /// Writes the caller's token into its segment and our own, addressed to the caller, into ours; then makes the
-/// four checks of a server on everything left of here. Requests of this process itself pass: there is no
-/// caller to check.
+/// four checks of a server on everything left of here, and sees to it that a connection stays that of the one who
+/// established it: ids stand in the path, which others see. Requests of this process itself pass: there is no caller
+/// to check.
 #[derive(Debug, Clone)]
 pub struct Authorize {
     /// How long our tokens live (`NSM_MAX_TOKEN_LIFETIME`).
@@ -51,30 +53,80 @@ impl Authorize {
     }
 }
 
+/// Whose a connection is: it stays that of the one who established it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Owner {
+    /// Where this hop stands in the path.
+    index: usize,
+    /// Who hands the connection to this hop.
+    caller: SpiffeId,
+    /// The client at the path's beginning: name, id and the subject of its token.
+    client: (String, String, String),
+}
+
+impl Owner {
+    fn of(caller: &Peer, conn: &Connection) -> Self {
+        let first = path::segments(conn).first().cloned().unwrap_or_default();
+        let subject = token::claims(&first.token).map(|claims| claims.subject).unwrap_or_default();
+        Self {
+            index: path::index(conn),
+            caller: caller.id().clone(),
+            client: (first.name, first.id, subject),
+        }
+    }
+
+    /// Whether a request that names the same connection may be the same client's. Between hops the caller may change:
+    /// a reselection sends the client's request through another forwarder. A path can be copied, so the place in it
+    /// and the client have to be the same then.
+    fn admits(&self, other: &Self) -> bool {
+        self.index == other.index
+            && self.client == other.client
+            && (self.caller == other.caller || self.index > 1)
+    }
+}
+
+#[async_trait]
+impl Lease for Owner {
+    fn name(&self) -> &'static str {
+        "owner"
+    }
+
+    async fn release(self: Box<Self>, _: &Release) -> Result<()> {
+        Ok(())
+    }
+}
+
 #[async_trait]
 impl Element for Authorize {
     fn name(&self) -> &'static str {
         "authorize"
     }
 
+    async fn admit(&self, cx: &mut Context<'_>, conn: &mut Connection) -> Result<()> {
+        self.check(cx, conn)?;
+        let (Some(caller), Some(owner)) = (&cx.caller, cx.scope.get::<Owner>()) else { return Ok(()) };
+        if owner.admits(&Owner::of(&caller.peer, conn)) {
+            return Ok(());
+        }
+        Err(Error::denied(format!(
+            "no sufficient privileges: connection {:?} is {}'s, asked for by {}",
+            conn.id,
+            owner.client.2,
+            caller.peer.id()
+        )))
+    }
+
     async fn request(
         &self,
         cx: &mut Context<'_>,
-        mut request: NetworkServiceRequest,
+        request: NetworkServiceRequest,
         next: Next<'_>,
     ) -> Result<Connection> {
-        self.check(cx, request.connection.get_or_insert_default())?;
+        if let (Some(caller), Some(conn), None) = (&cx.caller, &request.connection, cx.scope.get::<Owner>()) {
+            let owner = Owner::of(&caller.peer, conn);
+            cx.scope.lease(owner);
+        }
         next.request(cx, request).await
-    }
-
-    async fn close_forgotten(
-        &self,
-        cx: &mut Context<'_>,
-        mut conn: Connection,
-        next: Next<'_>,
-    ) -> Result<()> {
-        self.check(cx, &mut conn)?;
-        next.close_forgotten(cx, conn).await
     }
 }
 
@@ -156,15 +208,10 @@ impl Element for OwnNamespace {
         "own-namespace"
     }
 
-    async fn request(
-        &self,
-        cx: &mut Context<'_>,
-        request: NetworkServiceRequest,
-        next: Next<'_>,
-    ) -> Result<Connection> {
-        if let Some(caller) = &cx.caller {
-            self.check(&caller.peer, &cx.fds)?;
+    async fn admit(&self, cx: &mut Context<'_>, _: &mut Connection) -> Result<()> {
+        match &cx.caller {
+            Some(caller) => self.check(&caller.peer, &cx.fds),
+            None => Ok(()),
         }
-        next.request(cx, request).await
     }
 }

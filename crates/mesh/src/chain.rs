@@ -49,13 +49,27 @@ pub trait Element: Send + Sync + fmt::Debug {
     /// Short and stable: it names the span and the metric.
     fn name(&self) -> &'static str;
 
+    /// Whether the caller may do this to the connection, a Request and a Close alike. Asked of every element, in order,
+    /// before anything is acquired or released; what it writes into the connection goes on with it.
+    ///
+    /// # Errors
+    /// Why not.
+    async fn admit(&self, _cx: &mut Context<'_>, _conn: &mut Connection) -> Result<()> {
+        Ok(())
+    }
+
     /// Handles a request: before `next` on the way down, after it on the way up.
+    ///
+    /// # Errors
+    /// Its own, or that of an element further down.
     async fn request(
         &self,
         cx: &mut Context<'_>,
         request: NetworkServiceRequest,
         next: Next<'_>,
-    ) -> Result<Connection>;
+    ) -> Result<Connection> {
+        next.request(cx, request).await
+    }
 
     /// Handles the Close of a connection that this process does not remember, for instance after its restart:
     /// finds what can be found by the connection alone. Leases are empty then.
@@ -300,27 +314,26 @@ impl Connections {
         deadline: Instant,
         request: NetworkServiceRequest,
     ) -> Result<Answer> {
-        let wants_other = request.connection.as_ref().is_some_and(|c| c.state() == State::ReselectRequested);
-        if wants_other && held.established {
-            let cx = Release { reason: Reason::Reselect, deadline, close: request.connection.clone() };
-            held.scope.unwind_to(0, &cx).await;
-            held.established = false;
-        }
-        let mark = held.scope.len();
-        let mut cx = Context {
-            me: &self.me,
-            caller: call.caller,
-            deadline,
-            fds: call.fds,
-            next_hop: None,
-            scope: &mut held.scope,
-        };
-        let next = Next { rest: &self.chain, metrics: &self.metrics };
+        let mut request = request;
+        let mut mark = held.scope.len();
+        let mut cx = self.context(call, deadline, &mut held.scope);
         let begin = Instant::now();
-        let run = AssertUnwindSafe(next.request(&mut cx, request)).catch_unwind();
         // Not cut off at the deadline: an element in the middle of making something must come to its lease.
         // What waits for others (dialling, look-ups, descriptors) is bounded by the deadline itself.
-        let result = run.await;
+        let run = AssertUnwindSafe(async {
+            let conn = request.connection.get_or_insert_default();
+            for element in self.chain.iter() {
+                element.admit(&mut cx, conn).await?;
+            }
+            if conn.state() == State::ReselectRequested && held.established {
+                let release = Release { reason: Reason::Reselect, deadline, close: Some(conn.clone()) };
+                cx.scope.unwind_to(0, &release).await;
+                held.established = false;
+                mark = 0;
+            }
+            Next { rest: &self.chain, metrics: &self.metrics }.request(&mut cx, request).await
+        });
+        let result = run.catch_unwind().await;
         let fds = cx.fds;
         let result = result.unwrap_or_else(|_| {
             self.metrics.panicked();
@@ -355,23 +368,8 @@ impl Connections {
         let Asker(_) = path::step(&mut conn, &self.me, new_id).map_err(|e| Error::from(e).at(&self.me))?;
         let this = Arc::clone(self);
         let task = tokio::spawn(async move {
-            let id = conn.id.clone();
             let deadline = call.deadline.unwrap_or_else(|| Instant::now() + Release::TIME);
-            let release = Release { reason: Reason::Closed, deadline, close: Some(conn.clone()) };
-            if let Some(errors) = this.end(&id, release).await {
-                return errors.into_iter().next().map_or(Ok(()), Err);
-            }
-            let mut scope = Scope::default();
-            let mut cx = Context {
-                me: &this.me,
-                caller: call.caller,
-                deadline,
-                fds: call.fds,
-                next_hop: None,
-                scope: &mut scope,
-            };
-            let next = Next { rest: &this.chain, metrics: &this.metrics };
-            let run = AssertUnwindSafe(next.close_forgotten(&mut cx, conn)).catch_unwind();
+            let run = AssertUnwindSafe(this.close_admitted(call, deadline, conn)).catch_unwind();
             run.await.unwrap_or_else(|_| {
                 this.metrics.panicked();
                 Err(Error::internal("a panic was contained"))
@@ -380,6 +378,33 @@ impl Connections {
         let result =
             task.await.unwrap_or_else(|_| Err(Error::new(tonic::Code::Cancelled, "the process ends")));
         result.map_err(|e| e.at(&self.me))
+    }
+
+    async fn close_admitted(&self, call: Call, deadline: Instant, mut conn: Connection) -> Result<()> {
+        let entry = self.table.lock().get(&conn.id).cloned();
+        if let Some(entry) = entry {
+            let mut held = entry.0.lock().await;
+            if !held.closed {
+                let mut cx = self.context(call, deadline, &mut held.scope);
+                for element in self.chain.iter() {
+                    element.admit(&mut cx, &mut conn).await?;
+                }
+                let id = conn.id.clone();
+                let release = Release { reason: Reason::Closed, deadline, close: Some(conn) };
+                let errors = self.release_all(&id, &entry, &mut held, &release).await;
+                return errors.into_iter().next().map_or(Ok(()), Err);
+            }
+        }
+        let mut nothing = Scope::default();
+        let mut cx = self.context(call, deadline, &mut nothing);
+        for element in self.chain.iter() {
+            element.admit(&mut cx, &mut conn).await?;
+        }
+        Next { rest: &self.chain, metrics: &self.metrics }.close_forgotten(&mut cx, conn).await
+    }
+
+    fn context<'c>(&'c self, call: Call, deadline: Instant, scope: &'c mut Scope) -> Context<'c> {
+        Context { me: &self.me, caller: call.caller, deadline, fds: call.fds, next_hop: None, scope }
     }
 
     /// Ends a connection from the inside: expiry, a namespace that is gone, shutdown.
@@ -394,11 +419,21 @@ impl Connections {
         if held.closed {
             return None;
         }
+        Some(self.release_all(id, &entry, &mut held, &release).await)
+    }
+
+    async fn release_all(
+        &self,
+        id: &str,
+        entry: &Arc<Entry>,
+        held: &mut Held,
+        release: &Release,
+    ) -> Vec<Error> {
         tracing::debug!(hop = %self.me, connection = id, reason = ?release.reason, "connection ends");
-        let errors = held.scope.unwind_to(0, &release).await;
-        self.forget(id, &entry, &mut held);
+        let errors = held.scope.unwind_to(0, release).await;
+        self.forget(id, entry, held);
         self.metrics.ended(release.reason);
-        Some(errors)
+        errors
     }
 
     fn forget(&self, id: &str, entry: &Arc<Entry>, held: &mut Held) {
