@@ -226,6 +226,9 @@ const LOCAL_TABLE: u32 = 255;
 const NEAR: u32 = 50;
 const FAR: u32 = 51;
 const LOCAL_BEHIND: u32 = 100;
+/// Whether the IP packets of all bridges of a namespace pass netfilter; there if the module `br_netfilter` is.
+const BRIDGE_FILTER: [&str; 2] =
+    ["net/bridge/bridge-nf-call-iptables", "net/bridge/bridge-nf-call-ip6tables"];
 /// How the alias of a bridge of ours begins; the names of both interfaces follow.
 const ALIAS: &str = "nsm-join ";
 /// Link-local groups that a port lets through: all but 01 (MAC pause), which the kernel allows nobody.
@@ -264,6 +267,11 @@ impl Join {
                 for link in [&self.near, &self.far] {
                     facts.insert(Fact::Port { link: link.clone(), bridge: bridge.clone() });
                 }
+                if !filtered {
+                    // For all bridges of a namespace this is on by default, and drops what is no proper IP packet.
+                    let off = |key: &str| Fact::Setting { key: key.to_owned(), value: "0".to_owned() };
+                    facts.extend(BRIDGE_FILTER.map(off));
+                }
             }
             Layer::Ip { near: clients, far: endpoints } => {
                 let near = Leg { name: &self.near, link: near, addresses: clients, priority: NEAR };
@@ -279,6 +287,13 @@ impl Join {
             }
         }
         facts
+    }
+}
+
+impl Layer {
+    /// Whether frames pass, rather than IP packets.
+    pub fn is_ethernet(&self) -> bool {
+        matches!(self, Self::Ethernet { .. })
     }
 }
 
@@ -561,9 +576,33 @@ pub fn snapshot<'a>(
     }
     let rules = socket.dump(rt::list_rules()).map_err(|e| e.during("list routing rules"))?;
     seen.facts.extend(rules.iter().filter_map(rule_of));
+    // Settings have no owner: those in question are those of interfaces that are joined, or still look like it.
+    let mut keys = BTreeSet::new();
+    for fact in wanted(joins.clone(), &seen.links).into_iter().flat_map(|(_, facts)| facts) {
+        match fact {
+            Fact::Setting { key, .. } => {
+                keys.insert(key);
+            }
+            Fact::Ipv6 { link } if sysctl::get(&disable_ipv6(&link))?.as_deref() == Some("0") => {
+                seen.facts.insert(Fact::Ipv6 { link });
+            }
+            _ => {}
+        }
+    }
+    keys.extend(seen.facts.iter().filter_map(|fact| match fact {
+        Fact::Iif { link, .. } if seen.links.contains_key(link) => Some(forwarding(link)),
+        _ => None,
+    }));
+    for key in keys {
+        // Without its module nothing filters bridges.
+        let absent = BRIDGE_FILTER.contains(&key.as_str()).then(|| "0".to_owned());
+        if let Some(value) = sysctl::get(&key)?.or(absent) {
+            seen.facts.insert(Fact::Setting { key, value });
+        }
+    }
     // Only a layer 3 join has more than this, and there is a rule as long as there is anything else.
     let layer_3 = seen.facts.iter().any(|fact| matches!(fact, Fact::Iif { .. }))
-        || joins.clone().into_iter().any(|join| matches!(join.layer, Layer::Ip { .. }));
+        || joins.into_iter().any(|join| matches!(join.layer, Layer::Ip { .. }));
     if !layer_3 {
         return Ok(seen);
     }
@@ -584,28 +623,6 @@ pub fn snapshot<'a>(
         Ok(proxies) => seen.facts.extend(proxies.iter().filter_map(|proxy| proxy_of(proxy, &name_of))),
         Err(Attempt::Refused(_)) => {}
         Err(e) => return Err(e.during("list proxy neighbours")),
-    }
-    // Settings have no owner: those in question are those of interfaces that are joined, or still look like it.
-    let mut keys = BTreeSet::new();
-    for fact in wanted(joins, &seen.links).into_iter().flat_map(|(_, facts)| facts) {
-        match fact {
-            Fact::Setting { key, .. } => {
-                keys.insert(key);
-            }
-            Fact::Ipv6 { link } if sysctl::get(&disable_ipv6(&link))?.as_deref() == Some("0") => {
-                seen.facts.insert(Fact::Ipv6 { link });
-            }
-            _ => {}
-        }
-    }
-    keys.extend(seen.facts.iter().filter_map(|fact| match fact {
-        Fact::Iif { link, .. } if seen.links.contains_key(link) => Some(forwarding(link)),
-        _ => None,
-    }));
-    for key in keys {
-        if let Some(value) = sysctl::get(&key)? {
-            seen.facts.insert(Fact::Setting { key, value });
-        }
     }
     Ok(seen)
 }
@@ -862,7 +879,7 @@ pub fn apply(socket: &mut Socket<Rt>, links: &Links, change: &Change) -> Result<
 /// # Errors
 /// It cannot: the module `br_netfilter` is not loaded.
 pub fn check_bridge_filter() -> Result<()> {
-    for key in ["net/bridge/bridge-nf-call-iptables", "net/bridge/bridge-nf-call-ip6tables"] {
+    for key in BRIDGE_FILTER {
         if sysctl::get(key)?.is_none() {
             return Err(Error::NoBridgeFilter);
         }

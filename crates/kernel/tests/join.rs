@@ -9,14 +9,13 @@ mod frames;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use common::{Node, context, node, nsids, output, reaches};
+use common::{Node, bare, far_wire, made, near_wire, node, nsids, output, reaches};
 use frames::{Frames, arp, frame};
-use nsm_kernel::Applied;
 use nsm_kernel::join::{self, Join, Layer};
 use nsm_kernel::joiner::{Joiner, State};
 use nsm_kernel::netlink::{Route, Socket};
 use nsm_kernel::netns::Namespace;
-use nsm_kernel::plan::{EndPlan, Side, WirePlan};
+use nsm_kernel::plan::{Side, WirePlan};
 
 /// Longer than anything here takes.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -40,33 +39,6 @@ fn join(near: &str, far: &str, layer: Layer) -> Join {
 
 fn start(ns: &Namespace) -> Joiner {
     ns.run(Joiner::start).unwrap().unwrap()
-}
-
-/// The wire from the client to an interface of a function, which gets no addresses.
-fn near_wire(node: &Node, function: &Namespace, client_if: &str, function_if: &str) -> (WirePlan, Applied) {
-    let id = format!("{client_if}-{function_if}");
-    let end = EndPlan::new(Side::Near, node.client.id(), client_if, &id);
-    let near = end.with_context(Side::Near, &context()).unwrap();
-    made(node, WirePlan::veth(&id, near, bare(Side::Far, function, function_if)), &[&node.client, function])
-}
-
-/// The wire from an interface of a function to the endpoint.
-fn far_wire(node: &Node, function: &Namespace, function_if: &str, endpoint_if: &str) -> (WirePlan, Applied) {
-    let id = format!("{function_if}-{endpoint_if}");
-    let end = EndPlan::new(Side::Far, node.endpoint.id(), endpoint_if, &id);
-    let far = end.with_context(Side::Far, &context()).unwrap();
-    made(node, WirePlan::veth(&id, bare(Side::Near, function, function_if), far), &[function, &node.endpoint])
-}
-
-fn bare(side: Side, function: &Namespace, ifname: &str) -> EndPlan {
-    let mut end = EndPlan::new(side, function.id(), ifname, ifname);
-    end.mtu = Some(9000);
-    end
-}
-
-fn made(node: &Node, plan: WirePlan, known: &[&Namespace]) -> (WirePlan, Applied) {
-    let applied = node.kernel.apply(&plan, known).unwrap();
-    (plan, applied)
 }
 
 fn both_families(node: &Node) {
@@ -156,8 +128,8 @@ fn frames_pass_layer_2_untouched_and_nobody_else_is_heard_or_reached() {
     for (name, frame) in &cases {
         for (from, to) in [(&client, &endpoint), (&endpoint, &client)] {
             from.send(frame);
-            from.send(&arp(&format!("last of {name}")));
-            assert!(to.seen_before(name.as_bytes(), format!("last of {name}").as_bytes()), "{name}");
+            from.send(&arp("the last one"));
+            assert!(to.seen_before(name.as_bytes(), b"the last one"), "{name}");
         }
     }
     // An address of the function's own is not answered for.

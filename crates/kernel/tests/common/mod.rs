@@ -8,7 +8,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use nsm_kernel::netns::Namespace;
 use nsm_kernel::plan::{EndPlan, IpContext, Side, Vxlan, WirePlan};
-use nsm_kernel::{Kernel, Nsids};
+use nsm_kernel::{Applied, Kernel, Nsids};
 
 /// A node with two pods.
 pub(crate) struct Node {
@@ -103,6 +103,43 @@ pub(crate) fn reaches(from: &Namespace, to: &Namespace, address: &str) -> bool {
         && server.recv_from(&mut buffer).and_then(|(_, peer)| server.send_to(b"pong", peer)).is_ok()
         && client.recv_from(&mut buffer).is_ok()
         && &buffer == b"pong"
+}
+
+/// The wire from the client to an interface of a function, which gets no addresses.
+pub(crate) fn near_wire(
+    node: &Node,
+    function: &Namespace,
+    client_if: &str,
+    function_if: &str,
+) -> (WirePlan, Applied) {
+    let id = format!("{client_if}-{function_if}");
+    let end = EndPlan::new(Side::Near, node.client.id(), client_if, &id);
+    let near = end.with_context(Side::Near, &context()).unwrap();
+    made(node, WirePlan::veth(&id, near, bare(Side::Far, function, function_if)), &[&node.client, function])
+}
+
+/// The wire from an interface of a function to the endpoint.
+pub(crate) fn far_wire(
+    node: &Node,
+    function: &Namespace,
+    function_if: &str,
+    endpoint_if: &str,
+) -> (WirePlan, Applied) {
+    let id = format!("{function_if}-{endpoint_if}");
+    let end = EndPlan::new(Side::Far, node.endpoint.id(), endpoint_if, &id);
+    let far = end.with_context(Side::Far, &context()).unwrap();
+    made(node, WirePlan::veth(&id, bare(Side::Near, function, function_if), far), &[function, &node.endpoint])
+}
+
+pub(crate) fn bare(side: Side, function: &Namespace, ifname: &str) -> EndPlan {
+    let mut end = EndPlan::new(side, function.id(), ifname, ifname);
+    end.mtu = Some(9000);
+    end
+}
+
+pub(crate) fn made(node: &Node, plan: WirePlan, known: &[&Namespace]) -> (WirePlan, Applied) {
+    let applied = node.kernel.apply(&plan, known).unwrap();
+    (plan, applied)
 }
 
 /// A process that lives in a namespace, as a pod has one.
