@@ -215,3 +215,27 @@ impl Element for OwnNamespace {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn owner(index: usize, caller: &str, client: &str) -> Owner {
+        Owner {
+            index,
+            caller: caller.parse().unwrap(),
+            client: ("nsc".into(), "nsc-0".into(), client.into()),
+        }
+    }
+
+    #[test]
+    fn a_connection_stays_its_clients() {
+        let (a, b) = ("spiffe://t/a", "spiffe://t/b");
+        assert!(owner(1, a, a).admits(&owner(1, a, a)), "a refresh");
+        assert!(!owner(1, a, a).admits(&owner(1, b, b)), "another workload that knows the ids");
+        assert!(!owner(1, a, a).admits(&owner(1, b, a)), "… with a copied token in front of its own path");
+        assert!(!owner(1, a, a).admits(&owner(2, b, a)), "… with the whole path copied and itself appended");
+        assert!(owner(3, "spiffe://t/fwd-1", a).admits(&owner(3, "spiffe://t/fwd-2", a)), "a reselection");
+        assert!(!owner(3, "spiffe://t/fwd-1", a).admits(&owner(3, "spiffe://t/fwd-1", b)), "another client");
+    }
+}
