@@ -37,6 +37,8 @@ enum Nsm {
     Forwarder(roles::Forwarder),
     Client(roles::Client),
     Endpoint(roles::Endpoint),
+    Firewall(roles::Firewall),
+    Passthrough(roles::Passthrough),
     Identity(roles::Identity),
     Lab(lab::Lab),
     /// Prints a completion script for a shell
@@ -54,6 +56,8 @@ fn main() -> ExitCode {
         Nsm::Forwarder(role) => common::run(&role.common.clone(), role.serve()),
         Nsm::Client(role) => common::run(&role.common.clone(), role.serve()),
         Nsm::Endpoint(role) => common::run(&role.common.clone(), role.serve()),
+        Nsm::Firewall(role) => common::run(&role.common.clone(), role.serve()),
+        Nsm::Passthrough(role) => common::run(&role.common.clone(), role.serve()),
         Nsm::Identity(role) => common::run(&role.common.clone(), role.serve()),
         Nsm::Lab(lab) => match lab::run(lab) {
             Ok(code) => return code,

@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result};
 use clap::Args;
 use ipnet::IpNet;
 use nsm_api::nsurl::NsUrl;
+use nsm_cnf::{filter::Unfiltered, rules::Rules, works::Role};
 use nsm_identity::{Source, SpiffeId};
 use nsm_sdk::{
     client::{Client as SdkClient, ClientConfig},
@@ -386,6 +387,75 @@ impl Endpoint {
             shutdown.wait(),
         )
         .await?;
+        Ok(())
+    }
+}
+
+/// A function in the middle: lets pass what its rules allow, remembers flows, drops the rest
+///
+/// It asks for the same service with its own labels, and joins both wires: with a bridge where they carry Ethernet
+/// frames, with routes where they carry IP. The filter is in place before the wires are joined. It refuses to start without readable rules. They are read in the syntax of upstream's firewall (a map of rules
+/// with `ispermit`, `proto`, …) or in the older one (`aclRules:` with `action=reflect,tcplowport=80,…`).
+///
+/// Example: nsm firewall --name fw --service-name secure-intranet-connectivity --labels app:firewall --acl-config-path rules.yaml
+#[derive(Debug, Args)]
+pub(crate) struct Firewall {
+    #[command(flatten)]
+    serving: Serving,
+    /// The service provided; the function asks for the same service with its own labels
+    #[arg(long, env = "NSM_SERVICE_NAME")]
+    service_name: String,
+    /// The rules
+    #[arg(
+        long,
+        env = "NSM_ACL_CONFIG_PATH",
+        default_value = "/etc/firewall/config.yaml",
+        value_name = "FILE"
+    )]
+    acl_config_path: PathBuf,
+    /// Let VLAN-tagged frames pass, whatever is in them (payload ETHERNET); they are dropped otherwise
+    #[arg(long, env = "NSM_ALLOW_TAGGED")]
+    allow_tagged: bool,
+    /// Let frames that are neither IP nor ARP pass (PPPoE, MPLS, …); they are dropped otherwise
+    #[arg(long, env = "NSM_ALLOW_UNKNOWN")]
+    allow_unknown: bool,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+impl Firewall {
+    pub(crate) async fn serve(self) -> Result<()> {
+        let shutdown = Shutdown::on_signals()?;
+        // Without readable rules there is no firewall: said before anything is waited for.
+        let rules = Rules::load(&self.acl_config_path)?;
+        let unfiltered = Unfiltered { tagged: self.allow_tagged, unknown: self.allow_unknown };
+        let config = self.serving.config(vec![self.service_name]);
+        let source = identity().await?;
+        let role = Role::Firewall { rules, unfiltered };
+        nsm_cnf::function::run(config, role, source, ready, shutdown.wait()).await?;
+        Ok(())
+    }
+}
+
+/// A function in the middle that lets everything pass
+///
+/// Example: nsm passthrough --name pass-1 --service-name secure-intranet-connectivity --labels app:passthrough-1
+#[derive(Debug, Args)]
+pub(crate) struct Passthrough {
+    #[command(flatten)]
+    serving: Serving,
+    /// The service provided; the function asks for the same service with its own labels
+    #[arg(long, env = "NSM_SERVICE_NAME")]
+    service_name: String,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+impl Passthrough {
+    pub(crate) async fn serve(self) -> Result<()> {
+        let shutdown = Shutdown::on_signals()?;
+        let config = self.serving.config(vec![self.service_name]);
+        nsm_cnf::function::run(config, Role::Passthrough, identity().await?, ready, shutdown.wait()).await?;
         Ok(())
     }
 }
