@@ -436,17 +436,7 @@ impl NodeApi {
         };
         match timeout(wait, fits).await {
             Ok(result) => result,
-            Err(_) => Err(self.denied(peer)),
-        }
-    }
-
-    fn denied(&self, peer: &UnixPeer) -> Status {
-        match attest::Facts::of(peer, &self.node) {
-            Ok(facts) => {
-                info!(%facts, "no entry fits a caller");
-                Status::permission_denied(format!("no identity issued: no entry fits {facts}"))
-            }
-            Err(e) => Status::permission_denied(e.to_string()),
+            Err(_) => Err(denied(&self.node, peer)),
         }
     }
 
@@ -463,7 +453,6 @@ impl NodeApi {
         let peer = peer.ok_or_else(|| Status::internal("a caller without a socket"))?;
         self.attest(&peer).await?;
         let (node, shared, mut stopped) = (self.node.clone(), self.shared.clone(), self.stopped.clone());
-        let denied = self.denied(&peer);
         let (sender, receiver) = mpsc::channel(1);
         tokio::spawn(async move {
             let mut config = shared.config.clone();
@@ -472,7 +461,7 @@ impl NodeApi {
                 let now = config.borrow_and_update().clone();
                 let ids = match identities(&node, &peer, &now) {
                     Ok(ids) if ids.is_empty() => {
-                        let _ = sender.send(Err(denied)).await;
+                        let _ = sender.send(Err(denied(&node, &peer))).await;
                         return;
                     }
                     Ok(ids) => ids,
@@ -503,6 +492,17 @@ impl NodeApi {
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+}
+
+/// What a caller is told that no entry fits, or none any more.
+fn denied(node: &str, peer: &UnixPeer) -> Status {
+    match attest::Facts::of(peer, node) {
+        Ok(facts) => {
+            info!(%facts, "no entry fits a caller");
+            Status::permission_denied(format!("no identity issued: no entry fits {facts}"))
+        }
+        Err(e) => Status::permission_denied(e.to_string()),
     }
 }
 
