@@ -58,9 +58,10 @@ pub fn firewall(rules: &Rules, unfiltered: Unfiltered, joins: &[Join]) -> Vec<Ta
     vec![inet, guard]
 }
 
-/// The tables of a function that lets everything pass: only that its own bridges are neither reached nor heard.
+/// The tables of a function that lets everything pass: only that the function itself is neither reached nor heard.
 pub fn passthrough(joins: &[Join]) -> Vec<Table> {
-    if ports(joins).next().is_none() { Vec::new() } else { vec![guard(joins)] }
+    let chains = vec![Chain::base("input", INPUT, own_input(joins))];
+    vec![Table { family: Family::Inet, name: TABLE.into(), chains }, guard(joins)]
 }
 
 const BEFORE_ALL: Base = Base { hook: Hook::Prerouting, priority: -300, policy: Policy::Accept };
@@ -516,7 +517,9 @@ rest: {}
 
     #[test]
     fn a_passthrough_filters_nothing() {
-        assert_eq!(passthrough(&[join("in", "out", layer_3())]), []);
+        let tables = passthrough(&[join("in", "out", layer_3())]);
+        assert!(tables.iter().flat_map(|table| &table.chains).all(|chain| chain.name != "forward"));
+        assert_eq!(lines(&tables, "input").len(), 4);
         let tables = passthrough(&[join("in", "out", Layer::Ethernet { filtered: false })]);
         assert_eq!(lines(&tables, "input"), ["iifname \"in\" drop", "iifname \"out\" drop"]);
         assert_eq!(lines(&tables, "output"), ["oifname \"in\" drop", "oifname \"out\" drop"]);

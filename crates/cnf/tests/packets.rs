@@ -314,15 +314,26 @@ fn the_function_itself_is_neither_reached_nor_heard() {
                 assert!(!passes(&udp(chain.client(), at(client, 0)), &inside), "{layer:?}");
                 assert!(ping(chain.client(), endpoint));
             }
-            // By the hardware address that it would be reached by, too.
-            if layer.is_ethernet() {
-                let links = output(&chain.function, "ip -br link");
-                let bridge = links.lines().find(|line| line.starts_with("nsm-")).unwrap();
-                let mac = bridge.split_whitespace().nth(2).unwrap();
-                output(chain.client(), &format!("ip neigh replace {} lladdr {mac} dev nsm0", ENDPOINT[0]));
-                let inside = udp(&chain.function, at("10.9.0.1", 8));
-                assert!(!passes(&udp(chain.client(), at(CLIENT[0], 0)), &inside));
+            if !layer.is_ethernet() {
+                // It has an address after all, that of the link.
+                let near = output(&chain.function, "ip -6 -br addr show dev in");
+                let own: std::net::Ipv6Addr =
+                    near.split_whitespace().nth(2).unwrap().split('/').next().unwrap().parse().unwrap();
+                let inside = udp(&chain.function, at("::", 9));
+                let link = output(chain.client(), "ip -o link show dev nsm0");
+                let index = link.split(':').next().unwrap().parse().unwrap();
+                let to = SocketAddr::V6(std::net::SocketAddrV6::new(own, 9, 0, index));
+                udp(chain.client(), at("::", 0)).send_to(b"hello", to).unwrap();
+                assert!(inside.recv(&mut [0; 8]).is_err());
+                continue;
             }
+            // By the hardware address that it would be reached by, too.
+            let links = output(&chain.function, "ip -br link");
+            let bridge = links.lines().find(|line| line.starts_with("nsm-")).unwrap();
+            let mac = bridge.split_whitespace().nth(2).unwrap();
+            output(chain.client(), &format!("ip neigh replace {} lladdr {mac} dev nsm0", ENDPOINT[0]));
+            let inside = udp(&chain.function, at("10.9.0.1", 8));
+            assert!(!passes(&udp(chain.client(), at(CLIENT[0], 0)), &inside));
             stop(works);
         }
     }
@@ -420,4 +431,24 @@ fn nothing_passes_before_the_filter_or_after_the_join() {
         assert!(!ping(chain.client(), ENDPOINT[0]));
         stop(works);
     }
+}
+
+#[test]
+fn ethernet_is_refused_where_bridges_cannot_be_filtered() {
+    let test = "ethernet_is_refused_where_bridges_cannot_be_filtered";
+    let Some(chain) = Chain::new(test) else { return };
+    // A kernel without br_netfilter has no such directory; here an empty one hides it.
+    common::with_private_run(|| {
+        use rustix::mount::{MountFlags, mount};
+        mount("tmpfs", "/proc/sys/net/bridge", "tmpfs", MountFlags::empty(), None).unwrap();
+        let works = chain.start(firewall(EXAMPLE));
+        let join =
+            |layer: &Layer| works.join(Join { near: "in".into(), far: "out".into(), layer: layer.clone() });
+        let [ethernet, ip] = layers();
+        let error = join(&ethernet).unwrap_err().to_string();
+        assert!(error.contains("modprobe br_netfilter"), "{error}");
+        assert_eq!(works.state("in"), None);
+        join(&ip).unwrap();
+        stop(works);
+    });
 }
