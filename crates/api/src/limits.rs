@@ -45,6 +45,9 @@ pub enum Malformed {
         /// the bound
         max: usize,
     },
+    /// A name or id that would spoil a log line or a terminal.
+    #[error("{0} holds control characters")]
+    Control(&'static str),
     /// An interface name that Linux does not take.
     #[error("{0}")]
     InterfaceName(String),
@@ -82,15 +85,16 @@ pub fn check_request(request: &NetworkServiceRequest) -> Result<(), Malformed> {
 /// # Errors
 /// The first thing that is wrong.
 pub fn check_connection(conn: &Connection) -> Result<(), Malformed> {
-    short("connection.id", &conn.id, 253)?;
-    short("connection.network_service", &conn.network_service, 512)?;
-    short("connection.network_service_endpoint_name", &conn.network_service_endpoint_name, 512)?;
-    short("connection.payload", &conn.payload, 253)?;
+    name("connection.id", &conn.id, 253)?;
+    name("connection.network_service", &conn.network_service, 512)?;
+    name("connection.network_service_endpoint_name", &conn.network_service_endpoint_name, 512)?;
+    name("connection.payload", &conn.payload, 253)?;
     few("connection.labels", conn.labels.len(), MAX_ENTRIES)?;
     texts("connection.labels", &conn.labels)?;
+    few("the path", crate::path::segments(conn).len(), crate::path::MAX_SEGMENTS)?;
     for segment in crate::path::segments(conn) {
-        short("path segment name", &segment.name, 253)?;
-        short("path segment id", &segment.id, 253)?;
+        name("path segment name", &segment.name, 253)?;
+        name("path segment id", &segment.id, 253)?;
         short("path segment token", &segment.token, MAX_TEXT)?;
         few("path segment metrics", segment.metrics.len(), MAX_ENTRIES)?;
     }
@@ -137,6 +141,10 @@ fn few(what: &'static str, got: usize, max: usize) -> Result<(), Malformed> {
 
 fn short(what: &'static str, text: &str, max: usize) -> Result<(), Malformed> {
     if text.len() > max { Err(Malformed::TooLong { what, got: text.len(), max }) } else { Ok(()) }
+}
+
+fn name(what: &'static str, text: &str, max: usize) -> Result<(), Malformed> {
+    if text.chars().any(char::is_control) { Err(Malformed::Control(what)) } else { short(what, text, max) }
 }
 
 fn texts(what: &'static str, map: &std::collections::BTreeMap<String, String>) -> Result<(), Malformed> {
@@ -198,6 +206,10 @@ mod tests {
             ..ConnectionContext::default()
         });
         assert!(check_request(&request).unwrap_err().to_string().contains("500.1.1.1/32"));
+
+        let mut request = good();
+        request.connection.as_mut().unwrap().id = "a\nroot logged in".into();
+        assert_eq!(check_request(&request), Err(Malformed::Control("connection.id")));
 
         let mut request = good();
         request.mechanism_preferences[0].set("inodeURL", "file:///proc/1/ns/net");

@@ -109,6 +109,39 @@ pub fn restore(conn: &mut Connection, asker: Asker) -> Result<(), PathError> {
     Ok(())
 }
 
+/// Gives an answer back what its asker knows better than the one who answered: everything left of the asker's segment,
+/// the segment's name and id, and the place in the path. A neighbour has no say in which connection it answers for.
+///
+/// # Errors
+/// [`PathError::Cut`] if the asker's segment is not in the answer.
+pub fn graft(answer: &mut Connection, asked: &Connection) -> Result<(), PathError> {
+    let index = index(asked);
+    let Some(own) = segments(asked).get(index) else {
+        return Err(PathError::Cut { index, len: segments(asked).len() });
+    };
+    let path = answer.path.get_or_insert_with(Path::default);
+    if path.path_segments.len() <= index {
+        return Err(PathError::Cut { index, len: path.path_segments.len() });
+    }
+    path.path_segments[..index].clone_from_slice(&segments(asked)[..index]);
+    path.path_segments[index].name.clone_from(&own.name);
+    path.path_segments[index].id.clone_from(&own.id);
+    path.index = index as u32;
+    answer.id.clone_from(&own.id);
+    Ok(())
+}
+
+/// Makes the current segment one of a new connection: it gets this id, and what stands right of it, which names
+/// somebody else's state, is cut.
+pub fn begin_anew(conn: &mut Connection, id: String) {
+    trim(conn);
+    if let Some(own) = current_mut(conn) {
+        own.id.clone_from(&id);
+        own.metrics.clear();
+    }
+    conn.id = id;
+}
+
 /// Cuts what stands right of the current segment: stale hops of an earlier, longer path (section 4.3).
 pub fn trim(conn: &mut Connection) {
     if let Some(path) = &mut conn.path {
@@ -262,6 +295,36 @@ mod tests {
         step(&mut conn, "mgr", &mut next).unwrap();
         trim(&mut conn);
         assert_eq!(segments(&conn).len(), 2);
+    }
+
+    #[test]
+    fn a_neighbour_cannot_answer_for_another_connection() {
+        let mut next = ids();
+        let mut asked = Connection { id: "nsc-0".into(), ..Connection::default() };
+        step(&mut asked, "nsc", &mut next).unwrap();
+        step(&mut asked, "mgr", &mut next).unwrap();
+        let mut answer = asked.clone();
+        step(&mut answer, "fwd", &mut next).unwrap();
+        for segment in &mut answer.path.as_mut().unwrap().path_segments[..2] {
+            segment.id = "somebody-else".into();
+        }
+        graft(&mut answer, &asked).unwrap();
+        assert_eq!((answer.id.as_str(), index(&answer)), ("u1", 1));
+        assert_eq!(names(&answer), [("nsc", "nsc-0"), ("mgr", "u1"), ("fwd", "u2")]);
+        assert!(graft(&mut Connection::default(), &asked).is_err());
+    }
+
+    #[test]
+    fn a_new_connection_knows_nothing_of_the_old_ones_hops() {
+        let mut next = ids();
+        let mut conn = Connection { id: "nsc-0".into(), ..Connection::default() };
+        step(&mut conn, "nsc", &mut next).unwrap();
+        let client = step(&mut conn, "mgr", &mut next).unwrap();
+        step(&mut conn, "fwd", &mut next).unwrap();
+        restore(&mut conn, client).unwrap();
+        step(&mut conn, "mgr", &mut next).unwrap();
+        begin_anew(&mut conn, "fresh".into());
+        assert_eq!((conn.id.as_str(), names(&conn)), ("fresh", vec![("nsc", "nsc-0"), ("mgr", "fresh")]));
     }
 
     proptest::proptest! {

@@ -24,7 +24,7 @@ use nsm_kernel::{
 };
 use nsm_mesh::{
     Chain, Connections, Error, Reason, Result,
-    auth::{Authorize, OwnNamespace},
+    auth::{Authorize, OnlyFrom, OwnNamespace},
     dial::Dial,
     error::chain_text,
     metrics::Metrics,
@@ -81,6 +81,7 @@ pub struct Forwarder {
 #[must_use]
 pub fn chain(
     authorize: Authorize,
+    only_from: OnlyFrom,
     hub: Arc<Hub>,
     discover: Discover,
     cross_connect: CrossConnect,
@@ -88,6 +89,7 @@ pub fn chain(
 ) -> Chain {
     nsm_mesh::chain![
         authorize,                          // who asks, before anything is made
+        only_from,                          // the manager, which has looked at the workload
         Monitor { hub, terminates: false }, // what becomes of each connection
         discover,                           // the endpoint, or the manager of its node
         cross_connect,                      // on the way back: the wire
@@ -142,6 +144,7 @@ impl Forwarder {
         let metrics = Arc::new(Metrics::default());
         let chain = chain(
             Authorize { max_token_lifetime: config.max_token_lifetime },
+            OnlyFrom { pool: pool.clone(), neighbour: config.connect_to.clone().into() },
             Arc::clone(&hub),
             Discover::new(manager.clone()),
             CrossConnect { wires: Arc::clone(&wires), tunnel },
@@ -154,7 +157,7 @@ impl Forwarder {
             .await
             .map_err(|e| Error::unavailable(chain_text(&e)))?;
         let mut routes = tonic::service::RoutesBuilder::default();
-        nsm_mesh::server::add(&mut routes, Arc::clone(&connections), Arc::clone(&hub));
+        nsm_mesh::server::add(&mut routes, Arc::clone(&connections), Arc::clone(&hub), Arc::default());
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         let serving = server.serve(routes.routes(), &nsm_mesh::server::SERVICES, async {
             let _ = stopped.await;

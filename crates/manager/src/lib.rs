@@ -36,6 +36,8 @@ pub struct Config {
     pub forwarder_service: String,
     /// Who may hand over namespaces that are not its own.
     pub namespace_delegates: BTreeSet<SpiffeId>,
+    /// Who may watch every connection, not only those that it asked for.
+    pub monitor_readers: BTreeSet<SpiffeId>,
     /// Prefixes that endpoints must not hand out on this node.
     pub excluded_prefixes: Vec<IpNet>,
     /// How long our tokens live.
@@ -86,7 +88,8 @@ pub async fn serve(
     let chain = chain(&config, registry.clone(), Arc::clone(&hub), pool);
     let connections = Connections::serving(&config.name, chain, Arc::new(Metrics::default()));
     let mut routes = tonic::service::RoutesBuilder::default();
-    nsm_mesh::server::add(&mut routes, connections, Arc::clone(&hub));
+    let readers = Arc::new(config.monitor_readers.clone());
+    nsm_mesh::server::add(&mut routes, connections, Arc::clone(&hub), readers);
     let routes = registry.add_to(routes.routes());
     tracing::info!(name = %config.name, url = %public, "managing this node");
     ready();

@@ -4,28 +4,24 @@
 use std::{
     collections::BTreeSet,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use async_trait::async_trait;
-use nsm_api::{
-    mechanism::InodeUrl,
-    path,
-    pb::{connection::Connection, networkservice::NetworkServiceRequest},
-};
+use nsm_api::{mechanism::InodeUrl, path, pb::connection::Connection};
 use nsm_identity::{SpiffeId, policy, token};
-use nsm_transport::Peer;
+use nsm_transport::{Peer, Pool};
+use tokio::time::Instant;
 
 use crate::{
-    chain::{Caller, Context, Element, Next},
+    chain::{Caller, Context, Element},
     error::{Error, Result},
-    scope::{Lease, Release},
+    hop::NextHop,
 };
 
 /// Writes the caller's token into its segment and our own, addressed to the caller, into ours; then makes the
-/// four checks of a server on everything left of here, and sees to it that a connection stays that of the one who
-/// established it: ids stand in the path, which others see. Requests of this process itself pass: there is no caller
-/// to check.
+/// four checks of a server on everything left of here. Requests of this process itself pass: there is no caller to
+/// check.
 #[derive(Debug, Clone)]
 pub struct Authorize {
     /// How long our tokens live (`NSM_MAX_TOKEN_LIFETIME`).
@@ -36,9 +32,19 @@ impl Authorize {
     fn check(&self, cx: &Context<'_>, conn: &mut Connection) -> Result<()> {
         let Some(Caller { peer, token }) = &cx.caller else { return Ok(()) };
         let now = SystemTime::now();
-        if let (Some(token), Some(previous)) = (token, path::previous_mut(conn)) {
+        if let Some(previous) = path::previous_mut(conn) {
+            // Upstream's callers always send exactly one; without it the connection would have no end.
+            let token = token.as_ref().ok_or_else(|| {
+                Error::denied("no sufficient privileges: the call has no nsm-client-token with its expiry")
+            })?;
             token.jwt().clone_into(&mut previous.token);
-            previous.expires = Some(path::to_timestamp(token.expires()));
+            // What the caller says of its token's end is bounded by what its token and its certificate say.
+            let exp = token::claims(token.jwt()).ok().and_then(|claims| claims.expires);
+            let exp = exp
+                .and_then(|secs| Duration::try_from_secs_f64(secs).ok())
+                .and_then(|d| UNIX_EPOCH.checked_add(d));
+            let end = token.expires().min(peer.leaf().not_after()).min(exp.unwrap_or(now));
+            previous.expires = Some(path::to_timestamp(end));
         }
         let own = peer
             .token(self.max_token_lifetime, now)
@@ -53,49 +59,6 @@ impl Authorize {
     }
 }
 
-/// Whose a connection is: it stays that of the one who established it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Owner {
-    /// Where this hop stands in the path.
-    index: usize,
-    /// Who hands the connection to this hop.
-    caller: SpiffeId,
-    /// The client at the path's beginning: name, id and the subject of its token.
-    client: (String, String, String),
-}
-
-impl Owner {
-    fn of(caller: &Peer, conn: &Connection) -> Self {
-        let first = path::segments(conn).first().cloned().unwrap_or_default();
-        let subject = token::claims(&first.token).map(|claims| claims.subject).unwrap_or_default();
-        Self {
-            index: path::index(conn),
-            caller: caller.id().clone(),
-            client: (first.name, first.id, subject),
-        }
-    }
-
-    /// Whether a request that names the same connection may be the same client's. Between hops the caller may change:
-    /// a reselection sends the client's request through another forwarder. A path can be copied, so the place in it
-    /// and the client have to be the same then.
-    fn admits(&self, other: &Self) -> bool {
-        self.index == other.index
-            && self.client == other.client
-            && (self.caller == other.caller || self.index > 1)
-    }
-}
-
-#[async_trait]
-impl Lease for Owner {
-    fn name(&self) -> &'static str {
-        "owner"
-    }
-
-    async fn release(self: Box<Self>, _: &Release) -> Result<()> {
-        Ok(())
-    }
-}
-
 #[async_trait]
 impl Element for Authorize {
     fn name(&self) -> &'static str {
@@ -103,30 +66,7 @@ impl Element for Authorize {
     }
 
     async fn admit(&self, cx: &mut Context<'_>, conn: &mut Connection) -> Result<()> {
-        self.check(cx, conn)?;
-        let (Some(caller), Some(owner)) = (&cx.caller, cx.scope.get::<Owner>()) else { return Ok(()) };
-        if owner.admits(&Owner::of(&caller.peer, conn)) {
-            return Ok(());
-        }
-        Err(Error::denied(format!(
-            "no sufficient privileges: connection {:?} is {}'s, asked for by {}",
-            conn.id,
-            owner.client.2,
-            caller.peer.id()
-        )))
-    }
-
-    async fn request(
-        &self,
-        cx: &mut Context<'_>,
-        request: NetworkServiceRequest,
-        next: Next<'_>,
-    ) -> Result<Connection> {
-        if let (Some(caller), Some(conn), None) = (&cx.caller, &request.connection, cx.scope.get::<Owner>()) {
-            let owner = Owner::of(&caller.peer, conn);
-            cx.scope.lease(owner);
-        }
-        next.request(cx, request).await
+        self.check(cx, conn)
     }
 }
 
@@ -216,26 +156,40 @@ impl Element for OwnNamespace {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// Takes calls from one neighbour only: a forwarder builds what its manager asks for, because it is the manager that
+/// looks at workloads.
+#[derive(Debug)]
+pub struct OnlyFrom {
+    /// Knows who that neighbour is at present.
+    pub pool: Pool,
+    /// The neighbour.
+    pub neighbour: NextHop,
+}
 
-    fn owner(index: usize, caller: &str, client: &str) -> Owner {
-        Owner {
-            index,
-            caller: caller.parse().unwrap(),
-            client: ("nsc".into(), "nsc-0".into(), client.into()),
-        }
+#[async_trait]
+impl Element for OnlyFrom {
+    fn name(&self) -> &'static str {
+        "only-from"
     }
 
-    #[test]
-    fn a_connection_stays_its_clients() {
-        let (a, b) = ("spiffe://t/a", "spiffe://t/b");
-        assert!(owner(1, a, a).admits(&owner(1, a, a)), "a refresh");
-        assert!(!owner(1, a, a).admits(&owner(1, b, b)), "another workload that knows the ids");
-        assert!(!owner(1, a, a).admits(&owner(1, b, a)), "… with a copied token in front of its own path");
-        assert!(!owner(1, a, a).admits(&owner(2, b, a)), "… with the whole path copied and itself appended");
-        assert!(owner(3, "spiffe://t/fwd-1", a).admits(&owner(3, "spiffe://t/fwd-2", a)), "a reselection");
-        assert!(!owner(3, "spiffe://t/fwd-1", a).admits(&owner(3, "spiffe://t/fwd-1", b)), "another client");
+    async fn admit(&self, cx: &mut Context<'_>, _: &mut Connection) -> Result<()> {
+        let Some(Caller { peer, .. }) = &cx.caller else { return Ok(()) };
+        let left = cx.deadline.saturating_duration_since(Instant::now());
+        let neighbour = self.pool.get(self.neighbour.target().clone(), left).await.map_err(|e| {
+            Error::unavailable(format!(
+                "whether {} may ask cannot be told: {} is away: {e}",
+                peer.id(),
+                self.neighbour
+            ))
+        })?;
+        if neighbour.peer().id() == peer.id() {
+            return Ok(());
+        }
+        Err(Error::denied(format!(
+            "no sufficient privileges: {} is not {}, which this hop serves",
+            peer.id(),
+            neighbour.peer().id()
+        ))
+        .hint("ask the manager of the node"))
     }
 }

@@ -10,7 +10,13 @@
 //! 4. contains panics: the request fails, its leases are released, the process lives;
 //! 5. names every element in spans and metrics.
 
-use std::{collections::HashMap, fmt, panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    fmt,
+    panic::AssertUnwindSafe,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use futures::FutureExt as _;
@@ -22,7 +28,7 @@ use nsm_api::{
         networkservice::NetworkServiceRequest,
     },
 };
-use nsm_identity::Token;
+use nsm_identity::{SpiffeId, Token, token};
 use nsm_transport::Peer;
 use parking_lot::Mutex;
 use tokio::{
@@ -189,7 +195,36 @@ pub struct Connections {
 
 /// One connection: everything about it is behind one lock, which is the queue of its requests.
 #[derive(Debug, Default)]
-struct Entry(AsyncMutex<Held>);
+struct Entry {
+    /// Whose it is; set with the first request, never changed.
+    owner: OnceLock<Owner>,
+    held: AsyncMutex<Held>,
+}
+
+/// Whose a connection is: of the caller that established it, for the client and over the hops that it came from. Ids
+/// stand in the path, where others see them; whoever else names one gets a connection of his own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Owner {
+    caller: SpiffeId,
+    /// The subject of the client's token: the first segment's.
+    client: String,
+    /// Names and ids of the hops before this one.
+    hops: Vec<(String, String)>,
+}
+
+impl Owner {
+    /// Of a request whose path has this hop as its current segment.
+    fn of(caller: &SpiffeId, conn: &Connection) -> Self {
+        let before = &path::segments(conn)[..path::index(conn)];
+        let client = match before {
+            // The caller is the client; its token is about to be written into the path.
+            [] | [_] => caller.to_string(),
+            [first, ..] => token::claims(&first.token).map(|claims| claims.subject).unwrap_or_default(),
+        };
+        let hops = before.iter().map(|segment| (segment.name.clone(), segment.id.clone())).collect();
+        Self { caller: caller.clone(), client, hops }
+    }
+}
 
 #[derive(Debug, Default)]
 struct Held {
@@ -199,6 +234,8 @@ struct Held {
     /// Whether a request has succeeded.
     established: bool,
     expiry: Option<AbortHandle>,
+    /// Counts answers: a timer that fires while a refresh is under way is out of date.
+    answers: u64,
 }
 
 impl Drop for Held {
@@ -266,13 +303,30 @@ impl Connections {
         limits::check_request(&request).map_err(|e| Error::from(e).at(&self.me))?;
         let conn = request.connection.get_or_insert_default();
         let asker = path::step(conn, &self.me, new_id).map_err(|e| Error::from(e).at(&self.me))?;
+        let owner = call.caller.as_ref().map(|caller| Owner::of(caller.peer.id(), conn));
+        if let Some(owner) = &owner
+            && self.is_of_another(&conn.id, owner)
+        {
+            tracing::info!(connection = %conn.id, caller = %owner.caller, "named by somebody else; a new connection begins");
+            path::begin_anew(conn, new_id());
+        }
         let id = conn.id.clone();
-        let mut answer = self.run(id, call, request).await.map_err(|e| e.at(&self.me))?;
+        let mut answer = self.run(id, owner, call, request).await.map_err(|e| e.at(&self.me))?;
         path::restore(&mut answer.connection, asker).map_err(|e| Error::from(e).at(&self.me))?;
         Ok(answer)
     }
 
-    async fn run(self: &Arc<Self>, id: String, call: Call, request: NetworkServiceRequest) -> Result<Answer> {
+    fn is_of_another(&self, id: &str, owner: &Owner) -> bool {
+        self.table.lock().get(id).is_some_and(|entry| entry.owner.get().is_some_and(|is| is != owner))
+    }
+
+    async fn run(
+        self: &Arc<Self>,
+        id: String,
+        owner: Option<Owner>,
+        call: Call,
+        request: NetworkServiceRequest,
+    ) -> Result<Answer> {
         let this = Arc::clone(self);
         let deadline = call.deadline.unwrap_or_else(|| Instant::now() + DEFAULT_DEADLINE);
         let span = tracing::info_span!("request", hop = %self.me, connection = %id);
@@ -281,16 +335,35 @@ impl Connections {
             async move {
                 loop {
                     let entry = Arc::clone(this.table.lock().entry(id.clone()).or_default());
-                    let mut held = entry.0.lock().await;
+                    if let Some(owner) = &owner
+                        && entry.owner.get_or_init(|| owner.clone()) != owner
+                    {
+                        let _ = give.send(Err(Error::new(
+                            tonic::Code::Aborted,
+                            "two callers began a connection of the same id at once; try again",
+                        )));
+                        return;
+                    }
+                    let mut held = entry.held.lock().await;
                     if held.closed {
                         continue;
+                    }
+                    if give.is_closed() || Instant::now() >= deadline {
+                        // It waited behind others for so long that nobody waits for it any more.
+                        if !held.established {
+                            this.forget(&id, &entry, &mut held);
+                        }
+                        let late =
+                            Error::new(tonic::Code::DeadlineExceeded, "earlier requests took too long");
+                        let _ = give.send(Err(late));
+                        return;
                     }
                     let fresh = !held.established;
                     let result = this.run_held(&id, &entry, &mut held, call, deadline, request).await;
                     if fresh && result.is_ok() && give.is_closed() {
                         // The caller left before it learnt what it got: nobody would ever close it.
                         tracing::info!(connection = %id, "the caller left mid-request; undone");
-                        held.scope.unwind_to(0, &Release::now(Reason::Failed)).await;
+                        held.scope.unwind(&Release::now(Reason::Failed)).await;
                         this.forget(&id, &entry, &mut held);
                     }
                     drop(held);
@@ -315,7 +388,7 @@ impl Connections {
         request: NetworkServiceRequest,
     ) -> Result<Answer> {
         let mut request = request;
-        let mut mark = held.scope.len();
+        let mut mark = held.scope.mark();
         let mut cx = self.context(call, deadline, &mut held.scope);
         let begin = Instant::now();
         // Not cut off at the deadline: an element in the middle of making something must come to its lease.
@@ -327,9 +400,9 @@ impl Connections {
             }
             if conn.state() == State::ReselectRequested && held.established {
                 let release = Release { reason: Reason::Reselect, deadline, close: Some(conn.clone()) };
-                cx.scope.unwind_to(0, &release).await;
+                cx.scope.unwind(&release).await;
                 held.established = false;
-                mark = 0;
+                mark = cx.scope.mark();
             }
             Next { rest: &self.chain, metrics: &self.metrics }.request(&mut cx, request).await
         });
@@ -345,7 +418,7 @@ impl Connections {
             Ok(mut answer) => {
                 answer.set_state(State::Up);
                 held.established = true;
-                self.arm(id, held, &answer);
+                self.arm(id, entry, held, &answer);
                 Ok(Answer { connection: answer, fds })
             }
             Err(error) => {
@@ -381,9 +454,14 @@ impl Connections {
     }
 
     async fn close_admitted(&self, call: Call, deadline: Instant, mut conn: Connection) -> Result<()> {
+        let owner = call.caller.as_ref().map(|caller| Owner::of(caller.peer.id(), &conn));
+        if owner.is_some_and(|owner| self.is_of_another(&conn.id, &owner)) {
+            // To this caller the id names nothing; what it names is not his to close, here or further on.
+            return Ok(());
+        }
         let entry = self.table.lock().get(&conn.id).cloned();
         if let Some(entry) = entry {
-            let mut held = entry.0.lock().await;
+            let mut held = entry.held.lock().await;
             if !held.closed {
                 let mut cx = self.context(call, deadline, &mut held.scope);
                 for element in self.chain.iter() {
@@ -415,7 +493,7 @@ impl Connections {
     /// `None`: no such connection.
     async fn end(self: &Arc<Self>, id: &str, release: Release) -> Option<Vec<Error>> {
         let entry = self.table.lock().get(id).cloned()?;
-        let mut held = entry.0.lock().await;
+        let mut held = entry.held.lock().await;
         if held.closed {
             return None;
         }
@@ -430,7 +508,7 @@ impl Connections {
         release: &Release,
     ) -> Vec<Error> {
         tracing::debug!(hop = %self.me, connection = id, reason = ?release.reason, "connection ends");
-        let errors = held.scope.unwind_to(0, release).await;
+        let errors = held.scope.unwind(release).await;
         self.forget(id, entry, held);
         self.metrics.ended(release.reason);
         errors
@@ -449,7 +527,8 @@ impl Connections {
     }
 
     /// Starts the clock of the connection anew.
-    fn arm(self: &Arc<Self>, id: &str, held: &mut Held, answer: &Connection) {
+    fn arm(self: &Arc<Self>, id: &str, entry: &Arc<Entry>, held: &mut Held, answer: &Connection) {
+        held.answers += 1;
         if !self.expiry {
             return;
         }
@@ -464,12 +543,18 @@ impl Connections {
             return;
         };
         let wait = expires.duration_since(std::time::SystemTime::now()).unwrap_or_default();
-        let (this, id) = (Arc::downgrade(self), id.to_owned());
+        let (this, id, entry, answers) =
+            (Arc::downgrade(self), id.to_owned(), Arc::downgrade(entry), held.answers);
         let timer = tokio::spawn(async move {
             tokio::time::sleep(wait).await;
-            let Some(this) = this.upgrade() else { return };
             // A task of its own: ending the connection aborts this timer.
-            tokio::spawn(async move { this.drop_connection(&id, Reason::Expired).await });
+            tokio::spawn(async move {
+                let (Some(this), Some(entry)) = (this.upgrade(), entry.upgrade()) else { return };
+                let mut held = entry.held.lock().await;
+                if !held.closed && held.answers == answers {
+                    this.release_all(&id, &entry, &mut held, &Release::now(Reason::Expired)).await;
+                }
+            });
         });
         held.expiry = Some(timer.abort_handle());
     }
@@ -479,4 +564,44 @@ impl Connections {
 #[must_use]
 pub fn new_id() -> String {
     uuid::Uuid::new_v4().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seen_by(hop: &str, caller: &str, before: &[(&str, &str)]) -> Owner {
+        let mut conn = Connection { id: before[0].1.into(), ..Connection::default() };
+        let mut ids = before.iter().map(|(_, id)| (*id).to_owned()).skip(1).chain(["own".to_owned()]);
+        for name in before.iter().map(|(name, _)| *name).chain([hop]) {
+            path::step(&mut conn, name, || ids.next().unwrap()).unwrap();
+        }
+        Owner::of(&caller.parse().unwrap(), &conn)
+    }
+
+    #[test]
+    fn a_connection_is_its_callers_its_clients_and_its_hops() {
+        let client = &[("nsc", "nsc-0")];
+        let established = seen_by("mgr", "spiffe://t/a", client);
+        assert_eq!(established, seen_by("mgr", "spiffe://t/a", client), "a refresh");
+        assert_ne!(
+            established,
+            seen_by("mgr", "spiffe://t/b", client),
+            "another workload that copies the path"
+        );
+        assert_ne!(
+            established,
+            seen_by("mgr", "spiffe://t/a", &[("nsc", "nsc-1")]),
+            "another connection of the client"
+        );
+        let behind = &[("nsc", "nsc-0"), ("mgr", "u1")];
+        let established = seen_by("fwd", "spiffe://t/mgr", behind);
+        assert_eq!(established, seen_by("fwd", "spiffe://t/mgr", behind));
+        assert_ne!(
+            established,
+            seen_by("fwd", "spiffe://t/mgr", &[("evil", "x"), ("mgr", "u9")]),
+            "through the same manager"
+        );
+        assert_ne!(established, seen_by("fwd", "spiffe://t/evil", behind), "past the manager");
+    }
 }

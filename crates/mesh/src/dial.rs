@@ -9,7 +9,7 @@ use std::{
 
 use async_trait::async_trait;
 use nsm_api::{
-    path::{self, Asker},
+    limits, path,
     pb::{
         connection::{
             Connection, MonitorScopeSelector, PathSegment, monitor_connection_client::MonitorConnectionClient,
@@ -20,6 +20,7 @@ use nsm_api::{
 use nsm_transport::{Connection as Channel, Peer, Pool};
 use parking_lot::Mutex;
 use tokio::time::Instant;
+use tonic::Code;
 
 use crate::{
     auth::{self, OwnNamespace},
@@ -27,7 +28,7 @@ use crate::{
     error::{Error, Result},
     fds::{self, Fds},
     hop::NextHop,
-    monitor::Hub,
+    monitor::{self, Hub},
     scope::{Lease, Reason, Release},
 };
 
@@ -78,57 +79,58 @@ impl Dial {
         request: NetworkServiceRequest,
     ) -> Result<Connection> {
         let channel = self.channel(target, cx.deadline).await?;
-        let peer = channel.peer().clone();
+        let asked = request.connection.clone().unwrap_or_default();
         for mechanism in fds::mechanisms(&request) {
-            cx.fds.send(&peer, mechanism);
+            cx.fds.send(channel.peer(), mechanism);
         }
-        let index = path::index(request.connection.as_ref().unwrap_or(&Connection::default()));
-        let undo = request.connection.clone();
+        let result = self.exchange(cx, target, &channel, &asked, request).await;
+        // Whoever answered may have made something, also when the answer was lost or is of no use: it undoes that when
+        // it is told to close. What stood there before this request is not ours to decide about.
+        let made =
+            |e: &Error| e.hop.is_none() || e.code == Code::DeadlineExceeded || e.code == Code::Cancelled;
+        let stands = cx.scope.get::<Dialed>().is_some_and(|before| before.target == *target);
+        if !stands && result.as_ref().is_err_and(|e| made(e) || e.code == Code::Unavailable) {
+            tokio::spawn(close(channel, asked, Instant::now() + Release::TIME));
+        }
+        result
+    }
+
+    /// One call, and everything about its answer that is checked before it is believed.
+    async fn exchange(
+        &self,
+        cx: &mut Context<'_>,
+        target: &NextHop,
+        channel: &Channel,
+        asked: &Connection,
+        request: NetworkServiceRequest,
+    ) -> Result<Connection> {
+        let peer = channel.peer();
         let mut call = tonic::Request::new(request);
         call.set_timeout(cx.deadline.saturating_duration_since(Instant::now()));
         let answered =
             tokio::time::timeout_at(cx.deadline, NetworkServiceClient::new(channel.clone()).request(call))
                 .await;
         let mut answer = match answered {
-            Ok(Ok(answer)) => answer.into_inner(),
-            failed => {
-                let error = match failed {
-                    Ok(Err(status)) => Error::from(status),
-                    _ => Error::new(
-                        tonic::Code::DeadlineExceeded,
-                        format!("{target} ({}) did not answer in time", peer.id()),
-                    ),
-                };
-                // It may have made something before the answer was lost: a peer that is told to close undoes
-                // it. For a connection that stood before, that is not ours to decide.
-                let lost = matches!(
-                    error.code,
-                    tonic::Code::DeadlineExceeded | tonic::Code::Cancelled | tonic::Code::Unavailable
-                );
-                if lost
-                    && cx.scope.get::<Dialed>().is_none()
-                    && let Some(conn) = undo
-                {
-                    tokio::spawn(close(channel, conn, Instant::now() + Release::TIME));
-                }
-                return Err(error);
+            Ok(answer) => answer?.into_inner(),
+            Err(_) => {
+                return Err(Error::new(
+                    Code::DeadlineExceeded,
+                    format!("{target} ({}) did not answer in time", peer.id()),
+                ));
             }
         };
-        path::restore(&mut answer, Asker(index as u32))?;
-        if self.check_answers
-            && let Err(denied) = auth::check_answer(&answer, &peer, SystemTime::now())
-        {
-            tokio::spawn(close(channel, answer, Instant::now() + Release::TIME));
-            return Err(denied);
+        let useless =
+            |e: String| Error::new(Code::Unknown, format!("the answer of {target} is of no use: {e}"));
+        limits::check_connection(&answer).map_err(|e| useless(e.to_string()))?;
+        path::graft(&mut answer, asked).map_err(|e| useless(e.to_string()))?;
+        if self.check_answers {
+            auth::check_answer(&answer, peer, SystemTime::now())?;
         }
-        if let Err(error) = self.receive(cx, &peer, &answer).await {
-            tokio::spawn(close(channel, answer, Instant::now() + Release::TIME));
-            return Err(error);
-        }
+        self.receive(cx, peer, &answer).await?;
         if let Some(Caller { peer: caller, .. }) = &cx.caller {
-            auth::sign_for_caller(&mut answer, caller, &peer)?;
+            auth::sign_for_caller(&mut answer, caller, peer)?;
         }
-        self.follower.follow(target, &channel, &answer.id);
+        self.follower.follow(target, channel, &answer.id);
         Ok(answer)
     }
 }
@@ -163,14 +165,13 @@ impl Element for Dial {
         _: Next<'_>,
     ) -> Result<Connection> {
         let target = cx.next_hop.clone().ok_or_else(|| Error::internal("no element chose a next hop"))?;
+        let answer = self.call(cx, &target, request).await?;
         if cx.scope.get::<Dialed>().is_some_and(|old| old.target != target)
             && let Some(old) = cx.scope.take::<Dialed>()
         {
-            // The connection moves to another hop; the old one may be dead, and nobody waits for it.
-            let release = Release::now(Reason::Reselect);
-            tokio::spawn(async move { old.release(&release).await });
+            // The connection has moved to another hop; the old one may be dead, and nobody waits for it.
+            tokio::spawn(async move { old.release(&Release::now(Reason::Reselect)).await });
         }
-        let answer = self.call(cx, &target, request).await?;
         match cx.scope.get_mut::<Dialed>() {
             Some(dialed) => dialed.conn = answer.clone(),
             None => {
@@ -243,7 +244,7 @@ async fn close(channel: Channel, conn: Connection, deadline: Instant) -> Result<
     call.set_timeout(deadline.saturating_duration_since(Instant::now()));
     match tokio::time::timeout_at(deadline, NetworkServiceClient::new(channel).close(call)).await {
         Ok(answer) => answer.map(drop).map_err(Error::from),
-        Err(_) => Err(Error::new(tonic::Code::DeadlineExceeded, "the next hop did not close in time")),
+        Err(_) => Err(Error::new(Code::DeadlineExceeded, "the next hop did not close in time")),
     }
 }
 
@@ -266,21 +267,34 @@ impl Follower {
         streams.insert(target.clone(), BTreeSet::from([id.to_owned()]));
         let (this, target, channel) = (Arc::clone(self), target.clone(), channel.clone());
         tokio::spawn(async move {
-            if let Err(status) = this.stream(channel).await {
+            if let Err(status) = this.stream(&target, channel).await {
                 tracing::info!(next = %target, %status, "the next hop's events ended");
             }
-            let ids = this.streams.lock().remove(&target).unwrap_or_default();
-            this.hub.lost(&ids);
+            // Together: who follows this neighbour anew right now must not be told of the old stream's end.
+            let mut streams = this.streams.lock();
+            this.hub.lost(&streams.remove(&target).unwrap_or_default());
         });
     }
 
-    async fn stream(&self, channel: Channel) -> Result<(), tonic::Status> {
+    async fn stream(&self, target: &NextHop, channel: Channel) -> Result<(), tonic::Status> {
         let own = PathSegment { name: self.me.clone(), ..PathSegment::default() };
         let selector = MonitorScopeSelector { path_segments: vec![own], ..MonitorScopeSelector::default() };
         let mut events =
             MonitorConnectionClient::new(channel).monitor_connections(selector).await?.into_inner();
         while let Some(event) = events.message().await? {
-            self.hub.followed(&event);
+            // A neighbour speaks for the connections that we have with it, and no others.
+            let ours: BTreeSet<String> = {
+                let streams = self.streams.lock();
+                let Some(ids) = streams.get(target) else { break };
+                event
+                    .connections
+                    .values()
+                    .flat_map(monitor::followable)
+                    .filter(|id| ids.contains(*id))
+                    .cloned()
+                    .collect()
+            };
+            self.hub.followed(&event, &ours);
         }
         Ok(())
     }

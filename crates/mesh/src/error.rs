@@ -107,7 +107,9 @@ impl From<Error> for Status {
 impl From<Status> for Error {
     /// A neighbour's error, passed on as it is: its text names the hop that failed, if that is one of ours.
     fn from(status: Status) -> Self {
-        Self { hop: Some(String::new()), ..Self::new(status.code(), status.message()) }
+        // A neighbour's words go into logs and onto terminals.
+        let text: String = status.message().chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+        Self { hop: Some(String::new()), ..Self::new(status.code(), text) }
     }
 }
 

@@ -5,7 +5,7 @@
 //! events of this one. Matching and translation are pure.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fmt,
     sync::Arc,
 };
@@ -18,6 +18,7 @@ use nsm_api::{
         networkservice::NetworkServiceRequest,
     },
 };
+use nsm_identity::SpiffeId;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
@@ -28,9 +29,11 @@ use crate::{
 };
 
 /// Events that a watcher may lag behind before it is cut off: it is not buffered for without end.
-const LAG: usize = 1024;
+const LAG: usize = 256;
 /// Watchers of one process.
-const MAX_WATCHERS: usize = 4096;
+const MAX_WATCHERS: usize = 65_536;
+/// Watchers of one identity: upstream's neighbours open one for each of their connections.
+const MAX_OF_ONE: usize = 16_384;
 
 /// Whether a connection is in a selector's scope (section 9.1).
 #[must_use]
@@ -79,6 +82,14 @@ pub fn follow(mine: &Connection, theirs: &Connection, kind: ConnectionEventType)
     (event != *mine).then_some(event)
 }
 
+/// The ids of the connections of ours that an event of the next hop may be about: of the segment that it is at, and of
+/// the one left of it.
+pub fn followable(theirs: &Connection) -> impl Iterator<Item = &String> {
+    let index = path::index(theirs);
+    let places = [Some(index), index.checked_sub(1)].into_iter().flatten();
+    places.filter_map(|i| path::segments(theirs).get(i).map(|segment| &segment.id))
+}
+
 /// What this hop knows of its connections, and who watches.
 #[derive(Default)]
 pub struct Hub {
@@ -87,13 +98,39 @@ pub struct Hub {
 
 #[derive(Default)]
 struct HubState {
-    connections: HashMap<String, Connection>,
+    connections: HashMap<String, Known>,
     watchers: Vec<Watcher>,
+}
+
+/// A connection, and who asked for it.
+#[derive(Clone)]
+struct Known {
+    conn: Connection,
+    owner: Option<SpiffeId>,
 }
 
 struct Watcher {
     selector: MonitorScopeSelector,
-    events: mpsc::Sender<ConnectionEvent>,
+    viewer: Viewer,
+    events: mpsc::Sender<Arc<ConnectionEvent>>,
+}
+
+/// Who watches, and what he may see: events carry the path with its tokens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Viewer {
+    /// This process, or an identity that may see everything: every connection.
+    All,
+    /// A peer: the connections that it asked for.
+    Peer(SpiffeId),
+}
+
+impl Viewer {
+    fn sees(&self, known: &Known) -> bool {
+        match self {
+            Self::All => true,
+            Self::Peer(id) => known.owner.as_ref() == Some(id),
+        }
+    }
 }
 
 impl fmt::Debug for Hub {
@@ -112,10 +149,22 @@ impl Hub {
     ///
     /// # Errors
     /// Too many watchers.
-    pub fn watch(&self, selector: MonitorScopeSelector) -> Result<mpsc::Receiver<ConnectionEvent>> {
+    pub fn watch(
+        &self,
+        selector: MonitorScopeSelector,
+        viewer: Viewer,
+    ) -> Result<mpsc::Receiver<Arc<ConnectionEvent>>> {
         let (events, receiver) = mpsc::channel(LAG);
         let mut state = self.state.lock();
         state.watchers.retain(|w| !w.events.is_closed());
+        if let Viewer::Peer(id) = &viewer
+            && state.watchers.iter().filter(|w| w.viewer == viewer).count() >= MAX_OF_ONE
+        {
+            return Err(Error::new(
+                tonic::Code::ResourceExhausted,
+                format!("{id} has {MAX_OF_ONE} streams open here, the most that one identity may have"),
+            ));
+        }
         if state.watchers.len() >= MAX_WATCHERS {
             return Err(Error::new(
                 tonic::Code::ResourceExhausted,
@@ -125,14 +174,14 @@ impl Hub {
         let connections = state
             .connections
             .iter()
-            .filter(|(_, conn)| matches(&selector, conn))
-            .map(|(id, conn)| (id.clone(), conn.clone()))
+            .filter(|(_, known)| viewer.sees(known) && matches(&selector, &known.conn))
+            .map(|(id, known)| (id.clone(), known.conn.clone()))
             .collect();
         let initial =
             ConnectionEvent { r#type: ConnectionEventType::InitialStateTransfer.into(), connections };
         // The channel is new and empty.
-        let _ = events.try_send(initial);
-        state.watchers.push(Watcher { selector, events });
+        let _ = events.try_send(Arc::new(initial));
+        state.watchers.push(Watcher { selector, viewer, events });
         Ok(receiver)
     }
 
@@ -141,45 +190,28 @@ impl Hub {
         self.state.lock().watchers.clear();
     }
 
-    /// What is known of a connection.
-    #[must_use]
-    pub fn get(&self, id: &str) -> Option<Connection> {
-        self.state.lock().connections.get(id).cloned()
-    }
-
-    /// All connections, as watchers see them.
-    #[must_use]
-    pub fn connections(&self) -> Vec<Connection> {
-        self.state.lock().connections.values().cloned().collect()
-    }
-
-    /// A connection is new or has changed.
-    pub fn update(&self, conn: Connection) {
-        let mut state = self.state.lock();
-        state.connections.insert(conn.id.clone(), conn.clone());
-        state.tell(ConnectionEventType::Update, conn);
+    /// A connection is new or has changed; `owner` asked for it.
+    pub fn update(&self, conn: Connection, owner: Option<SpiffeId>) {
+        self.state.lock().update(Known { conn, owner });
     }
 
     /// A connection is gone.
     pub fn delete(&self, id: &str) {
         let mut state = self.state.lock();
-        if let Some(conn) = state.connections.remove(id) {
-            state.tell(ConnectionEventType::Delete, conn);
+        if let Some(known) = state.connections.remove(id) {
+            state.tell(ConnectionEventType::Delete, &known);
         }
     }
 
-    /// A next hop told something.
-    pub fn followed(&self, event: &ConnectionEvent) {
+    /// A next hop told something; `ours` are those of our connections that it may speak for.
+    pub fn followed(&self, event: &ConnectionEvent, ours: &BTreeSet<String>) {
         let mut state = self.state.lock();
         for theirs in event.connections.values() {
-            // Ours is the segment that the event is at, or the one left of it.
-            let index = path::index(theirs);
-            for i in [Some(index), index.checked_sub(1)].into_iter().flatten() {
-                let Some(segment) = path::segments(theirs).get(i) else { continue };
-                let Some(mine) = state.connections.get(&segment.id) else { continue };
-                if let Some(news) = follow(mine, theirs, event.r#type()) {
-                    state.connections.insert(news.id.clone(), news.clone());
-                    state.tell(ConnectionEventType::Update, news);
+            for id in followable(theirs).filter(|id| ours.contains(*id)) {
+                let Some(known) = state.connections.get(id) else { continue };
+                if let Some(conn) = follow(&known.conn, theirs, event.r#type()) {
+                    let owner = known.owner.clone();
+                    state.update(Known { conn, owner });
                 }
             }
         }
@@ -189,28 +221,30 @@ impl Hub {
     pub fn lost<'a>(&self, ids: impl IntoIterator<Item = &'a String>) {
         let mut state = self.state.lock();
         for id in ids {
-            let Some(mine) = state.connections.get_mut(id) else { continue };
-            if mine.state() != State::Down {
-                mine.set_state(State::Down);
-                let news = mine.clone();
-                state.tell(ConnectionEventType::Update, news);
+            let Some(known) = state.connections.get(id) else { continue };
+            if known.conn.state() != State::Down {
+                let mut news = known.clone();
+                news.conn.set_state(State::Down);
+                state.update(news);
             }
         }
     }
 }
 
 impl HubState {
-    fn tell(&mut self, kind: ConnectionEventType, conn: Connection) {
+    fn update(&mut self, known: Known) {
+        self.tell(ConnectionEventType::Update, &known);
+        self.connections.insert(known.conn.id.clone(), known);
+    }
+
+    fn tell(&mut self, kind: ConnectionEventType, known: &Known) {
+        let connections = BTreeMap::from([(known.conn.id.clone(), known.conn.clone())]);
+        let event = Arc::new(ConnectionEvent { r#type: kind.into(), connections });
         self.watchers.retain(|watcher| {
-            if !matches(&watcher.selector, &conn) {
-                return true;
-            }
-            let event = ConnectionEvent {
-                r#type: kind.into(),
-                connections: BTreeMap::from([(conn.id.clone(), conn.clone())]),
-            };
             // Full: the watcher reads too slowly and is cut off; it comes back and gets the state anew.
-            watcher.events.try_send(event).is_ok()
+            !watcher.viewer.sees(known)
+                || !matches(&watcher.selector, &known.conn)
+                || watcher.events.try_send(Arc::clone(&event)).is_ok()
         });
     }
 }
@@ -255,6 +289,7 @@ impl Element for Monitor {
         request: NetworkServiceRequest,
         next: Next<'_>,
     ) -> Result<Connection> {
+        let owner = cx.caller.as_ref().map(|caller| caller.peer.id().clone());
         let known = cx.scope.get::<Published>().is_some();
         let asked = request.connection.clone().unwrap_or_default();
         if !known {
@@ -267,12 +302,12 @@ impl Element for Monitor {
                     path::trim(&mut conn);
                 }
                 conn.set_state(State::Up);
-                self.hub.update(conn.clone());
+                self.hub.update(conn.clone(), owner);
                 Ok(conn)
             }
             Err(error) => {
                 if known {
-                    self.hub.update(Connection { state: State::Down.into(), ..asked });
+                    self.hub.update(Connection { state: State::Down.into(), ..asked }, owner);
                 }
                 Err(error)
             }
@@ -339,12 +374,12 @@ mod tests {
     #[tokio::test]
     async fn watchers_get_the_state_first_and_then_what_changes() {
         let hub = Hub::default();
-        let mut empty = hub.watch(selector(&[("nsc", "")], &[])).unwrap();
+        let mut empty = hub.watch(selector(&[("nsc", "")], &[]), Viewer::All).unwrap();
         assert!(empty.recv().await.unwrap().connections.is_empty());
-        hub.update(conn(1, PATH));
+        hub.update(conn(1, PATH), None);
         let event = empty.recv().await.unwrap();
         assert_eq!((event.r#type(), event.connections.len()), (ConnectionEventType::Update, 1));
-        let mut late = hub.watch(selector(&[], &[])).unwrap();
+        let mut late = hub.watch(selector(&[], &[]), Viewer::All).unwrap();
         assert_eq!(late.recv().await.unwrap().connections.keys().collect::<Vec<_>>(), ["u1"]);
         hub.delete("u1");
         assert_eq!(late.recv().await.unwrap().r#type(), ConnectionEventType::Delete);
@@ -356,9 +391,9 @@ mod tests {
     #[tokio::test]
     async fn a_slow_watcher_is_cut_off() {
         let hub = Hub::default();
-        let mut slow = hub.watch(selector(&[], &[])).unwrap();
+        let mut slow = hub.watch(selector(&[], &[]), Viewer::All).unwrap();
         for _ in 0..=LAG {
-            hub.update(conn(1, PATH));
+            hub.update(conn(1, PATH), None);
         }
         let mut seen = 0;
         while slow.recv().await.is_some() {
@@ -395,12 +430,43 @@ mod tests {
     #[tokio::test]
     async fn a_lost_neighbour_is_down_once() {
         let hub = Hub::default();
-        hub.update(conn(1, PATH));
-        let mut watcher = hub.watch(selector(&[], &[])).unwrap();
+        hub.update(conn(1, PATH), None);
+        let mut watcher = hub.watch(selector(&[], &[]), Viewer::All).unwrap();
         watcher.recv().await;
         hub.lost(&["u1".into(), "unknown".into()]);
         hub.lost(&["u1".into()]);
         assert_eq!(watcher.recv().await.unwrap().connections["u1"].state(), State::Down);
         assert!(watcher.try_recv().is_err());
+    }
+
+    #[tokio::test]
+    async fn a_peer_sees_what_it_asked_for_and_nothing_else() {
+        let (a, b): (SpiffeId, SpiffeId) = ("spiffe://t/a".parse().unwrap(), "spiffe://t/b".parse().unwrap());
+        let hub = Hub::default();
+        hub.update(conn(1, PATH), Some(a.clone()));
+        let mut mine = hub.watch(selector(&[], &[]), Viewer::Peer(a)).unwrap();
+        let mut other = hub.watch(selector(&[], &[]), Viewer::Peer(b)).unwrap();
+        assert_eq!(mine.recv().await.unwrap().connections.len(), 1);
+        assert!(other.recv().await.unwrap().connections.is_empty());
+        hub.delete("u1");
+        assert_eq!(mine.recv().await.unwrap().connections.len(), 1);
+        assert!(other.try_recv().is_err());
+    }
+
+    #[test]
+    fn a_neighbour_speaks_for_its_connections_only() {
+        let hub = Hub::default();
+        hub.update(conn(1, PATH), None);
+        let mut theirs = conn(2, PATH);
+        theirs.set_state(State::Down);
+        let event = ConnectionEvent {
+            r#type: ConnectionEventType::Update.into(),
+            connections: BTreeMap::from([("u2".into(), theirs)]),
+        };
+        let state = || hub.state.lock().connections["u1"].conn.state();
+        hub.followed(&event, &BTreeSet::from(["u7".to_owned()]));
+        assert_eq!(state(), State::Up);
+        hub.followed(&event, &BTreeSet::from(["u1".to_owned()]));
+        assert_eq!(state(), State::Down);
     }
 }

@@ -62,49 +62,60 @@ pub enum Reason {
 
 /// Everything one connection holds, in the order it was acquired.
 #[derive(Debug, Default)]
-pub struct Scope(Vec<Box<dyn Lease>>);
+pub struct Scope {
+    leases: Vec<(Mark, Box<dyn Lease>)>,
+    next: u64,
+}
+
+/// A point in the life of a scope: what was leased since can be given back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Mark(u64);
 
 impl Scope {
     /// Keeps a lease until the connection ends, or until the request that acquired it fails.
     pub fn lease(&mut self, lease: impl Lease) {
-        self.0.push(Box::new(lease));
+        self.leases.push((Mark(self.next), Box::new(lease)));
+        self.next += 1;
     }
 
     /// What an earlier request of this connection leased, if it did.
     #[must_use]
     pub fn get<T: Lease>(&self) -> Option<&T> {
-        self.0.iter().rev().find_map(|lease| (&**lease as &dyn Any).downcast_ref())
+        self.leases.iter().rev().find_map(|(_, lease)| (&**lease as &dyn Any).downcast_ref())
     }
 
     /// The same, to be brought up to date.
     pub fn get_mut<T: Lease>(&mut self) -> Option<&mut T> {
-        self.0.iter_mut().rev().find_map(|lease| (&mut **lease as &mut dyn Any).downcast_mut())
+        self.leases.iter_mut().rev().find_map(|(_, lease)| (&mut **lease as &mut dyn Any).downcast_mut())
     }
 
     /// Takes a lease out, to be released or replaced by the caller.
     pub fn take<T: Lease>(&mut self) -> Option<Box<T>> {
-        let at = self.0.iter().rposition(|lease| (&**lease as &dyn Any).is::<T>())?;
-        (self.0.remove(at) as Box<dyn Any>).downcast().ok()
+        let at = self.leases.iter().rposition(|(_, lease)| (&**lease as &dyn Any).is::<T>())?;
+        (self.leases.remove(at).1 as Box<dyn Any>).downcast().ok()
     }
 
-    /// How many leases there are: a mark to unwind to.
+    /// Now: everything leased later can be given back by [`Scope::unwind_to`].
     #[must_use]
-    pub fn len(&self) -> usize {
-        self.0.len()
+    pub fn mark(&self) -> Mark {
+        Mark(self.next)
     }
 
     /// Whether nothing is held.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.leases.is_empty()
     }
 
-    /// Gives back, newest first, everything acquired since the scope was `len` long. What fails is collected,
-    /// not lost, and stops nobody.
-    pub async fn unwind_to(&mut self, len: usize, cx: &Release) -> Vec<Error> {
+    /// Gives everything back, newest first.
+    pub async fn unwind(&mut self, cx: &Release) -> Vec<Error> {
+        self.unwind_to(Mark(0), cx).await
+    }
+
+    /// Gives back, newest first, everything leased since `mark`. What fails is collected, not lost, and stops nobody.
+    pub async fn unwind_to(&mut self, mark: Mark, cx: &Release) -> Vec<Error> {
         let mut errors = Vec::new();
-        while self.0.len() > len {
-            let Some(lease) = self.0.pop() else { break };
+        while let Some((_, lease)) = self.leases.pop_if(|(leased, _)| *leased >= mark) {
             let name = lease.name();
             if let Err(error) = lease.release(cx).await {
                 tracing::warn!(lease = name, reason = ?cx.reason, %error, "could not be released");

@@ -1,17 +1,21 @@
 //! The gRPC face of a hop: `NetworkService` and `MonitorConnection`.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
-use nsm_api::pb::{
-    connection::{
-        Connection, ConnectionEvent, MonitorScopeSelector,
-        monitor_connection_server::{MonitorConnection, MonitorConnectionServer},
-    },
-    networkservice::{
-        NetworkServiceRequest,
-        network_service_server::{NetworkService, NetworkServiceServer},
+use nsm_api::{
+    limits,
+    pb::{
+        connection::{
+            Connection, ConnectionEvent, MonitorScopeSelector,
+            monitor_connection_server::{MonitorConnection, MonitorConnectionServer},
+        },
+        networkservice::{
+            NetworkServiceRequest,
+            network_service_server::{NetworkService, NetworkServiceServer},
+        },
     },
 };
+use nsm_identity::SpiffeId;
 use nsm_transport::{Deadline, Peer, client_token};
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
@@ -21,20 +25,29 @@ use crate::{
     chain::{Call, Caller, Connections, DEFAULT_DEADLINE},
     error::Error,
     fds::{self, Fds},
-    monitor::Hub,
+    monitor::{Hub, Viewer},
 };
 
 /// The names of both services, for gRPC health.
 pub const SERVICES: [&str; 2] = ["networkservice.NetworkService", "connection.MonitorConnection"];
 
+/// Descriptors travel with the call or, where a Go peer's scheduler is slow, with one of its next bytes.
+const DESCRIPTORS: std::time::Duration = std::time::Duration::from_secs(5);
+
 /// No caller keeps a request waiting for longer than this, whatever it says.
 const LONGEST_DEADLINE: std::time::Duration = std::time::Duration::from_secs(300);
 
-/// Adds both services of a hop to a server's routes.
-pub fn add(routes: &mut tonic::service::RoutesBuilder, connections: Arc<Connections>, hub: Arc<Hub>) {
+/// Adds both services of a hop to a server's routes. `readers` may watch every connection, others those that they
+/// asked for.
+pub fn add(
+    routes: &mut tonic::service::RoutesBuilder,
+    connections: Arc<Connections>,
+    hub: Arc<Hub>,
+    readers: Arc<BTreeSet<SpiffeId>>,
+) {
     routes
         .add_service(NetworkServiceServer::new(Hop { connections }))
-        .add_service(MonitorConnectionServer::new(Events { hub }));
+        .add_service(MonitorConnectionServer::new(Events { hub, readers }));
 }
 
 #[derive(Debug)]
@@ -48,9 +61,11 @@ impl NetworkService for Hop {
         let (caller, deadline) = facts(&request)?;
         let peer = caller.peer.clone();
         let request = request.into_inner();
+        // Before anything is waited for.
+        limits::check_request(&request).map_err(|e| Error::from(e).at(self.connections.me()))?;
         let mut received = Fds::default();
         received
-            .receive(&peer, fds::mechanisms(&request), deadline)
+            .receive(&peer, fds::mechanisms(&request), deadline.min(Instant::now() + DESCRIPTORS))
             .await
             .map_err(|e| e.at(self.connections.me()))?;
         let call = Call { caller: Some(caller), deadline: Some(deadline), fds: received.clone() };
@@ -89,13 +104,14 @@ fn facts<T>(request: &Request<T>) -> Result<(Caller, Instant), Status> {
 #[derive(Debug)]
 struct Events {
     hub: Arc<Hub>,
+    readers: Arc<BTreeSet<SpiffeId>>,
 }
 
 #[tonic::async_trait]
 impl MonitorConnection for Events {
     type MonitorConnectionsStream = futures::stream::Map<
-        ReceiverStream<ConnectionEvent>,
-        fn(ConnectionEvent) -> Result<ConnectionEvent, Status>,
+        ReceiverStream<Arc<ConnectionEvent>>,
+        fn(Arc<ConnectionEvent>) -> Result<ConnectionEvent, Status>,
     >;
 
     async fn monitor_connections(
@@ -103,13 +119,20 @@ impl MonitorConnection for Events {
         request: Request<MonitorScopeSelector>,
     ) -> Result<Response<Self::MonitorConnectionsStream>, Status> {
         use futures::StreamExt as _;
+        let peer = Peer::of(&request)?.id().clone();
+        let viewer = if self.readers.contains(&peer) { Viewer::All } else { Viewer::Peer(peer) };
         let selector = request.into_inner();
         if selector.path_segments.len() > nsm_api::path::MAX_SEGMENTS
             || selector.network_services.len() > nsm_api::limits::MAX_ENTRIES
         {
             return Err(Error::invalid("the selector is larger than any path").into());
         }
-        let events = self.hub.watch(selector)?;
-        Ok(Response::new(ReceiverStream::new(events).map(Ok as fn(_) -> _)))
+        let events = self.hub.watch(selector, viewer)?;
+        Ok(Response::new(ReceiverStream::new(events).map(own as fn(_) -> _)))
     }
+}
+
+/// One event goes to many watchers; the last of them gets it without a copy.
+fn own(event: Arc<ConnectionEvent>) -> Result<ConnectionEvent, Status> {
+    Ok(Arc::unwrap_or_clone(event))
 }

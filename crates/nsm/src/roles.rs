@@ -116,6 +116,9 @@ pub(crate) struct Manager {
     /// SPIFFE IDs that may ask for wires into namespaces other than their own
     #[arg(long, env = "NSM_NAMESPACE_DELEGATES", value_delimiter = ',', value_name = "SPIFFE_ID")]
     namespace_delegates: Vec<SpiffeId>,
+    /// SPIFFE IDs that may watch every connection; others see those that they asked for
+    #[arg(long, env = "NSM_MONITOR_READERS", value_delimiter = ',', value_name = "SPIFFE_ID")]
+    monitor_readers: Vec<SpiffeId>,
     /// Prefixes that endpoints must not hand out on this node
     #[arg(long, env = "NSM_EXCLUDED_PREFIXES", value_delimiter = ',', value_name = "PREFIX")]
     excluded_prefixes: Vec<IpNet>,
@@ -140,6 +143,7 @@ impl Manager {
             forwarder_service: self.forwarder_network_service_name,
             namespace_delegates: self.namespace_delegates.into_iter().collect(),
             excluded_prefixes: self.excluded_prefixes,
+            monitor_readers: self.monitor_readers.into_iter().collect(),
             max_token_lifetime: self.tokens.max_token_lifetime,
         };
         nsm_manager::serve(config, identity().await?, ready, shutdown.wait()).await?;

@@ -19,7 +19,7 @@ use nsm_mesh::{
     Answer, Call, Connections, Context, Element, Error, Next, NextHop, Result, chain,
     dial::Dial,
     metrics::Metrics,
-    monitor::{Hub, Monitor},
+    monitor::{Hub, Monitor, Viewer},
     refresh,
 };
 use nsm_transport::Pool;
@@ -266,11 +266,11 @@ async fn goes_down(
     hub: &Hub,
     selector: &MonitorScopeSelector,
     id: &str,
-    events: &mut Option<tokio::sync::mpsc::Receiver<nsm_api::pb::connection::ConnectionEvent>>,
+    events: &mut Option<tokio::sync::mpsc::Receiver<Arc<nsm_api::pb::connection::ConnectionEvent>>>,
 ) {
     loop {
         if events.is_none() {
-            *events = hub.watch(selector.clone()).ok();
+            *events = hub.watch(selector.clone(), Viewer::All).ok();
         }
         let Some(receiver) = events else { return std::future::pending().await };
         match receiver.recv().await {

@@ -157,7 +157,7 @@ pub async fn serve(
         .await
         .map_err(|e| Error::unavailable(chain_text(&e)))?;
     let mut routes = tonic::service::RoutesBuilder::default();
-    nsm_mesh::server::add(&mut routes, Arc::clone(&connections), Arc::clone(&hub));
+    nsm_mesh::server::add(&mut routes, Arc::clone(&connections), Arc::clone(&hub), Arc::default());
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let serving = server.serve(routes.routes(), &nsm_mesh::server::SERVICES, async {
         let _ = stopped.await;
