@@ -27,7 +27,7 @@ const ENDPOINT: [&str; 2] = ["172.16.1.2", "2001:db8::2"];
 /// Longer than anything takes that shall happen.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long something is waited for that shall not happen.
-const BRIEFLY: Duration = Duration::from_millis(400);
+const BRIEFLY: Duration = Duration::from_millis(300);
 
 const EXAMPLE: &str = r#"
 aclRules:
@@ -106,7 +106,7 @@ fn at(address: &str, port: u16) -> SocketAddr {
 }
 
 /// Whether a connection comes about and carries something there and back.
-fn tcp(from: &Namespace, to: &Namespace, address: &str, port: u16) -> bool {
+fn tcp(from: &Namespace, to: &Namespace, address: &str, port: u16, wait: Duration) -> bool {
     use std::io::{Read as _, Write as _};
     let server = to.run(|| TcpListener::bind(at(address, port))).unwrap().unwrap();
     let serving = std::thread::spawn(move || {
@@ -117,7 +117,7 @@ fn tcp(from: &Namespace, to: &Namespace, address: &str, port: u16) -> bool {
             stream.write_all(b"pong").unwrap();
         }
     });
-    let client = from.run(|| TcpStream::connect_timeout(&at(address, port), 2 * BRIEFLY)).unwrap();
+    let client = from.run(|| TcpStream::connect_timeout(&at(address, port), wait)).unwrap();
     let passed = client.is_ok_and(|mut stream| {
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.write_all(b"ping").unwrap();
@@ -131,7 +131,7 @@ fn tcp(from: &Namespace, to: &Namespace, address: &str, port: u16) -> bool {
 }
 
 /// Whether an echo request is answered.
-fn ping(from: &Namespace, address: &str) -> bool {
+fn ping(from: &Namespace, address: &str, wait: Duration) -> bool {
     from.set_sysctl("net/ipv4/ping_group_range", "0 2147483647").unwrap();
     let to = at(address, 0);
     let (family, protocol, kind) = match to {
@@ -140,12 +140,12 @@ fn ping(from: &Namespace, address: &str) -> bool {
     };
     let socket =
         from.run(|| rustix::net::socket(family, SocketType::DGRAM, Some(protocol))).unwrap().unwrap();
-    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(2 * BRIEFLY)).unwrap();
+    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(wait)).unwrap();
     rustix::net::sendto(&socket, &[kind, 0, 0, 0, 0, 1, 0, 1], SendFlags::empty(), &to).unwrap();
     rustix::net::recv(&socket, &mut [0u8; 64][..], RecvFlags::empty()).is_ok()
 }
 
-/// A UDP socket that waits briefly.
+/// A UDP socket that waits briefly, until it is told otherwise.
 fn udp(ns: &Namespace, address: SocketAddr) -> UdpSocket {
     let socket = ns.run(|| UdpSocket::bind(address)).unwrap().unwrap();
     socket.set_read_timeout(Some(BRIEFLY)).unwrap();
@@ -153,7 +153,8 @@ fn udp(ns: &Namespace, address: SocketAddr) -> UdpSocket {
 }
 
 /// Whether a datagram from one socket gets to the other.
-fn passes(from: &UdpSocket, to: &UdpSocket) -> bool {
+fn passes(from: &UdpSocket, to: &UdpSocket, wait: Duration) -> bool {
+    to.set_read_timeout(Some(wait)).unwrap();
     from.send_to(b"hello", to.local_addr().unwrap()).unwrap();
     to.recv(&mut [0; 8]).is_ok()
 }
@@ -164,9 +165,9 @@ fn a_passthrough_lets_everything_pass_in_both_directions() {
     for layer in layers() {
         let Some((chain, works)) = Chain::joined(test, Role::Passthrough, &layer) else { return };
         for (client, endpoint) in CLIENT.into_iter().zip(ENDPOINT) {
-            assert!(ping(chain.client(), endpoint) && ping(chain.endpoint(), client));
-            assert!(tcp(chain.client(), chain.endpoint(), endpoint, 8080));
-            assert!(tcp(chain.endpoint(), chain.client(), client, 22));
+            assert!(ping(chain.client(), endpoint, PATIENCE) && ping(chain.endpoint(), client, PATIENCE));
+            assert!(tcp(chain.client(), chain.endpoint(), endpoint, 8080, PATIENCE));
+            assert!(tcp(chain.endpoint(), chain.client(), client, 22, PATIENCE));
             assert!(reaches(chain.client(), chain.endpoint(), endpoint));
         }
         stop(works);
@@ -179,13 +180,13 @@ fn the_example_lets_ping_and_80_pass_and_nothing_else() {
     for layer in layers() {
         let Some((chain, works)) = Chain::joined(test, firewall(EXAMPLE), &layer) else { return };
         for (client, endpoint) in CLIENT.into_iter().zip(ENDPOINT) {
-            assert!(ping(chain.client(), endpoint), "{layer:?} {endpoint}\n{}", chain.ruleset());
-            assert!(tcp(chain.client(), chain.endpoint(), endpoint, 80), "{layer:?} {endpoint}");
-            assert!(!tcp(chain.client(), chain.endpoint(), endpoint, 8080), "{layer:?} {endpoint}");
+            assert!(ping(chain.client(), endpoint, PATIENCE), "{layer:?} {endpoint}\n{}", chain.ruleset());
+            assert!(tcp(chain.client(), chain.endpoint(), endpoint, 80, PATIENCE), "{layer:?} {endpoint}");
+            assert!(!tcp(chain.client(), chain.endpoint(), endpoint, 8080, BRIEFLY), "{layer:?} {endpoint}");
             assert!(!reaches(chain.client(), chain.endpoint(), endpoint), "{layer:?} {endpoint}");
             // Nothing begins at the far side.
-            assert!(!ping(chain.endpoint(), client), "{layer:?} {client}");
-            assert!(!tcp(chain.endpoint(), chain.client(), client, 80), "{layer:?} {client}");
+            assert!(!ping(chain.endpoint(), client, BRIEFLY), "{layer:?} {client}");
+            assert!(!tcp(chain.endpoint(), chain.client(), client, 80, BRIEFLY), "{layer:?} {client}");
         }
         stop(works);
     }
@@ -205,9 +206,9 @@ forbid tcp80: {proto: 6, srcportoricmptypelast: 65535, dstportoricmpcodefirst: 8
             return;
         };
         for (client, endpoint) in CLIENT.into_iter().zip(ENDPOINT) {
-            assert!(ping(chain.client(), endpoint) && ping(chain.endpoint(), client));
-            assert!(tcp(chain.client(), chain.endpoint(), endpoint, 8080));
-            assert!(!tcp(chain.client(), chain.endpoint(), endpoint, 80));
+            assert!(ping(chain.client(), endpoint, PATIENCE) && ping(chain.endpoint(), client, PATIENCE));
+            assert!(tcp(chain.client(), chain.endpoint(), endpoint, 8080, PATIENCE));
+            assert!(!tcp(chain.client(), chain.endpoint(), endpoint, 80, BRIEFLY));
         }
         stop(works);
     }
@@ -224,10 +225,14 @@ fn a_reflected_flow_is_answered_and_a_permitted_one_need_not_be_asked() {
                 let client = udp(chain.client(), at(client, 4000));
                 let dns = udp(chain.endpoint(), at(endpoint, 53));
                 let other = udp(chain.endpoint(), at(endpoint, 54));
-                assert_eq!(passes(&dns, &client), unasked, "{action} {layer:?}");
-                assert!(passes(&client, &dns), "{action} {layer:?}");
-                assert!(passes(&dns, &client), "{action} {layer:?}");
-                assert!(!passes(&other, &client) && !passes(&client, &other), "{action} {layer:?}");
+                let wait = if unasked { PATIENCE } else { BRIEFLY };
+                assert_eq!(passes(&dns, &client, wait), unasked, "{action} {layer:?}");
+                assert!(passes(&client, &dns, PATIENCE), "{action} {layer:?}");
+                assert!(passes(&dns, &client, PATIENCE), "{action} {layer:?}");
+                assert!(
+                    !passes(&other, &client, BRIEFLY) && !passes(&client, &other, BRIEFLY),
+                    "{action} {layer:?}"
+                );
             }
             stop(works);
         }
@@ -248,10 +253,13 @@ elsewhere: {ispermit: 2, srcprefix: 10.0.0.0/8}
         for (port, wanted) in
             [(22, [true, false]), (23, [false, false]), (25, [true, false]), (30, [false, true])]
         {
-            let passed = ENDPOINT.map(|endpoint| tcp(chain.client(), chain.endpoint(), endpoint, port));
-            assert_eq!(passed, wanted, "{port} {layer:?}");
+            for (endpoint, wanted) in ENDPOINT.into_iter().zip(wanted) {
+                let wait = if wanted { PATIENCE } else { BRIEFLY };
+                let passed = tcp(chain.client(), chain.endpoint(), endpoint, port, wait);
+                assert_eq!(passed, wanted, "{port} {layer:?}");
+            }
         }
-        assert!(!ping(chain.client(), ENDPOINT[0]));
+        assert!(!ping(chain.client(), ENDPOINT[0], BRIEFLY));
         stop(works);
     }
 }
@@ -311,8 +319,8 @@ fn the_function_itself_is_neither_reached_nor_heard() {
                 [("10.9.0.1", ENDPOINT[0], CLIENT[0]), ("2001:db8:9::1", ENDPOINT[1], CLIENT[1])]
             {
                 let inside = udp(&chain.function, at(own, 7));
-                assert!(!passes(&udp(chain.client(), at(client, 0)), &inside), "{layer:?}");
-                assert!(ping(chain.client(), endpoint));
+                assert!(!passes(&udp(chain.client(), at(client, 0)), &inside, BRIEFLY), "{layer:?}");
+                assert!(ping(chain.client(), endpoint, PATIENCE));
             }
             if !layer.is_ethernet() {
                 // It has an address after all, that of the link.
@@ -333,7 +341,7 @@ fn the_function_itself_is_neither_reached_nor_heard() {
             let mac = bridge.split_whitespace().nth(2).unwrap();
             output(chain.client(), &format!("ip neigh replace {} lladdr {mac} dev nsm0", ENDPOINT[0]));
             let inside = udp(&chain.function, at("10.9.0.1", 8));
-            assert!(!passes(&udp(chain.client(), at(CLIENT[0], 0)), &inside));
+            assert!(!passes(&udp(chain.client(), at(CLIENT[0], 0)), &inside, BRIEFLY));
             stop(works);
         }
     }
@@ -353,11 +361,18 @@ fn joins_with_the_same_addresses_share_no_connections() {
         for (client, endpoint) in CLIENT.into_iter().zip(ENDPOINT) {
             let clients = [one.client(), &two.client].map(|ns| udp(ns, at(client, 4000)));
             let servers = [one.endpoint(), &two.endpoint].map(|ns| udp(ns, at(endpoint, 53)));
-            assert!(passes(&clients[0], &servers[0]) && passes(&servers[0], &clients[0]), "{layer:?}");
+            assert!(
+                passes(&clients[0], &servers[0], PATIENCE) && passes(&servers[0], &clients[0], PATIENCE),
+                "{layer:?}"
+            );
             assert!(servers[1].recv(&mut [0; 8]).is_err());
             // The very same flow, but nobody asked for it on this wire.
-            assert!(!passes(&servers[1], &clients[1]), "{layer:?}\n{}", one.ruleset());
-            assert!(passes(&clients[1], &servers[1]) && passes(&servers[1], &clients[1]), "{layer:?}");
+            assert!(!passes(&servers[1], &clients[1], BRIEFLY), "{layer:?}\n{}", one.ruleset());
+            assert!(
+                passes(&clients[1], &servers[1], PATIENCE) && passes(&servers[1], &clients[1], PATIENCE),
+                "{layer:?}"
+            );
+            clients[0].set_read_timeout(Some(BRIEFLY)).unwrap();
             assert!(clients[0].recv(&mut [0; 8]).is_err());
         }
         stop(works);
@@ -369,24 +384,24 @@ fn a_restart_finds_equal_rules_and_writes_nothing() {
     let test = "a_restart_finds_equal_rules_and_writes_nothing";
     for layer in layers() {
         let Some((chain, works)) = Chain::joined(test, firewall(EXAMPLE), &layer) else { return };
-        assert!(ping(chain.client(), ENDPOINT[0]));
+        assert!(ping(chain.client(), ENDPOINT[0], PATIENCE));
         let before = chain.ruleset();
         assert!(before.contains("counter packets 1 "), "{before}");
         // As a crash: nothing is cleaned up.
         drop(works);
-        assert!(ping(chain.client(), ENDPOINT[0]));
+        assert!(ping(chain.client(), ENDPOINT[0], PATIENCE));
         let counted = chain.ruleset();
         let works = chain.start(firewall(EXAMPLE));
         // Handles and counters are what they were.
         assert_eq!(chain.ruleset(), counted);
         join(&works, "in", "out", &layer);
         assert_eq!(chain.ruleset(), counted);
-        assert!(ping(chain.client(), ENDPOINT[0]));
-        assert!(!tcp(chain.client(), chain.endpoint(), ENDPOINT[0], 8080));
+        assert!(ping(chain.client(), ENDPOINT[0], PATIENCE));
+        assert!(!tcp(chain.client(), chain.endpoint(), ENDPOINT[0], 8080, BRIEFLY));
         stop(works);
         assert_eq!(chain.ruleset(), "");
         assert!(!output(&chain.function, "ip -br link").contains("nsm-"));
-        assert!(!ping(chain.client(), ENDPOINT[0]));
+        assert!(!ping(chain.client(), ENDPOINT[0], BRIEFLY));
     }
 }
 
@@ -398,13 +413,17 @@ fn old_connections_have_to_pass_new_rules() {
         let Some((chain, works)) = Chain::joined(test, firewall(&rules(53)), &layer) else { return };
         let (client, server) =
             (udp(chain.client(), at(CLIENT[0], 4000)), udp(chain.endpoint(), at(ENDPOINT[0], 53)));
-        assert!(passes(&client, &server) && passes(&server, &client));
+        assert!(passes(&client, &server, PATIENCE) && passes(&server, &client, PATIENCE));
         drop(works);
         let works = chain.start(firewall(&rules(54)));
-        assert!(!passes(&server, &client) && !passes(&client, &server), "{}", chain.ruleset());
+        assert!(
+            !passes(&server, &client, BRIEFLY) && !passes(&client, &server, BRIEFLY),
+            "{}",
+            chain.ruleset()
+        );
         drop(works);
         let works = chain.start(firewall(&rules(53)));
-        assert!(passes(&client, &server) && passes(&server, &client));
+        assert!(passes(&client, &server, PATIENCE) && passes(&server, &client, PATIENCE));
         stop(works);
     }
 }
@@ -418,9 +437,9 @@ fn nothing_passes_before_the_filter_or_after_the_join() {
         else {
             return;
         };
-        assert!(ping(chain.client(), ENDPOINT[0]));
+        assert!(ping(chain.client(), ENDPOINT[0], PATIENCE));
         works.part("in").unwrap();
-        assert!(!ping(chain.client(), ENDPOINT[0]));
+        assert!(!ping(chain.client(), ENDPOINT[0], BRIEFLY));
         assert!(!chain.ruleset().contains("\"in\""), "{}", chain.ruleset());
         // The same interfaces by another hand, without a filter of their own: the firewall's namespace forwards nothing.
         output(&chain.function, "ip link add br0 type bridge nf_call_iptables 1 nf_call_ip6tables 1");
@@ -428,7 +447,7 @@ fn nothing_passes_before_the_filter_or_after_the_join() {
         for port in ["in", "out"] {
             output(&chain.function, &format!("ip link set {port} master br0"));
         }
-        assert!(!ping(chain.client(), ENDPOINT[0]));
+        assert!(!ping(chain.client(), ENDPOINT[0], BRIEFLY));
         stop(works);
     }
 }
