@@ -100,10 +100,8 @@ impl Works {
     pub fn stop(self) -> Result<()> {
         self.joiner.stop();
         let mut netfilter = self.netfilter.into_inner();
-        for family in [Family::Inet, Family::Bridge] {
-            nft::remove(&mut netfilter, family, TABLE)?;
-        }
-        Ok(())
+        let removed = [Family::Inet, Family::Bridge].map(|family| nft::remove(&mut netfilter, family, TABLE));
+        removed.into_iter().collect::<Result<Vec<_>>>().map(drop)
     }
 
     /// The layer as this role does it.

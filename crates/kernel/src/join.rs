@@ -436,7 +436,6 @@ pub fn changes(wanted: &BTreeSet<Fact>, seen: &BTreeSet<Fact>) -> Vec<Change> {
 /// The joins that these facts make up: what a function finds that was restarted.
 pub fn joins(seen: &Snapshot) -> Vec<Join> {
     let mut joins = Vec::new();
-    let host = |net: &IpNet| net.prefix_len() == net.max_prefix_len();
     for fact in &seen.facts {
         match fact {
             Fact::Bridge { near, far, filtered, .. } => joins.push(Join {
@@ -445,33 +444,15 @@ pub fn joins(seen: &Snapshot) -> Vec<Join> {
                 layer: Layer::Ethernet { filtered: *filtered },
             }),
             Fact::Iif { priority: NEAR, link, table, .. } => {
-                // The routes of the near table out of the near interface are the client's addresses; the default
-                // route leads to the far interface, and the other way round.
-                let of =
-                    |wanted: u32| {
-                        seen.facts.iter().filter_map(move |fact| match fact {
-                            Fact::Route {
-                                table, kind: RouteKind::Unicast, dst, link: Some(link), ..
-                            } if *table == wanted => Some((dst, link)),
-                            _ => None,
-                        })
-                    };
-                let Some(far) = of(*table).find(|(dst, _)| dst.prefix_len() == 0).map(|(_, link)| link)
-                else {
-                    continue;
-                };
-                let addresses =
-                    |table: u32| of(table).filter(|(dst, _)| host(dst)).map(|(dst, _)| dst.addr());
-                let near_addresses: Vec<_> = addresses(*table).collect();
-                let far_addresses: Vec<_> = seen
-                    .links
-                    .get(far)
-                    .into_iter()
-                    .flat_map(|far| addresses(TABLES.wrapping_add(far.index)))
-                    .collect();
+                let Some(far) = default_of(seen, *table).map(|(_, link)| link.to_owned()) else { continue };
+                let back = seen.links.get(&far).map(|far| TABLES.wrapping_add(far.index));
+                // Who is at one side is in that side's table, and who of them is the next hop in the other's.
+                let near_addresses = addresses_of(seen, *table, back);
+                let far_addresses =
+                    back.map(|back| addresses_of(seen, back, Some(*table))).unwrap_or_default();
                 let join = Join {
                     near: link.clone(),
-                    far: far.clone(),
+                    far,
                     layer: Layer::Ip { near: near_addresses, far: far_addresses },
                 };
                 // Once for each family, with the same tables.
@@ -483,6 +464,31 @@ pub fn joins(seen: &Snapshot) -> Vec<Join> {
         }
     }
     joins
+}
+
+/// The routes of a table that lead out by an interface: destination, next hop, interface.
+fn routes_of(seen: &Snapshot, wanted: u32) -> impl Iterator<Item = (&IpNet, Option<IpAddr>, &str)> {
+    seen.facts.iter().filter_map(move |fact| match fact {
+        Fact::Route { kind: RouteKind::Unicast, table, dst, via, link: Some(link) } if *table == wanted => {
+            Some((dst, *via, link.as_str()))
+        }
+        _ => None,
+    })
+}
+
+/// A default route of a table: next hop and interface.
+fn default_of(seen: &Snapshot, table: u32) -> Option<(Option<IpAddr>, &str)> {
+    routes_of(seen, table).find(|(dst, ..)| dst.prefix_len() == 0).map(|(_, via, link)| (via, link))
+}
+
+/// The single addresses in a table, those first that are next hops of the table of the way back.
+fn addresses_of(seen: &Snapshot, table: u32, back: Option<u32>) -> Vec<IpAddr> {
+    let hosts = routes_of(seen, table).filter(|(dst, ..)| dst.prefix_len() == dst.max_prefix_len());
+    let mut addresses: Vec<_> = hosts.map(|(dst, ..)| dst.addr()).collect();
+    let hops: Vec<_> =
+        back.into_iter().flat_map(|back| routes_of(seen, back)).filter_map(|(_, via, _)| via).collect();
+    addresses.sort_by_key(|ip| !hops.contains(ip));
+    addresses
 }
 
 impl fmt::Display for Fact {
@@ -1106,6 +1112,27 @@ mod tests {
         facts.extend(other.facts(&links));
         let found = joins(&Snapshot { links, facts });
         assert!(found.len() == 2 && found.contains(&layer_3()) && found.contains(&other), "{found:?}");
+    }
+
+    #[test]
+    fn a_join_that_is_recognised_needs_nothing() {
+        let links = links(&["in", "out"]);
+        let of = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<_>>();
+        for (near, far) in [
+            (
+                &["172.16.1.3", "10.0.0.3", "2001:db8::3"][..],
+                &["2001:db8::9", "172.16.1.2", "2001:db8::2", "1.1.1.1"][..],
+            ),
+            (&[], &["172.16.1.2"]),
+            (&["2001:db8::3"], &[]),
+            (&[], &[]),
+        ] {
+            let layer = Layer::Ip { near: of(near), far: of(far) };
+            let facts = Join { near: "in".into(), far: "out".into(), layer }.facts(&links);
+            let found = joins(&Snapshot { links: links.clone(), facts: facts.clone() });
+            assert_eq!(found.len(), 1);
+            assert_eq!(changes(&found[0].facts(&links), &facts), [], "{}", found[0]);
+        }
     }
 
     #[test]
