@@ -66,6 +66,8 @@ pub struct Config {
     pub dial_timeout: Duration,
     /// How long our tokens live.
     pub max_token_lifetime: Duration,
+    /// Where we count.
+    pub metrics: Arc<Metrics>,
 }
 
 /// A forwarder that has looked at its kernel and its state directory, and could serve.
@@ -141,7 +143,6 @@ impl Forwarder {
         let manager = Client::new(pool.clone(), config.connect_to.clone(), client_config);
 
         let hub = Arc::new(Hub::default());
-        let metrics = Arc::new(Metrics::default());
         let chain = chain(
             Authorize { max_token_lifetime: config.max_token_lifetime },
             OnlyFrom { pool: pool.clone(), neighbour: config.connect_to.clone().into() },
@@ -151,7 +152,7 @@ impl Forwarder {
             Dial::new(pool, &config.name, Arc::clone(&hub), config.dial_timeout)
                 .guarding_namespaces(OwnNamespace { allowed: Arc::new(config.namespace_delegates.clone()) }),
         );
-        let connections = Connections::serving(&config.name, chain, metrics);
+        let connections = Connections::serving(&config.name, chain, Arc::clone(&config.metrics));
 
         let server = Server::bind(source, std::slice::from_ref(&config.listen_on))
             .await

@@ -42,6 +42,8 @@ pub struct Config {
     pub excluded_prefixes: Vec<IpNet>,
     /// How long our tokens live.
     pub max_token_lifetime: Duration,
+    /// Where we count.
+    pub metrics: Arc<Metrics>,
 }
 
 /// The chain of `nsm manager`.
@@ -86,7 +88,7 @@ pub async fn serve(
     );
     let hub = Arc::new(Hub::default());
     let chain = chain(&config, registry.clone(), Arc::clone(&hub), pool);
-    let connections = Connections::serving(&config.name, chain, Arc::new(Metrics::default()));
+    let connections = Connections::serving(&config.name, chain, Arc::clone(&config.metrics));
     let mut routes = tonic::service::RoutesBuilder::default();
     let readers = Arc::new(config.monitor_readers.clone());
     nsm_mesh::server::add(&mut routes, connections, Arc::clone(&hub), readers);

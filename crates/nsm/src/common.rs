@@ -1,9 +1,10 @@
 //! What all roles share: log, identity, signals, readiness.
 
-use std::{future::Future, io::IsTerminal as _, os::unix::net::UnixDatagram, time::Duration};
+use std::{future::Future, io::IsTerminal as _, os::unix::net::UnixDatagram, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result};
 use clap::Args;
+use nsm_mesh::metrics::Metrics;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::watch,
@@ -19,6 +20,35 @@ pub(crate) struct Common {
     /// Log lines as JSON
     #[arg(long, env = "NSM_LOG_JSON")]
     pub(crate) log_json: bool,
+}
+
+/// Metrics, for the roles that serve connections.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Measured {
+    /// Where to serve metrics in Prometheus' form, at /metrics, for example 127.0.0.1:8081; without it nowhere
+    #[arg(long, env = "NSM_PROMETHEUS_LISTEN_ON", value_name = "HOST:PORT")]
+    prometheus_listen_on: Option<String>,
+}
+
+impl Measured {
+    /// The metrics of a role, served from now on where that is wanted.
+    pub(crate) async fn start(&self) -> Result<Arc<Metrics>> {
+        let metrics = Arc::new(Metrics::default());
+        let Some(address) = &self.prometheus_listen_on else { return Ok(metrics) };
+        let listener = tokio::net::TcpListener::bind(address)
+            .await
+            .with_context(|| format!("metrics cannot be served at {address:?} (NSM_PROMETHEUS_LISTEN_ON)"))?;
+        let served = Arc::clone(&metrics);
+        let text = [("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")];
+        let page = axum::routing::get(move || async move { (text, served.text()) });
+        let routes = axum::Router::new().route("/metrics", page);
+        tokio::spawn(async move {
+            if let Err(error) = axum::serve(listener, routes).await {
+                tracing::error!(%error, "metrics are not served any more");
+            }
+        });
+        Ok(metrics)
+    }
 }
 
 /// How long tokens live, for the roles that make them.

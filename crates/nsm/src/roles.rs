@@ -17,7 +17,7 @@ use nsm_sdk::{
 use nsm_transport::{DialUrl, ListenUrl, Pool, PoolConfig};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::common::{Common, Shutdown, Tokens, duration, label, notify};
+use crate::common::{Common, Measured, Shutdown, Tokens, duration, label, notify};
 
 const MANAGER_SOCKET: &str = "unix:///var/lib/networkservicemesh/nsm.io.sock";
 
@@ -123,6 +123,8 @@ pub(crate) struct Manager {
     #[arg(long, env = "NSM_EXCLUDED_PREFIXES", value_delimiter = ',', value_name = "PREFIX")]
     excluded_prefixes: Vec<IpNet>,
     #[command(flatten)]
+    measured: Measured,
+    #[command(flatten)]
     tokens: Tokens,
     #[command(flatten)]
     pub(crate) common: Common,
@@ -145,6 +147,7 @@ impl Manager {
             excluded_prefixes: self.excluded_prefixes,
             monitor_readers: self.monitor_readers.into_iter().collect(),
             max_token_lifetime: self.tokens.max_token_lifetime,
+            metrics: self.measured.start().await?,
         };
         nsm_manager::serve(config, identity().await?, ready, shutdown.wait()).await?;
         Ok(())
@@ -191,6 +194,8 @@ pub(crate) struct Forwarder {
     #[arg(long, env = "NSM_DIAL_TIMEOUT", default_value = "750ms", value_parser = duration)]
     dial_timeout: Duration,
     #[command(flatten)]
+    measured: Measured,
+    #[command(flatten)]
     tokens: Tokens,
     #[command(flatten)]
     pub(crate) common: Common,
@@ -211,6 +216,7 @@ impl Forwarder {
             namespace_delegates: self.namespace_delegates.into_iter().collect(),
             dial_timeout: self.dial_timeout,
             max_token_lifetime: self.tokens.max_token_lifetime,
+            metrics: self.measured.start().await?,
         };
         // The kernel is asked before anything is waited for: a missing capability is said at once.
         let forwarder = nsm_forwarder::Forwarder::prepare(config)?;
@@ -329,12 +335,14 @@ pub(crate) struct Serving {
     #[arg(long, env = "NSM_DIAL_TIMEOUT", default_value = "5s", value_parser = duration)]
     dial_timeout: Duration,
     #[command(flatten)]
+    measured: Measured,
+    #[command(flatten)]
     tokens: Tokens,
 }
 
 impl Serving {
-    fn config(self, services: Vec<String>) -> EndpointConfig {
-        EndpointConfig {
+    async fn config(self, services: Vec<String>) -> Result<EndpointConfig> {
+        Ok(EndpointConfig {
             name: self.name,
             connect_to: self.connect_to,
             listen_on: self.listen_on,
@@ -343,7 +351,8 @@ impl Serving {
             register_payload: None,
             dial_timeout: self.dial_timeout,
             max_token_lifetime: self.tokens.max_token_lifetime,
-        }
+            metrics: self.measured.start().await?,
+        })
     }
 }
 
@@ -379,7 +388,7 @@ pub(crate) struct Endpoint {
 impl Endpoint {
     pub(crate) async fn serve(self) -> Result<()> {
         let shutdown = Shutdown::on_signals()?;
-        let mut config = self.serving.config(self.service_names);
+        let mut config = self.serving.config(self.service_names).await?;
         config.register_payload = self.register_service.then_some(self.payload);
         let source = identity().await?;
         nsm_sdk::endpoint::serve_addresses(
@@ -433,7 +442,7 @@ impl Firewall {
         // Without readable rules there is no firewall: said before anything is waited for.
         let rules = Rules::load(&self.acl_config_path)?;
         let unfiltered = Unfiltered { tagged: self.allow_tagged, unknown: self.allow_unknown };
-        let config = self.serving.config(vec![self.service_name]);
+        let config = self.serving.config(vec![self.service_name]).await?;
         let source = identity().await?;
         let role = Role::Firewall { rules, unfiltered };
         nsm_cnf::function::run(config, role, source, ready, shutdown.wait()).await?;
@@ -458,7 +467,7 @@ pub(crate) struct Passthrough {
 impl Passthrough {
     pub(crate) async fn serve(self) -> Result<()> {
         let shutdown = Shutdown::on_signals()?;
-        let config = self.serving.config(vec![self.service_name]);
+        let config = self.serving.config(vec![self.service_name]).await?;
         nsm_cnf::function::run(config, Role::Passthrough, identity().await?, ready, shutdown.wait()).await?;
         Ok(())
     }

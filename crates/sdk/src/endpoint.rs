@@ -94,6 +94,8 @@ pub struct EndpointConfig {
     pub dial_timeout: Duration,
     /// How long our tokens live.
     pub max_token_lifetime: Duration,
+    /// Where we count.
+    pub metrics: Arc<Metrics>,
 }
 
 impl EndpointConfig {
@@ -144,7 +146,7 @@ pub async fn serve(
     ready: impl FnOnce(),
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<()> {
-    let connections = Connections::serving(&config.name, chain, Arc::new(Metrics::default()));
+    let connections = Connections::serving(&config.name, chain, Arc::clone(&config.metrics));
     let (listen_on, _directory) = match &config.listen_on {
         Some(url) => (url.clone(), None),
         None => {
