@@ -64,11 +64,14 @@ pub struct ProcessState {
     pub condition: Condition,
 }
 
-/// A lab that stands.
+/// A lab that stands, for whoever wants to do more to it than a scenario can say: tests of the mesh.
+/// It stays until [`Lab::down`].
 #[derive(Debug)]
-pub(crate) struct Lab {
-    pub(crate) plan: Plan,
-    pub(crate) supervisor: Supervisor,
+pub struct Lab {
+    /// What it was built from.
+    pub plan: Plan,
+    /// Its processes.
+    pub supervisor: Supervisor,
     file: PathBuf,
     exe: PathBuf,
     namespaces: BTreeMap<String, Namespace>,
@@ -121,7 +124,11 @@ impl Lab {
     /// Builds everything and waits until it is ready; `progress` hears of each step.
     ///
     /// On failure nothing is left: what was made is removed before this returns.
-    pub(crate) fn build(
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Running`] if there is one of that name, or whatever could not be made or did not become ready.
+    pub fn build(
         plan: Plan,
         file: &Path,
         exe: &Path,
@@ -158,7 +165,11 @@ impl Lab {
     }
 
     /// A namespace by its name in the scenario.
-    pub(crate) fn namespace(&self, name: &str) -> Result<&Namespace, Error> {
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSuchPod`].
+    pub fn namespace(&self, name: &str) -> Result<&Namespace, Error> {
         self.namespaces.get(name).ok_or_else(|| Error::NoSuchPod {
             lab: self.plan.lab.clone(),
             name: name.to_owned(),
@@ -166,8 +177,18 @@ impl Lab {
         })
     }
 
+    /// Lets go of a namespace. Its name has to be removed too ([`Namespace::delete_named`]); it ends when its last
+    /// process does.
+    pub fn forget(&mut self, name: &str) {
+        self.namespaces.remove(name);
+    }
+
     /// Starts a process of the plan, for the first time or again.
-    pub(crate) fn start(&self, name: &str) -> Result<(), Error> {
+    ///
+    /// # Errors
+    ///
+    /// A process that the plan does not have, or that the system does not start.
+    pub fn start(&self, name: &str) -> Result<(), Error> {
         let process = self
             .plan
             .processes
@@ -234,7 +255,7 @@ impl Lab {
 
     /// Ends all processes, clients first because they close their wires, then removes everything.
     /// Returns what could not be removed.
-    pub(crate) fn down(&self) -> Vec<String> {
+    pub fn down(&self) -> Vec<String> {
         self.servers.lock().clear();
         let names = |client: bool| -> Vec<&str> {
             let of_kind = self.plan.processes.iter().filter(|process| process.client == client);
@@ -346,8 +367,13 @@ impl Lab {
         Ok(())
     }
 
-    /// The daemons that run now, and who else is who.
-    fn write_identity_config(&self) -> Result<(), Error> {
+    /// Tells identity which daemons run now, and who else is who: after a daemon was started by other means than
+    /// [`Lab::start`].
+    ///
+    /// # Errors
+    ///
+    /// A file that cannot be written.
+    pub fn write_identity_config(&self) -> Result<(), Error> {
         let alive =
             self.supervisor.processes().into_iter().filter(|(_, _, c)| !matches!(c, Condition::Ended(_)));
         let running = alive.map(|(name, id, _)| (name, (id.pid, id.start))).collect();

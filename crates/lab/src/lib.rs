@@ -22,7 +22,7 @@ pub use error::Error;
 pub use expect::Outcome;
 pub use front::Front;
 pub use holder::{Event, Hold, hold};
-pub use lab::{ProcessState, State, leftovers, remove};
+pub use lab::{Lab, ProcessState, State, leftovers, remove};
 pub use plan::Plan;
 pub use report::{Format, Report};
 pub use scenario::Scenario;

@@ -46,6 +46,8 @@ pub struct Plan {
     pub servers: Vec<Server>,
     /// Who gets which SPIFFE ID besides the daemons (which are known by their pids).
     pub pods: Vec<PodEntry>,
+    /// How long certificates live, as `nsm identity` reads it (`20s`); without it: its default.
+    pub svid_ttl: Option<String>,
 }
 
 /// A veth pair made straight into two namespaces.
@@ -278,6 +280,7 @@ impl Plan {
                     spiffe_id: format!("spiffe://{trust_domain}/pod/{}", pod.name),
                 })
                 .collect(),
+            svid_ttl: None,
         }
     }
 
@@ -315,6 +318,7 @@ impl Plan {
             trust_domain: format!("{}.lab", self.lab),
             // A restart keeps the root that everybody trusts.
             state_dir: at.root.join("identity"),
+            svid_ttl: self.svid_ttl.clone(),
             sockets: sockets.collect(),
             entries: daemons.chain(pods).collect(),
         };
@@ -430,6 +434,8 @@ impl Paths {
 struct IdentityConfig {
     trust_domain: String,
     state_dir: PathBuf,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    svid_ttl: Option<String>,
     sockets: Vec<Socket>,
     entries: Vec<Entry>,
 }
