@@ -12,7 +12,7 @@ use nsm_api::{
         registry::{NetworkService, NetworkServiceEndpoint},
     },
 };
-use nsm_mesh::{Context, Element, Error, Next, Result, error::chain_text};
+use nsm_mesh::{Context, Element, Error, Next, NextHop, Result, error::chain_text};
 use nsm_registry::{Client as Directory, Endpoint};
 use parking_lot::Mutex;
 use tonic::Code;
@@ -94,7 +94,7 @@ impl Discover {
                 .get_or_insert_default()
                 .network_service_endpoint_name
                 .clone_from(&candidate.nse.name);
-            cx.next_hop = Some(candidate.dial.clone().into());
+            cx.next_hop = Some(NextHop::from(candidate.dial.clone()).called(&candidate.nse.name));
             match next.request(cx, attempt).await {
                 Ok(conn) => return Ok(conn),
                 Err(error) => failures.push((candidate.nse.name.clone(), error)),
@@ -127,7 +127,7 @@ impl Element for Discover {
         if conn.payload.is_empty() {
             conn.payload = self.service(cx, &conn.network_service, "").await?.payload;
         }
-        cx.next_hop = Some(self.named(cx, &name).await?.dial.into());
+        cx.next_hop = Some(NextHop::from(self.named(cx, &name).await?.dial).called(&name));
         next.request(cx, request).await
     }
 

@@ -9,7 +9,7 @@ use nsm_api::{
         networkservice::NetworkServiceRequest,
     },
 };
-use nsm_mesh::{Context, Element, Error, Lease, Next, Release, Result, error::chain_text};
+use nsm_mesh::{Context, Element, Error, Lease, Next, NextHop, Release, Result, error::chain_text};
 use nsm_registry::{Endpoint, ManagerRegistry};
 use tonic::Code;
 
@@ -94,7 +94,7 @@ impl Element for DiscoverForwarder {
         }
         let mut failures = Vec::new();
         for candidate in candidates {
-            cx.next_hop = Some(candidate.dial.clone().into());
+            cx.next_hop = Some(NextHop::from(candidate.dial.clone()).called(&candidate.nse.name));
             match next.request(cx, request.clone()).await {
                 Ok(conn) => {
                     if cx.scope.get::<Chosen>().is_none() {

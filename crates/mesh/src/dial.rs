@@ -32,6 +32,9 @@ use crate::{
     scope::{Lease, Reason, Release},
 };
 
+/// How long before its own deadline a hop stops waiting, at most: time for an answer to come back on a busy machine.
+const LONGEST_MARGIN: std::time::Duration = std::time::Duration::from_millis(200);
+
 /// Hands requests to the next hop that an element above has set.
 #[derive(Debug)]
 pub struct Dial {
@@ -106,10 +109,14 @@ impl Dial {
     ) -> Result<Connection> {
         let peer = channel.peer();
         let mut call = tonic::Request::new(request);
-        call.set_timeout(cx.deadline.saturating_duration_since(Instant::now()));
-        let answered =
-            tokio::time::timeout_at(cx.deadline, NetworkServiceClient::new(channel.clone()).request(call))
-                .await;
+        // Who waits for us shall hear from us which hop was silent. So we stop waiting before our time is over, and
+        // the next hop is told a time that makes it stop before us.
+        let left = cx.deadline.saturating_duration_since(Instant::now());
+        let margin = (left / 20).min(LONGEST_MARGIN);
+        call.set_timeout(left.saturating_sub(margin / 2));
+        let until = cx.deadline.checked_sub(margin).unwrap_or(cx.deadline);
+        let mut client = NetworkServiceClient::new(channel.clone());
+        let answered = tokio::time::timeout_at(until, client.request(call)).await;
         let mut answer = match answered {
             Ok(answer) => answer?.into_inner(),
             Err(_) => {

@@ -8,7 +8,10 @@ use nsm_transport::{DialTarget, DialUrl, FileId};
 #[derive(Debug, Clone)]
 pub struct NextHop {
     target: DialTarget,
+    /// What tells it from others.
     name: Arc<str>,
+    /// What people call it.
+    called: Option<Arc<str>>,
 }
 
 impl NextHop {
@@ -16,6 +19,13 @@ impl NextHop {
     #[must_use]
     pub fn target(&self) -> &DialTarget {
         &self.target
+    }
+
+    /// Tells people who is meant: an address alone seldom does.
+    #[must_use]
+    pub fn called(mut self, name: &str) -> Self {
+        self.called = Some(name.into());
+        self
     }
 
     /// Whether it is on this node: descriptors can be handed over, and wires need no tunnel.
@@ -36,7 +46,7 @@ impl<T: Into<DialTarget>> From<T> for NextHop {
                 |id| format!("socket inode://{}/{}", id.dev, id.ino),
             ),
         };
-        Self { target, name: name.into() }
+        Self { target, name: name.into(), called: None }
     }
 }
 
@@ -56,6 +66,9 @@ impl std::hash::Hash for NextHop {
 
 impl fmt::Display for NextHop {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.name)
+        match &self.called {
+            Some(called) => write!(f, "{called} ({})", self.name),
+            None => f.write_str(&self.name),
+        }
     }
 }
