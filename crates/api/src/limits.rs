@@ -25,6 +25,14 @@ pub enum Malformed {
     /// No service, so nobody can be found.
     #[error("the request names no network service")]
     NoService,
+    /// A segment of the path that says nothing: neither policies nor wires could be told whose it is.
+    #[error("path segment {segment} has no {what}; every hop writes its name and its id for the connection")]
+    Segment {
+        /// its index
+        segment: usize,
+        /// what it lacks
+        what: &'static str,
+    },
     /// A map or list beyond its bound.
     #[error("{what} has {got} entries; at most {max} are accepted")]
     TooMany {
@@ -92,7 +100,12 @@ pub fn check_connection(conn: &Connection) -> Result<(), Malformed> {
     few("connection.labels", conn.labels.len(), MAX_ENTRIES)?;
     texts("connection.labels", &conn.labels)?;
     few("the path", crate::path::segments(conn).len(), crate::path::MAX_SEGMENTS)?;
-    for segment in crate::path::segments(conn) {
+    for (index, segment) in crate::path::segments(conn).iter().enumerate() {
+        for (what, text) in [("name", &segment.name), ("id", &segment.id)] {
+            if text.is_empty() {
+                return Err(Malformed::Segment { segment: index, what });
+            }
+        }
         name("path segment name", &segment.name, 253)?;
         name("path segment id", &segment.id, 253)?;
         short("path segment token", &segment.token, MAX_TEXT)?;
@@ -170,7 +183,10 @@ fn address(what: &'static str, value: &str) -> Result<(), Malformed> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pb::connectioncontext::{ConnectionContext, IpContext};
+    use crate::pb::{
+        connection::{Path, PathSegment},
+        connectioncontext::{ConnectionContext, IpContext},
+    };
 
     fn good() -> NetworkServiceRequest {
         NetworkServiceRequest {
@@ -210,6 +226,11 @@ mod tests {
         let mut request = good();
         request.connection.as_mut().unwrap().id = "a\nroot logged in".into();
         assert_eq!(check_request(&request), Err(Malformed::Control("connection.id")));
+
+        let mut request = good();
+        let nobody = PathSegment { name: "somebody".into(), ..PathSegment::default() };
+        request.connection.as_mut().unwrap().path = Some(Path { index: 0, path_segments: vec![nobody] });
+        assert_eq!(check_request(&request), Err(Malformed::Segment { segment: 0, what: "id" }));
 
         let mut request = good();
         request.mechanism_preferences[0].set("inodeURL", "file:///proc/1/ns/net");

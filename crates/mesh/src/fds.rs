@@ -10,7 +10,7 @@ use nsm_api::{
     mechanism::InodeUrl,
     pb::{connection::Mechanism, networkservice::NetworkServiceRequest},
 };
-use nsm_transport::{FileId, Peer};
+use nsm_transport::{FdError, FileId, Peer};
 use tokio::time::Instant;
 
 use crate::error::{Error, Result};
@@ -67,7 +67,12 @@ impl Fds {
             }
             let file = FileId { dev: url.dev, ino: url.ino };
             let fd = table.take(file, deadline).await.map_err(|e| {
-                Error::new(tonic::Code::DeadlineExceeded, format!("a file announced by {}: {e}", peer.id()))
+                let code = match e {
+                    FdError::Late(_) => tonic::Code::DeadlineExceeded,
+                    FdError::Unfit(_) => tonic::Code::InvalidArgument,
+                    FdError::Closed(_) => tonic::Code::Unavailable,
+                };
+                Error::new(code, format!("a file announced by {}: {e}", peer.id()))
             })?;
             self.0.insert(url, Arc::new(fd));
         }

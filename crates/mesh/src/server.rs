@@ -61,17 +61,19 @@ impl NetworkService for Hop {
         let (caller, deadline) = facts(&request)?;
         let peer = caller.peer.clone();
         let request = request.into_inner();
+        let refused = |error: &Error| tracing::info!(peer = %peer.id(), %error, "request refused");
         // Before anything is waited for.
-        limits::check_request(&request).map_err(|e| Error::from(e).at(self.connections.me()))?;
+        limits::check_request(&request)
+            .map_err(|e| Error::from(e).at(self.connections.me()))
+            .inspect_err(refused)?;
         let mut received = Fds::default();
         received
             .receive(&peer, fds::mechanisms(&request), deadline.min(Instant::now() + DESCRIPTORS))
             .await
-            .map_err(|e| e.at(self.connections.me()))?;
+            .map_err(|e| e.at(self.connections.me()))
+            .inspect_err(refused)?;
         let call = Call { caller: Some(caller), deadline: Some(deadline), fds: received.clone() };
-        let answer = self.connections.request(call, request).await.inspect_err(|error| {
-            tracing::info!(peer = %peer.id(), %error, "request refused");
-        })?;
+        let answer = self.connections.request(call, request).await.inspect_err(refused)?;
         // What the caller itself sent it need not get back (section 17 rule 14).
         if let Some(mechanism) = &answer.connection.mechanism
             && let Ok(Some(url)) = mechanism.inode()
