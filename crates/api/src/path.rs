@@ -193,6 +193,16 @@ pub fn earliest_expiry(conn: &Connection) -> Option<SystemTime> {
     segments(conn).iter().map(|segment| segment.expires.as_ref().map_or(UNIX_EPOCH, from_timestamp)).min()
 }
 
+/// When the first token of the hops before the current one expires; without any `expires` there: `None`.
+///
+/// From then on nobody can use this path any more, whatever the later tokens say: every server refuses an expired
+/// token anywhere on its left (section 13.2). So that is how long a connection lives at this hop.
+#[must_use]
+pub fn expiry_before_us(conn: &Connection) -> Option<SystemTime> {
+    let before = segments(conn).iter().take(index(conn));
+    before.filter_map(|segment| segment.expires.as_ref()).map(from_timestamp).min()
+}
+
 /// Wall-clock time of the wire; out of range is cut to what the platform can hold.
 #[must_use]
 pub fn from_timestamp(t: &Timestamp) -> SystemTime {
@@ -215,6 +225,19 @@ pub fn to_timestamp(t: SystemTime) -> Timestamp {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_connection_lives_as_long_as_every_token_before_it() {
+        let at = |secs| Some(Timestamp { seconds: secs, nanos: 0 });
+        let segment = |expires| PathSegment { expires, ..PathSegment::default() };
+        let path_segments = vec![segment(at(30)), segment(None), segment(at(60)), segment(at(10))];
+        let conn = |index| Connection {
+            path: Some(Path { index, path_segments: path_segments.clone() }),
+            ..Connection::default()
+        };
+        let expiry = |index| expiry_before_us(&conn(index)).map(|at| to_timestamp(at).seconds);
+        assert_eq!([expiry(0), expiry(1), expiry(3), expiry(4)], [None, Some(30), Some(30), Some(10)]);
+    }
 
     fn ids() -> impl FnMut() -> String {
         let mut n = 0;

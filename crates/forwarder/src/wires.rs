@@ -97,10 +97,7 @@ impl Record {
     /// The record of a connection as it was answered.
     #[must_use]
     pub fn new(plan: WirePlan, far: Mechanism, conn: &Connection) -> Self {
-        let before_us = path::index(conn).checked_sub(1).and_then(|i| path::segments(conn).get(i));
-        let expires = before_us
-            .and_then(|s| s.expires.as_ref())
-            .map_or_else(|| SystemTime::now() + GRACE, path::from_timestamp);
+        let expires = path::expiry_before_us(conn).unwrap_or_else(|| SystemTime::now() + GRACE);
         Self { plan, far, expires }
     }
 
@@ -304,8 +301,8 @@ impl Wires {
 
     /// Removes a wire that no connection holds, and counts it.
     pub async fn orphan(self: &Arc<Self>, id: &str, why: &str) {
-        tracing::info!(wire = id, why, "removing a wire that nobody wants");
-        self.orphans.fetch_add(1, Ordering::Relaxed);
+        let orphans = self.orphans.fetch_add(1, Ordering::Relaxed) + 1;
+        tracing::info!(wire = id, why, orphans, "removing a wire that nobody wants");
         if let Err(error) = self.remove(id).await {
             tracing::warn!(wire = id, %error, "not removed in full");
         }

@@ -247,8 +247,8 @@ impl Drop for Held {
 }
 
 impl Connections {
-    /// A role that serves others: a connection ends when the token of the hop before it expires
-    /// (spec/control-plane.md 5.3).
+    /// A role that serves others: a connection ends when the first token of the hops before it expires
+    /// (spec/control-plane.md 5.3, where only the last of them counts: a wire would outlive its dead client).
     pub fn serving(me: impl Into<String>, chain: Chain, metrics: Arc<Metrics>) -> Arc<Self> {
         Arc::new(Self { me: me.into(), chain, table: Mutex::default(), metrics, expiry: true })
     }
@@ -535,13 +535,7 @@ impl Connections {
         if let Some(timer) = held.expiry.take() {
             timer.abort();
         }
-        let Some(expires) = path::index(answer)
-            .checked_sub(1)
-            .and_then(|i| path::segments(answer).get(i)?.expires.as_ref())
-            .map(path::from_timestamp)
-        else {
-            return;
-        };
+        let Some(expires) = path::expiry_before_us(answer) else { return };
         let wait = expires.duration_since(std::time::SystemTime::now()).unwrap_or_default();
         let (this, id, entry, answers) =
             (Arc::downgrade(self), id.to_owned(), Arc::downgrade(entry), held.answers);
