@@ -67,7 +67,10 @@ impl FromStr for NsUrl {
         if text.trim() != text {
             return Err(bad("blanks around an item are not allowed"));
         }
-        let url = url::Url::parse(text).map_err(|e| bad(&e.to_string()))?;
+        let url = url::Url::parse(text).map_err(|e| match e {
+            url::ParseError::RelativeUrlWithoutBase => bad("it has no MECHANISM://"),
+            other => bad(&other.to_string()),
+        })?;
         if !text[url.scheme().len()..].starts_with("://") {
             return Err(bad("it has no MECHANISM://"));
         }
@@ -147,7 +150,7 @@ mod tests {
         for (bad, says) in [
             ("kernel://a/x, kernel://b/y", "blanks"),
             ("kernel://a/x,", "empty"),
-            ("service/if", "relative"),
+            ("service/if", "no MECHANISM"),
             ("kernel:///nsm0", "service"),
             ("kernel:a", "MECHANISM://"),
             ("kernel://a/0123456789012345", "16 bytes"),

@@ -2,8 +2,9 @@
 
 use std::{future::Future, io::IsTerminal as _, os::unix::net::UnixDatagram, sync::Arc, time::Duration};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
 use clap::Args;
+use ipnet::IpNet;
 use nsm_mesh::metrics::Metrics;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -72,11 +73,15 @@ pub(crate) fn label(text: &str) -> Result<(String, String), String> {
     }
 }
 
+/// A prefix: the library's own error does not say what one looks like.
+pub(crate) fn prefix(text: &str) -> Result<IpNet, String> {
+    text.parse().map_err(|_| "expected ADDRESS/LENGTH, for example 172.16.1.0/24 or 2001:db8::/64".to_owned())
+}
+
 /// Runs a role until it ends or a signal comes.
 pub(crate) fn run(common: &Common, role: impl Future<Output = Result<()>>) -> Result<()> {
-    let filter = EnvFilter::try_new(normal_level(&common.log_level)).with_context(|| {
-        format!("log level {:?}: expected error, warn, info, debug, trace", common.log_level)
-    })?;
+    let filter = filter(&common.log_level)
+        .ok_or_else(|| anyhow!("log level {:?}: expected off, error, warn, info, debug, trace, or a filter such as info,nsm_mesh=debug", common.log_level))?;
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     if common.log_json {
         log.json().init();
@@ -93,6 +98,16 @@ pub(crate) fn run(common: &Common, role: impl Future<Output = Result<()>>) -> Re
         .build()
         .context("the runtime cannot start")?
         .block_on(role)
+}
+
+/// A single word is a level: the filter's own grammar would take it for a module that nobody has.
+fn filter(level: &str) -> Option<EnvFilter> {
+    let level = normal_level(level);
+    let word = !level.contains(['=', ',', '[', ':']);
+    if word && level.parse::<tracing::level_filters::LevelFilter>().is_err() {
+        return None;
+    }
+    EnvFilter::try_new(level).ok()
 }
 
 /// Upstream's words for levels, in any case, are taken too.

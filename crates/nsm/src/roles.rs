@@ -17,7 +17,7 @@ use nsm_sdk::{
 use nsm_transport::{DialUrl, ListenUrl, Pool, PoolConfig};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::common::{Common, Measured, Shutdown, Tokens, duration, label, notify};
+use crate::common::{Common, Measured, Shutdown, Tokens, duration, label, notify, prefix};
 
 const MANAGER_SOCKET: &str = "unix:///var/lib/networkservicemesh/nsm.io.sock";
 
@@ -120,7 +120,7 @@ pub(crate) struct Manager {
     #[arg(long, env = "NSM_MONITOR_READERS", value_delimiter = ',', value_name = "SPIFFE_ID")]
     monitor_readers: Vec<SpiffeId>,
     /// Prefixes that endpoints must not hand out on this node
-    #[arg(long, env = "NSM_EXCLUDED_PREFIXES", value_delimiter = ',', value_name = "PREFIX")]
+    #[arg(long, env = "NSM_EXCLUDED_PREFIXES", value_delimiter = ',', value_parser = prefix, value_name = "PREFIX")]
     excluded_prefixes: Vec<IpNet>,
     #[command(flatten)]
     measured: Measured,
@@ -373,10 +373,10 @@ pub(crate) struct Endpoint {
     #[arg(long, env = "NSM_CIDR_PREFIX", default_value = "169.254.0.0/16")]
     cidr_prefix: PrefixGroups,
     /// Prefixes behind this endpoint: its clients get routes to them
-    #[arg(long, env = "NSM_ROUTES", value_delimiter = ',', value_name = "PREFIX")]
+    #[arg(long, env = "NSM_ROUTES", value_delimiter = ',', value_parser = prefix, value_name = "PREFIX")]
     routes: Vec<IpNet>,
     /// Payload of the services, where they are registered by us: IP or ETHERNET
-    #[arg(long, env = "NSM_PAYLOAD", default_value = "ETHERNET")]
+    #[arg(long, env = "NSM_PAYLOAD", default_value = "ETHERNET", value_parser = ["ETHERNET", "IP"])]
     payload: String,
     /// Register the services too, not only the endpoint. An existing service of that name is replaced
     #[arg(long, env = "NSM_REGISTER_SERVICE", default_value_t = true, action = clap::ArgAction::Set)]
