@@ -1,0 +1,28 @@
+//! The whole mesh as a system: the real program in real namespaces over real mTLS, under what goes wrong.
+//!
+//! Each test builds a lab of its own from `nsm_lab` (see `harness`), breaks one thing, reads what a person would
+//! read, and looks whether anything is left: links in pods, records of wires, connections at any hop.
+#![allow(clippy::print_stdout, reason = "a test that cannot run says so")]
+
+mod config;
+mod harness;
+mod raw;
+mod selection;
+mod state;
+mod wire;
+
+/// The part of a test that has to be a process in a pod, with the pod's identity: see [`harness::Mesh::inside`].
+#[test]
+#[ignore = "the other tests run it, as a process in a pod"]
+fn inside() {
+    let Some((job, lab)) = harness::job() else { return };
+    match job.as_str() {
+        "idle" => raw::wait_until_idle(&lab, &[]),
+        // A manager remembers the connection of a wire that broke until its token expires: the client may choose anew.
+        "idle wires" => raw::wait_until_idle(&lab, &["nsm.io.sock"]),
+        "bad requests" => wire::bad_requests(&lab),
+        "bad tokens" => wire::bad_tokens(&lab),
+        "bad namespaces" => wire::bad_namespaces(&lab),
+        other => panic!("no such job: {other}"),
+    }
+}
