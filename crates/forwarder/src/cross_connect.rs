@@ -77,7 +77,8 @@ impl Lease for Wire {
     }
 
     async fn release(self: Box<Self>, _: &Release) -> Result<()> {
-        self.wires.remove(&self.id).await
+        self.wires.remove(&self.id);
+        Ok(())
     }
 }
 
@@ -271,7 +272,7 @@ impl Element for CrossConnect {
             && conn.state() == State::ReselectRequested
         {
             // The runner has released what this process held; a wire of the process before us goes as well.
-            self.wires.remove(&conn.id).await?;
+            self.wires.remove(&conn.id);
         }
         let (mut near, vni_is_ours) = self.near(cx, &mut request)?;
         let local = cx.next_hop.as_ref().is_some_and(NextHop::is_local);
@@ -381,7 +382,7 @@ impl Element for CrossConnect {
         next: Next<'_>,
     ) -> Result<()> {
         if let Some(record) = self.wires.record(&conn.id) {
-            self.wires.remove(&conn.id).await?;
+            self.wires.remove(&conn.id);
             conn.mechanism = Some(record.far);
         }
         next.close_forgotten(cx, conn).await

@@ -18,6 +18,7 @@ use nsm_api::{
 };
 use nsm_identity::{Source, SpiffeId};
 use nsm_kernel::{
+    Nsid,
     netns::Namespace,
     plan::vxlan_overhead,
     watch::{Event, Watch},
@@ -220,24 +221,18 @@ fn registration(config: &Config) -> NetworkServiceEndpoint {
 async fn look_after(wires: Arc<Wires>, connections: Arc<Connections>, watch: Watch) {
     let mut events = watch_events(watch);
     let mut sweep = tokio::time::interval(SWEEP);
+    // Nobody told of the pods that died while no process of ours was there.
+    end_broken(&wires, &connections, None, "it was not in the kernel any more at our start").await;
     loop {
         tokio::select! {
-            _ = sweep.tick() => {
-                let live: std::collections::HashSet<String> = connections.ids().into_iter().collect();
-                wires.sweep(SystemTime::now(), |id| live.contains(id)).await;
-            }
+            _ = sweep.tick() => wires.sweep(SystemTime::now()),
             Some(event) = events.recv() => match event {
                 Event::NamespaceGone { nsid } => {
-                    for id in wires.in_namespace(nsid) {
-                        end(&wires, &connections, id, "the network namespace of its pod is gone");
-                    }
+                    let why = "the network namespace of its pod is gone";
+                    end_broken(&wires, &connections, Some(nsid), why).await;
                 }
                 Event::Lost => {
-                    for id in wires.ids() {
-                        if !wires.is_whole(&id) {
-                            end(&wires, &connections, id, "it is not in the kernel any more");
-                        }
-                    }
+                    end_broken(&wires, &connections, None, "it is not in the kernel any more").await;
                 }
                 Event::LinkGone { .. } => {} // with its namespace, or removed by us, or healed by a refresh
             },
@@ -245,17 +240,22 @@ async fn look_after(wires: Arc<Wires>, connections: Arc<Connections>, watch: Wat
     }
 }
 
-/// Ends a connection whose wire cannot be used any more; a wire without a connection is removed and counted.
-fn end(wires: &Arc<Wires>, connections: &Arc<Connections>, id: String, why: &'static str) {
-    let (wires, connections) = (Arc::clone(wires), Arc::clone(connections));
-    // Closing may take as long as a neighbour lets it; events go on meanwhile.
-    tokio::spawn(async move {
-        tracing::info!(connection = %id, why, "wire ends");
-        connections.drop_connection(&id, Reason::Gone).await;
-        if wires.record(&id).is_some() {
-            wires.orphan(&id, why).await;
-        }
-    });
+/// Ends the connections whose wire cannot be used any more; such a wire without a connection is removed and counted.
+async fn end_broken(
+    wires: &Arc<Wires>,
+    connections: &Arc<Connections>,
+    nsid: Option<Nsid>,
+    why: &'static str,
+) {
+    for id in wires.broken(nsid).await {
+        let (wires, connections) = (Arc::clone(wires), Arc::clone(connections));
+        // Closing may take as long as a neighbour lets it; events go on meanwhile.
+        tokio::spawn(async move {
+            tracing::info!(connection = %id, why, "wire ends");
+            connections.drop_connection(&id, Reason::Gone).await;
+            wires.orphan(&id, why);
+        });
+    }
 }
 
 /// The kernel's events, read by a thread that does nothing else. It ends with the receiver.

@@ -1,11 +1,13 @@
 //! The wires of this node: what is planned, on disk and in the kernel, for this process and the one after it.
 //!
 //! The kernel's calls block for tenths of milliseconds, so they run on the runtime's blocking threads. A wire
-//! is written to the store before it is made: a crash in between leaves a record without a wire, which is
-//! harmless, and never a wire without a record.
+//! is written to the store before it is made, and its file is removed after its links: a crash in between leaves a
+//! record without a wire, which is harmless, and never a wire without a record.
+//!
+//! A wire that was found at start has no connection until one claims it. Only those without are swept.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     os::fd::AsFd as _,
     path::Path,
     sync::{
@@ -22,7 +24,7 @@ use nsm_api::{
 };
 use nsm_kernel::{
     Kernel, Nsid, Nsids,
-    netns::Namespace,
+    netns::{Namespace, NsId},
     plan::{Construction, Side, WirePlan},
     store::{self, Store},
 };
@@ -53,6 +55,8 @@ pub struct Record {
 struct Held {
     record: Record,
     nsids: Nsids,
+    /// Whether a connection of this process has it, or is about to: then only that ends it.
+    claimed: bool,
 }
 
 /// What goes onto the disk beside the plan.
@@ -146,11 +150,12 @@ impl Wires {
             if let Some(vni) = record.vni() {
                 vnis.claim(vni, &record.plan.id);
             }
-            records.insert(record.plan.id.clone(), Held { record, nsids: saved.nsids });
+            records.insert(record.plan.id.clone(), Held { record, nsids: saved.nsids, claimed: false });
         }
         if !records.is_empty() {
             tracing::info!(wires = records.len(), "found wires of an earlier process");
         }
+        clear_leftovers(&kernel, records.values());
         Ok(Self {
             kernel: Arc::new(kernel),
             store,
@@ -196,7 +201,28 @@ impl Wires {
 
     fn apply_now(&self, record: Record, fds: &Fds) -> std::result::Result<(), Taken> {
         let id = record.plan.id.clone();
-        let before = self.records.lock().get(&id).cloned();
+        let before = self.records.lock().get_mut(&id).map(|held| {
+            let before = held.clone();
+            held.claimed = true;
+            before
+        });
+        let made = self.make(record, before.as_ref(), fds);
+        let mut records = self.records.lock();
+        match made {
+            Ok(held) => {
+                records.insert(id, held);
+                Ok(())
+            }
+            Err(taken) => {
+                if let Some((held, before)) = records.get_mut(&id).zip(before) {
+                    held.claimed = before.claimed;
+                }
+                Err(taken)
+            }
+        }
+    }
+
+    fn make(&self, record: Record, before: Option<&Held>, fds: &Fds) -> std::result::Result<Held, Taken> {
         let mut namespaces = Vec::new();
         for (_, end) in record.plan.ends() {
             // One that did not come with the request is looked for by the kernel crate.
@@ -207,30 +233,32 @@ impl Wires {
         }
         let known: Vec<&Namespace> = namespaces.iter().collect();
         let nsids = self.nsids(&record.plan, &known).map_err(Taken::Other)?;
-        let held = Held { record, nsids };
+        let held = Held { record, nsids, claimed: true };
         let plan = &held.record.plan;
-        if before.as_ref().is_none_or(|before| before.record != held.record) {
-            self.save(&held).map_err(Taken::Other)?;
-        }
-        if let Some(before) = before.as_ref().filter(|before| moved(&before.record.plan, plan)) {
-            // An endpoint that came back in another pod: the old ends are where the new plan does not look.
+        // What still removes an older wire of this connection would take the new file along.
+        self.kernel.settle(&plan.id).map_err(|e| Taken::Other(refused(&e)))?;
+        if let Some(before) = before.filter(|before| moved(&before.record.plan, plan)) {
+            // An endpoint that came back in another pod: the old ends are where the new plan does not look, so they
+            // go before the record that knows where they are.
             self.kernel
                 .remove(&before.record.plan, before.nsids, &known)
                 .map_err(|e| Taken::Other(refused(&e)))?;
         }
+        if before.is_none_or(|before| before.record != held.record) {
+            self.save(&held).map_err(Taken::Other)?;
+        }
         match self.kernel.apply(plan, &known) {
             Ok(applied) => {
-                tracing::debug!(wire = %id, created = applied.created, writes = applied.writes, "applied");
-                self.records.lock().insert(id, held);
-                Ok(())
+                tracing::debug!(wire = %plan.id, created = applied.created, writes = applied.writes, "applied");
+                Ok(held)
             }
             Err(error) => {
-                let restored = match &before {
+                let restored = match before {
                     Some(before) => self.save(before),
-                    None => self.store.remove(&id).map(drop).map_err(|e| internal(&e)),
+                    None => self.store.remove(&plan.id).map(drop).map_err(|e| internal(&e)),
                 };
                 if restored.is_err() {
-                    tracing::warn!(wire = %id, "its record could not be taken back");
+                    tracing::warn!(wire = %plan.id, "its record could not be taken back");
                 }
                 Err(taken(error, plan))
             }
@@ -266,76 +294,101 @@ impl Wires {
     }
 
     /// Removes a connection's wire. The kernel takes its time; nobody waits for that.
-    ///
-    /// # Errors
-    /// What the kernel or the store refuse; the wire is forgotten all the same.
-    pub async fn remove(self: &Arc<Self>, id: &str) -> Result<()> {
-        let Some(Held { record, nsids }) = self.records.lock().remove(id) else { return Ok(()) };
-        let (this, id) = (Arc::clone(self), id.to_owned());
-        let work = spawn_blocking(move || {
-            let removed = this.kernel.remove_later(&record.plan, nsids, &[]).map_err(|e| refused(&e));
-            if let Some(vni) = record.vni() {
-                this.vnis.lock().release(vni, &id);
-            }
-            this.store.remove(&id).map_err(|e| internal(&e))?;
-            removed
-        });
-        work.await.unwrap_or_else(|_| Err(Error::internal("removing the wire panicked")))
+    pub fn remove(&self, id: &str) {
+        self.take(|other, _| other == id);
     }
 
     /// Removes the wires of an earlier process whose time has come and which no connection has claimed.
-    /// `live` tells whether a connection holds the wire.
-    pub async fn sweep(self: &Arc<Self>, now: SystemTime, live: impl Fn(&str) -> bool) {
-        let due: Vec<String> = {
-            let records = self.records.lock();
-            records
+    pub fn sweep(&self, now: SystemTime) {
+        let orphans = self.take(|_, held| !held.claimed && held.record.expires <= now);
+        self.count(&orphans, "its client's token has expired");
+    }
+
+    /// Removes a wire that no connection has claimed, and counts it.
+    pub fn orphan(&self, id: &str, why: &str) {
+        let orphans = self.take(|other, held| other == id && !held.claimed);
+        self.count(&orphans, why);
+    }
+
+    fn count(&self, orphans: &[String], why: &str) {
+        for id in orphans {
+            let orphans = self.orphans.fetch_add(1, Ordering::Relaxed) + 1;
+            tracing::info!(wire = id, why, orphans, "removing a wire that nobody wants");
+        }
+    }
+
+    /// Forgets these wires and queues them for deletion, in one step: whoever makes one of them again does so before
+    /// or after both.
+    fn take(&self, chosen: impl Fn(&str, &Held) -> bool) -> Vec<String> {
+        let mut records = self.records.lock();
+        let taken = records.extract_if(|id, held| chosen(id, held));
+        taken
+            .map(|(id, Held { record, nsids, .. })| {
+                if let Some(vni) = record.vni() {
+                    self.vnis.lock().release(vni, &id);
+                }
+                let (store, gone) = (self.store.clone(), id.clone());
+                self.kernel.remove_later(&record.plan, nsids, &[], move |removed| {
+                    // What could not be removed is tried again by the next process.
+                    if let Err(error) = removed.and_then(|()| store.remove(&gone)) {
+                        tracing::warn!(wire = gone, error = %chain_text(&error), "not removed in full");
+                    }
+                });
+                id
+            })
+            .collect()
+    }
+
+    /// The connections whose wire is not in the kernel any more, of all or of those with an end in the namespace that
+    /// the node numbers so.
+    pub async fn broken(self: &Arc<Self>, nsid: Option<Nsid>) -> Vec<String> {
+        let this = Arc::clone(self);
+        spawn_blocking(move || {
+            let has = |held: &Held| nsid.is_none() || held.nsids.near == nsid || held.nsids.far == nsid;
+            let held: Vec<_> = this
+                .records
+                .lock()
                 .iter()
-                .filter(|(id, held)| held.record.expires <= now && !live(id))
-                .map(|(id, _)| id.clone())
-                .collect()
-        };
-        for id in due {
-            self.orphan(&id, "its client's token has expired").await;
-        }
-    }
-
-    /// Removes a wire that no connection holds, and counts it.
-    pub async fn orphan(self: &Arc<Self>, id: &str, why: &str) {
-        let orphans = self.orphans.fetch_add(1, Ordering::Relaxed) + 1;
-        tracing::info!(wire = id, why, orphans, "removing a wire that nobody wants");
-        if let Err(error) = self.remove(id).await {
-            tracing::warn!(wire = id, %error, "not removed in full");
-        }
-    }
-
-    /// The connections that have an end in the namespace that the node numbers so.
-    #[must_use]
-    pub fn in_namespace(&self, nsid: Nsid) -> Vec<String> {
-        let records = self.records.lock();
-        let has = |held: &Held| held.nsids.near == Some(nsid) || held.nsids.far == Some(nsid);
-        records.iter().filter(|(_, held)| has(held)).map(|(id, _)| id.clone()).collect()
-    }
-
-    /// All connections that have a wire here.
-    #[must_use]
-    pub fn ids(&self) -> Vec<String> {
-        self.records.lock().keys().cloned().collect()
-    }
-
-    /// Whether the ends of a wire are still in the kernel.
-    #[must_use]
-    pub fn is_whole(&self, id: &str) -> bool {
-        let Some(held) = self.records.lock().get(id).cloned() else { return false };
-        self.kernel.facts(id, held.nsids).is_ok_and(|(near, far)| {
-            near.is_some() == held.nsids.near.is_some() && far.is_some() == held.nsids.far.is_some()
+                .filter(|(_, held)| has(held))
+                .map(|(id, held)| (id.clone(), held.nsids))
+                .collect();
+            let broken = held.into_iter().filter(|(id, nsids)| match this.kernel.facts(id, *nsids) {
+                Ok((near, far)) => {
+                    near.is_some() != nsids.near.is_some() || far.is_some() != nsids.far.is_some()
+                }
+                Err(error) => {
+                    tracing::warn!(wire = id, error = %chain_text(&error), "cannot be looked at");
+                    false
+                }
+            });
+            broken.map(|(id, _)| id).collect()
         })
+        .await
+        .unwrap_or_default()
     }
 
     /// Waits until everything that is being removed is gone.
     pub async fn flush(&self) {
         let kernel = Arc::clone(&self.kernel);
-        if let Ok(Err(error)) = spawn_blocking(move || kernel.flush()).await {
-            tracing::warn!(error = %chain_text(&error), "some links could not be removed");
+        if spawn_blocking(move || kernel.flush()).await.is_err() {
+            tracing::warn!("waiting for the last deletions panicked");
+        }
+    }
+}
+
+/// Removes links that the process before us was killed over before they became wires: their records tell where.
+fn clear_leftovers<'h>(kernel: &Kernel, records: impl Iterator<Item = &'h Held>) {
+    let namespaces: BTreeSet<NsId> =
+        records.flat_map(|held| held.record.plan.ends().map(|(_, end)| end.ns).collect::<Vec<_>>()).collect();
+    for id in namespaces {
+        // A pod that is gone has taken everything along.
+        let swept = Namespace::find(id).and_then(|ns| ns.map_or(Ok(0), |ns| kernel.sweep(&ns)));
+        match swept {
+            Ok(0) => {}
+            Ok(things) => tracing::info!(namespace = %id, things, "removed what was never finished"),
+            Err(error) => {
+                tracing::warn!(namespace = %id, error = %chain_text(&error), "cannot look for leftovers");
+            }
         }
     }
 }

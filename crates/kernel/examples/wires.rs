@@ -56,10 +56,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         print("snapshot", reading);
         let start = Instant::now();
         for (plan, nsids) in &made {
-            kernel.remove_later(plan, *nsids, &[])?;
+            kernel.remove_later(plan, *nsids, &[], drop);
         }
         let queued = start.elapsed();
-        kernel.flush()?;
+        kernel.flush();
         println!("  remove: queued in {queued:.1?}, all gone after {:.1?}", start.elapsed());
     }
     Ok(())

@@ -39,15 +39,15 @@ use crate::sysctl;
 pub struct Kernel {
     pub(crate) sockets: Arc<Sockets>,
     pub(crate) reaper: Reaper,
-    /// Held while table numbers are chosen: two connections of one pod must not choose the same.
-    tables: Mutex<()>,
 }
 
-/// Netlink sockets of the node's namespace.
+/// Netlink sockets of the node's namespace, and what those who use them share.
 #[derive(Debug)]
 pub(crate) struct Sockets {
     node: Namespace,
     idle: Mutex<Vec<Socket<Rt>>>,
+    /// Held while table numbers are chosen: two connections of one pod must not choose the same.
+    tables: Mutex<()>,
 }
 
 /// What [`Kernel::apply`] did.
@@ -102,15 +102,17 @@ const ROUNDS: u32 = 3;
 impl Kernel {
     /// Works from that namespace, the node's: there are the UDP sockets of tunnels, and the numbers of pods.
     pub fn new(node: Namespace) -> Result<Self> {
-        let sockets = Arc::new(Sockets { idle: Mutex::new(vec![Socket::open_in(&node)?]), node });
-        Ok(Self { reaper: Reaper::new(Arc::clone(&sockets)), sockets, tables: Mutex::new(()) })
+        let idle = Mutex::new(vec![Socket::open_in(&node)?]);
+        let sockets = Arc::new(Sockets { idle, node, tables: Mutex::new(()) });
+        Ok(Self { reaper: Reaper::new(Arc::clone(&sockets)), sockets })
     }
 
     /// Makes the wire as planned, with the fewest changes: none if it is so already. A wire that had to be made is
     /// made completely or not at all. Hardware address and index of an existing wire stay as they are.
     ///
     /// `known` are open namespaces the caller has anyway; one that is not among them is looked for. When an end is to
-    /// be in another namespace than before, [`Kernel::remove`] the wire as it was first.
+    /// be in another namespace than before, [`Kernel::remove`] the wire as it was first. What is left of a wire of this
+    /// connection in the queue of [`Kernel::remove_later`] is deleted before.
     ///
     /// # Errors
     /// [`Error::Plan`], [`Error::NamespaceGone`], [`Error::NameTaken`], [`Error::VniTaken`], [`Error::Refused`].
@@ -121,6 +123,8 @@ impl Kernel {
         let before = node.writes();
         let ends = ends(&mut node, plan, known, &found)?;
 
+        // A link with our mark that is still to be deleted must neither be adopted, nor outlive its successor.
+        self.reaper.settle(&plan.id)?;
         let going = self.reaper.queued();
         let (links, created) = loop {
             let gone = self.reaper.ended();
@@ -195,29 +199,11 @@ impl Kernel {
         Ok(socket.writes())
     }
 
-    /// Takes the policies of one end away, with rules that lost their interface.
-    pub(crate) fn clear_policies(&self, end: &End<'_>, link: Option<&Link>) -> Result<()> {
-        end.ns.run(|| {
-            let mut socket = Socket::open()?;
-            let _guard = self.tables.lock();
-            let tables = Tables::read(&mut socket)?;
-            let mut batch = Batch::default();
-            if let Some(link) = link {
-                let seen = observe(&mut socket, end.plan, link)?;
-                for (_, policy) in &seen.tables {
-                    batch.remove_policy(&seen, policy, &tables);
-                }
-            }
-            batch.orphans(&tables);
-            batch.commit(&mut socket, &format!("{} in {}", end.plan.ifname, end.ns.id()))
-        })?
-    }
-
     /// Takes the rules of ours away that lead to an empty table. How many there were.
     pub(crate) fn clear_rules(&self, ns: &Namespace) -> Result<usize> {
         ns.run(|| {
             let mut socket = Socket::open()?;
-            let _guard = self.tables.lock();
+            let _guard = self.sockets.tables.lock();
             let mut batch = Batch::default();
             batch.orphans(&Tables::read(&mut socket)?);
             let count = batch.requests.len();
@@ -237,7 +223,7 @@ impl Kernel {
             return Ok(());
         }
         let policies = |change: &Change| matches!(change, Change::AddPolicy(_) | Change::RemovePolicy(_));
-        let guard = changes.iter().any(policies).then(|| self.tables.lock());
+        let guard = changes.iter().any(policies).then(|| self.sockets.tables.lock());
         let mut tables = match guard {
             Some(_) => Tables::read(socket)?,
             None => Tables::default(),
@@ -269,6 +255,24 @@ impl Sockets {
 
     pub(crate) fn give_back(&self, socket: Socket<Rt>) {
         self.idle.lock().push(socket);
+    }
+
+    /// Takes the policies of one end away, with rules that lost their interface.
+    pub(crate) fn clear_policies(&self, end: &End<'_>, link: Option<&Link>) -> Result<()> {
+        end.ns.run(|| {
+            let mut socket = Socket::open()?;
+            let _guard = self.tables.lock();
+            let tables = Tables::read(&mut socket)?;
+            let mut batch = Batch::default();
+            if let Some(link) = link {
+                let seen = observe(&mut socket, end.plan, link)?;
+                for (_, policy) in &seen.tables {
+                    batch.remove_policy(&seen, policy, &tables);
+                }
+            }
+            batch.orphans(&tables);
+            batch.commit(&mut socket, &format!("{} in {}", end.plan.ifname, end.ns.id()))
+        })?
     }
 }
 

@@ -4,20 +4,25 @@
 //! and without its big lock. One message after the other waits as often as there are messages, in one `send` or in
 //! many; side by side they wait together (64 veth pairs, measured: one thread 1240 ms, four 505 ms, sixteen 116 ms).
 //! So there are a few threads, which live only while there is something to delete.
+//!
+//! Links are deleted by their mark, and a wire that is made again carries the same. So whoever makes a wire first
+//! settles what is left of its namesake: what still waits in the queue he does himself, what a thread is at he awaits.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::fmt;
+use std::sync::{Arc, mpsc};
 use std::thread;
+use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use rustix::io::Errno;
 
 use crate::apply::{Kernel, Nsids, Sockets, delete, ends, find_missing};
 use crate::error::{Error, Result};
 use crate::netlink::Request;
 use crate::netns::Namespace;
-use crate::plan::{Side, WirePlan, mark};
-use crate::rt::{self, Link, Nsid, Which};
+use crate::plan::{Side, WirePlan};
+use crate::rt::{self, Link, Which};
 
 /// The queue; its threads work it off before it is dropped.
 #[derive(Debug)]
@@ -27,57 +32,69 @@ pub(crate) struct Reaper(Arc<Shared>);
 struct Shared {
     sockets: Arc<Sockets>,
     queue: Mutex<Queue>,
-    /// Signalled when something is gone, and when the last thread ends because nothing is left.
+    /// Signalled when a wire is gone.
     progress: Condvar,
 }
 
 #[derive(Debug, Default)]
 struct Queue {
-    doomed: VecDeque<Vec<Doomed>>,
+    waiting: VecDeque<Doomed>,
+    /// What somebody is deleting now, by connection.
+    under_way: Vec<String>,
     threads: usize,
     queued: u64,
     ended: u64,
-    errors: Vec<Error>,
 }
 
-/// A link to delete. Both ends of a pair are one entry of the queue: the second is gone with the first.
-#[derive(Debug)]
+/// A wire to delete.
 struct Doomed {
-    mark: String,
-    nsid: Nsid,
+    plan: WirePlan,
+    nsids: Nsids,
+    /// Only for policies, which are deleted from inside of a namespace.
+    known: Vec<Namespace>,
+    then: Box<dyn FnOnce(Result<()>) + Send>,
 }
 
 /// They wait more than they work.
 const THREADS: usize = 8;
-/// Errors kept for the next [`Kernel::flush`]; all of them are logged.
-const KEPT_ERRORS: usize = 100;
+/// How long a wire may wait for the end of its namesake; a thousand times what the kernel takes.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 // === impl Kernel ===
 
 impl Kernel {
     /// Deletes a wire and waits until it is gone. Absence is no error, nor is a namespace that is gone with its links.
     pub fn remove(&self, plan: &WirePlan, nsids: Nsids, known: &[&Namespace]) -> Result<()> {
-        self.remove_later(plan, nsids, known)?;
-        self.flush()
+        let (tell, told) = mpsc::channel();
+        let doomed = Doomed::new(plan, nsids, known, move |result| {
+            let _ = tell.send(result);
+        });
+        self.reaper.0.queue.lock().push(doomed);
+        self.reaper.settle(&plan.id)?;
+        told.recv().unwrap_or(Ok(()))
     }
 
-    /// Queues a wire for deletion and returns at once. [`Kernel::apply`] of another wire that wants the same interface
-    /// name or VNI waits for it; [`Kernel::flush`] waits for all.
-    pub fn remove_later(&self, plan: &WirePlan, nsids: Nsids, known: &[&Namespace]) -> Result<()> {
-        // Rules stay when their interface goes, so they are deleted while its routes still say which they are.
-        if plan.ends().any(|(_, end)| !end.policies.is_empty()) {
-            self.remove_policies(plan, known)?;
-        }
-        self.remove_marked(&plan.id, nsids);
-        Ok(())
+    /// Queues a wire for deletion and returns at once; what becomes of it is told to `then`, on some other thread, and
+    /// logged if it failed. [`Kernel::apply`] of the same connection waits for it and for `then`, that of another
+    /// wire that wants the same interface name or VNI waits for it, and [`Kernel::flush`] waits for all.
+    ///
+    /// `then` must not wait for wires itself.
+    pub fn remove_later(
+        &self,
+        plan: &WirePlan,
+        nsids: Nsids,
+        known: &[&Namespace],
+        then: impl FnOnce(Result<()>) + Send + 'static,
+    ) {
+        self.reaper.push(Doomed::new(plan, nsids, known, then));
     }
 
-    /// Queues the links with the marks of that connection for deletion. One end of a veth pair takes the other along.
-    pub fn remove_marked(&self, id: &str, nsids: Nsids) {
-        let ends = [(Side::Near, nsids.near), (Side::Far, nsids.far)];
-        let doomed =
-            ends.into_iter().filter_map(|(side, nsid)| Some(Doomed { mark: mark(side, id), nsid: nsid? }));
-        self.reaper.push(doomed.collect());
+    /// Waits until no deletion of that connection's wire is queued or under way, and for nothing else.
+    ///
+    /// # Errors
+    /// [`Error::Protocol`] if the kernel does not come to an end with it.
+    pub fn settle(&self, id: &str) -> Result<()> {
+        self.reaper.settle(id)
     }
 
     /// Removes from a namespace what a killed life of ours could not finish or finish removing, and no plan can know:
@@ -99,30 +116,9 @@ impl Kernel {
         Ok(unfinished.len() + self.clear_rules(ns)?)
     }
 
-    /// Waits until all that was queued is deleted.
-    ///
-    /// # Errors
-    /// What could not be deleted since the last call.
-    pub fn flush(&self) -> Result<()> {
-        Error::join(self.reaper.wait())
-    }
-
-    fn remove_policies(&self, plan: &WirePlan, known: &[&Namespace]) -> Result<()> {
-        let found = match find_missing(plan, known) {
-            Err(Error::NamespaceGone(_)) => return Ok(()),
-            other => other?,
-        };
-        let mut node = self.sockets.get()?;
-        let ends = ends(&mut node, plan, known, &found)?;
-        for end in ends.iter().filter(|end| !end.plan.policies.is_empty()) {
-            let link = node
-                .links(vec![rt::get_link(Which::Name(&end.mark), Some(end.nsid), false)])?
-                .pop()
-                .flatten();
-            self.clear_policies(end, link.as_ref())?;
-        }
-        self.sockets.give_back(node);
-        Ok(())
+    /// Waits until all that was queued is deleted, or could not be.
+    pub fn flush(&self) {
+        self.reaper.wait_beyond(u64::MAX);
     }
 }
 
@@ -146,13 +142,26 @@ impl Reaper {
     /// Waits until more deletions have ended than that, or none is left.
     pub(crate) fn wait_beyond(&self, ended: u64) {
         let mut queue = self.0.queue.lock();
-        self.0.progress.wait_while(&mut queue, |queue| queue.ended <= ended && queue.threads > 0);
+        self.0.progress.wait_while(&mut queue, |queue| queue.ended <= ended && queue.ended < queue.queued);
     }
 
-    fn push(&self, doomed: Vec<Doomed>) {
+    pub(crate) fn settle(&self, id: &str) -> Result<()> {
         let mut queue = self.0.queue.lock();
-        queue.doomed.push_back(doomed);
-        queue.queued += 1;
+        while let Some(at) = queue.waiting.iter().position(|doomed| doomed.plan.id == id)
+            && let Some(doomed) = queue.waiting.remove(at)
+        {
+            self.0.carry_out(&mut queue, doomed);
+        }
+        let is_doomed = |queue: &mut Queue| queue.under_way.iter().any(|other| other == id);
+        if self.0.progress.wait_while_for(&mut queue, is_doomed, PATIENCE).timed_out() {
+            return Err(Error::Protocol(format!("the wire of {id} is still being deleted; try again")));
+        }
+        Ok(())
+    }
+
+    fn push(&self, doomed: Doomed) {
+        let mut queue = self.0.queue.lock();
+        queue.push(doomed);
         if queue.threads == THREADS {
             return;
         }
@@ -167,18 +176,18 @@ impl Reaper {
             self.0.work();
         }
     }
-
-    /// Waits for the end of the queue.
-    fn wait(&self) -> Vec<Error> {
-        let mut queue = self.0.queue.lock();
-        self.0.progress.wait_while(&mut queue, |queue| queue.threads > 0);
-        std::mem::take(&mut queue.errors)
-    }
 }
 
 impl Drop for Reaper {
     fn drop(&mut self) {
-        self.wait();
+        self.wait_beyond(u64::MAX);
+    }
+}
+
+impl Queue {
+    fn push(&mut self, doomed: Doomed) {
+        self.waiting.push_back(doomed);
+        self.queued += 1;
     }
 }
 
@@ -186,34 +195,100 @@ impl Shared {
     /// What a thread does: it deletes until there is nothing left.
     fn work(&self) {
         let mut queue = self.queue.lock();
-        while let Some(doomed) = queue.doomed.pop_front() {
-            drop(queue);
-            let errors = self.delete(&doomed).unwrap_or_else(|error| vec![error]);
-            queue = self.queue.lock();
-            queue.ended += 1;
-            self.progress.notify_all();
-            for error in errors.into_iter().take(KEPT_ERRORS.saturating_sub(queue.errors.len())) {
-                queue.errors.push(error);
-            }
+        while let Some(doomed) = queue.waiting.pop_front() {
+            self.carry_out(&mut queue, doomed);
         }
         queue.threads -= 1;
-        self.progress.notify_all();
     }
 
-    fn delete(&self, doomed: &[Doomed]) -> Result<Vec<Error>> {
-        let mut socket = self.sockets.get()?;
-        let delete = |link: &Doomed| Request::new(rt::delete_link(Which::Name(&link.mark), Some(link.nsid)));
-        let refused = socket.commit(doomed.iter().map(delete).collect())?;
-        self.sockets.give_back(socket);
+    /// Deletes what was taken out of the queue, which is free for others meanwhile.
+    fn carry_out(&self, queue: &mut MutexGuard<'_, Queue>, doomed: Doomed) {
+        let id = doomed.plan.id.clone();
+        queue.under_way.push(id.clone());
+        MutexGuard::unlocked(queue, || doomed.end(&self.sockets));
+        if let Some(at) = queue.under_way.iter().position(|other| *other == id) {
+            queue.under_way.swap_remove(at);
+        }
+        queue.ended += 1;
+        self.progress.notify_all();
+    }
+}
+
+// === impl Doomed ===
+
+impl Doomed {
+    fn new(
+        plan: &WirePlan,
+        nsids: Nsids,
+        known: &[&Namespace],
+        then: impl FnOnce(Result<()>) + Send + 'static,
+    ) -> Self {
+        let with_policies = || plan.ends().filter(|(_, end)| !end.policies.is_empty());
+        let needed = known.iter().filter(|ns| with_policies().any(|(_, end)| end.ns == ns.id()));
+        // One that cannot be held is looked for.
+        let known = needed.filter_map(|ns| ns.try_clone().ok()).collect();
+        Self { plan: plan.clone(), nsids, known, then: Box::new(then) }
+    }
+
+    fn end(self, sockets: &Sockets) {
+        // Rules stay when their interface goes, so they are deleted while its routes still say which they are.
+        // Whatever becomes of them, the links go.
+        let mut errors: Vec<Error> = self.remove_policies(sockets).err().into_iter().collect();
+        match self.remove_links(sockets) {
+            Ok(refused) => errors.extend(refused),
+            Err(error) => errors.push(error),
+        }
+        for error in &errors {
+            let cause = std::error::Error::source(error).map(ToString::to_string);
+            tracing::warn!(wire = self.plan.id, %error, cause, "cannot delete a wire");
+        }
+        (self.then)(Error::join(errors));
+    }
+
+    fn remove_policies(&self, sockets: &Sockets) -> Result<()> {
+        if self.plan.ends().all(|(_, end)| end.policies.is_empty()) {
+            return Ok(());
+        }
+        let known: Vec<_> = self.known.iter().collect();
+        let mut plan = self.plan.clone();
+        plan.near.take_if(|end| end.policies.is_empty());
+        plan.far.take_if(|end| end.policies.is_empty());
+        let found = match find_missing(&plan, &known) {
+            Err(Error::NamespaceGone(_)) => return Ok(()),
+            other => other?,
+        };
+        let mut node = sockets.get()?;
+        for end in ends(&mut node, &plan, &known, &found)? {
+            let link = node
+                .links(vec![rt::get_link(Which::Name(&end.mark), Some(end.nsid), false)])?
+                .pop()
+                .flatten();
+            sockets.clear_policies(&end, link.as_ref())?;
+        }
+        sockets.give_back(node);
+        Ok(())
+    }
+
+    /// By their marks; one end of a veth pair takes the other along. What the kernel refused.
+    fn remove_links(&self, sockets: &Sockets) -> Result<Vec<Error>> {
+        let ends = [(Side::Near, self.nsids.near), (Side::Far, self.nsids.far)];
+        let links: Vec<_> =
+            ends.into_iter().filter_map(|(side, nsid)| Some((self.plan.mark(side), nsid?))).collect();
+        let delete =
+            |(mark, nsid): &(String, _)| Request::new(rt::delete_link(Which::Name(mark), Some(*nsid)));
+        let mut socket = sockets.get()?;
+        let refused = socket.commit(links.iter().map(delete).collect())?;
+        sockets.give_back(socket);
         // No such link, or the number stands for no namespace any more.
         let refused =
             refused.into_iter().filter(|at| !matches!(at.refusal.errno, Errno::NODEV | Errno::INVAL));
-        Ok(refused
-            .map(|at| {
-                let mark = doomed.get(at.index).map_or("a link", |link| &link.mark);
-                tracing::warn!(mark, error = %at.refusal, "cannot delete a wire");
-                Error::Refused { what: format!("delete {mark}"), source: at.refusal }
-            })
-            .collect())
+        let what = |index| links.get(index).map_or_else(String::new, |(mark, _)| format!("delete {mark}"));
+        Ok(refused.map(|at| Error::Refused { what: what(at.index), source: at.refusal }).collect())
+    }
+}
+
+impl fmt::Debug for Doomed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Doomed").field(&self.plan.id).finish()
     }
 }

@@ -195,9 +195,9 @@ mod tests {
         }
         assert_eq!(watch.read().unwrap(), [], "creations are not events");
         for (plan, nsids) in &made {
-            kernel.remove_later(plan, *nsids, &[]).unwrap();
+            kernel.remove_later(plan, *nsids, &[], drop);
         }
-        kernel.flush().unwrap();
+        kernel.flush();
         let events = watch.read().unwrap();
         assert_eq!(events.len(), 32, "{events:?}");
         for (plan, nsids) in &made {

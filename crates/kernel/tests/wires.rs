@@ -182,9 +182,9 @@ fn a_name_that_is_taken_is_told_and_left_alone() {
     let other = node.veth("wire-2", "nsm0");
     let made = node.kernel.apply(&other, &node.known()).unwrap();
     assert_eq!(taken_by(&plan).2, other.mark(Side::Near));
-    node.kernel.remove_later(&other, nsids(&made), &[]).unwrap();
+    node.kernel.remove_later(&other, nsids(&made), &[], drop);
     assert!(node.kernel.apply(&plan, &node.known()).unwrap().created);
-    node.kernel.flush().unwrap();
+    node.kernel.flush();
     assert!(reaches(&node.client, &node.endpoint, "172.16.1.2"));
 }
 
@@ -199,7 +199,7 @@ fn a_vni_that_is_taken_is_told_and_nothing_is_left() {
         other => panic!("{other:?}"),
     }
     assert_eq!(output(&node.client, "ip -br link").lines().count(), 2);
-    node.kernel.remove_later(&first, nsids(&made), &[]).unwrap();
+    node.kernel.remove_later(&first, nsids(&made), &[], drop);
     assert!(node.kernel.apply(&second, &node.known()).unwrap().created);
     // Other parameters: the device cannot be changed, so it is replaced.
     let third = node.vxlan("wire-2", "nsm1", 78);
@@ -531,9 +531,38 @@ fn many_wires_of_one_pod_at_once() {
         assert!(reaches(&node.client, &node.endpoint, &format!("10.{n}.0.2")), "{n}");
     }
     for (plan, made) in plans.iter().zip(&made) {
-        node.kernel.remove_later(plan, nsids(made), &node.known()).unwrap();
+        node.kernel.remove_later(plan, nsids(made), &node.known(), drop);
     }
-    node.kernel.flush().unwrap();
+    node.kernel.flush();
     assert_eq!(output(&node.client, "ip -br link").lines().count(), 1);
     assert_eq!(output(&node.client, "ip rule").matches("proto 78").count(), 0);
+}
+
+#[test]
+fn a_wire_that_is_made_again_while_it_is_being_deleted_stays() {
+    let Some(node) = node("a_wire_that_is_made_again_while_it_is_being_deleted_stays") else { return };
+    let plan = |n: u8, far: &str| {
+        let mut plan = node.veth(&format!("wire-{n}"), &format!("nsm{n}"));
+        plan.far.as_mut().unwrap().ifname = format!("{far}{n}");
+        plan
+    };
+    // As planned before, so it could be adopted while it is doomed; and with a new far end under the same mark.
+    for far in ["same", "other"] {
+        let made: Vec<_> =
+            (0..60).map(|n| (n, node.kernel.apply(&plan(n, "same"), &node.known()).unwrap())).collect();
+        for (n, made) in &made {
+            node.kernel.remove_later(&plan(*n, "same"), nsids(made), &[], drop);
+        }
+        let again: Vec<_> =
+            (0..60).map(|n| (n, node.kernel.apply(&plan(n, far), &node.known()).unwrap())).collect();
+        node.kernel.flush();
+        let whole = again.iter().filter(|(n, made)| {
+            let facts = node.kernel.facts(&format!("wire-{n}"), nsids(made));
+            made.created && matches!(facts, Ok((Some(near), Some(far))) if near.up && far.up)
+        });
+        assert_eq!(whole.count(), 60, "{far}");
+        for (n, made) in &again {
+            node.kernel.remove(&plan(*n, far), nsids(made), &[]).unwrap();
+        }
+    }
 }
