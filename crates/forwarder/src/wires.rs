@@ -424,3 +424,180 @@ fn refused(error: &nsm_kernel::Error) -> Error {
     };
     Error::new(code, chain_text(error))
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::print_stdout, reason = "tests")]
+mod tests {
+    use std::process::{Child, Command};
+
+    use nsm_kernel::plan::EndPlan;
+
+    use super::*;
+
+    /// A process that lives in a namespace of its own, so that it is found without a descriptor.
+    struct Pod {
+        process: Child,
+        ns: Namespace,
+    }
+
+    impl Pod {
+        fn start() -> Self {
+            let ns = Namespace::unnamed().unwrap();
+            let process = ns.run(|| Command::new("sleep").arg("600").spawn()).unwrap().unwrap();
+            Self { process, ns }
+        }
+
+        fn output(&self, command: &str) -> String {
+            let mut words = command.split_whitespace();
+            let run = || Command::new(words.next().unwrap()).args(words).output();
+            let output = self.ns.run(run).unwrap().unwrap();
+            assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+            String::from_utf8(output.stdout).unwrap()
+        }
+    }
+
+    impl Drop for Pod {
+        fn drop(&mut self) {
+            let _ = self.process.kill();
+            let _ = self.process.wait();
+        }
+    }
+
+    struct Node {
+        ns: Namespace,
+        client: Pod,
+        endpoint: Pod,
+        state: tempfile::TempDir,
+    }
+
+    impl Node {
+        fn new(test: &str) -> Option<Self> {
+            let Ok(ns) = Namespace::unnamed() else {
+                println!("SKIPPED {test}: network namespaces need root");
+                return None;
+            };
+            let state = tempfile::tempdir().unwrap();
+            Some(Self { ns, client: Pod::start(), endpoint: Pod::start(), state })
+        }
+
+        /// What a process that starts now knows.
+        fn wires(&self) -> Arc<Wires> {
+            Arc::new(Wires::open(self.ns.try_clone().unwrap(), self.state.path()).unwrap())
+        }
+
+        fn veth(&self, id: &str) -> Record {
+            let end = |side, pod: &Pod| EndPlan::new(side, pod.ns.id(), format!("nsm-{id}"), id);
+            record(WirePlan::veth(id, end(Side::Near, &self.client), end(Side::Far, &self.endpoint)))
+        }
+
+        fn files(&self) -> usize {
+            std::fs::read_dir(self.state.path()).unwrap().count()
+        }
+    }
+
+    fn record(plan: WirePlan) -> Record {
+        Record { plan, far: Mechanism::default(), expires: SystemTime::UNIX_EPOCH }
+    }
+
+    async fn made(wires: &Arc<Wires>, record: &Record) {
+        wires.apply(record.clone(), &Fds::default()).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_wire_that_is_asked_for_while_it_goes_stays_with_its_record() {
+        let Some(node) = Node::new("a_wire_that_is_asked_for_while_it_goes_stays_with_its_record") else {
+            return;
+        };
+        let wires = node.wires();
+        let records: Vec<_> = (0..16).map(|n| node.veth(&n.to_string())).collect();
+        for record in &records {
+            made(&wires, record).await;
+        }
+        for record in &records {
+            wires.remove(&record.plan.id);
+        }
+        for record in &records {
+            made(&wires, record).await;
+        }
+        wires.flush().await;
+        assert_eq!(wires.broken(None).await, Vec::<String>::new());
+        assert_eq!(node.files(), 16);
+        for record in &records {
+            wires.remove(&record.plan.id);
+        }
+        wires.flush().await;
+        assert_eq!(node.files(), 0);
+        assert_eq!(node.client.output("ip -br link").lines().count(), 1);
+    }
+
+    #[tokio::test]
+    async fn only_what_no_connection_has_claimed_is_swept() {
+        let Some(node) = Node::new("only_what_no_connection_has_claimed_is_swept") else { return };
+        let (left, claimed) = (node.veth("left"), node.veth("claimed"));
+        let first = node.wires();
+        made(&first, &left).await;
+        made(&first, &claimed).await;
+        first.sweep(SystemTime::now());
+        first.orphan("left", "a test");
+        assert_eq!(first.orphans(), 0, "they are claimed, by this process");
+        drop(first);
+
+        let second = node.wires();
+        made(&second, &claimed).await;
+        second.sweep(SystemTime::now());
+        second.flush().await;
+        assert_eq!(second.orphans(), 1);
+        assert!(second.record("left").is_none());
+        assert_eq!(second.record("claimed"), Some(claimed));
+        assert_eq!((second.broken(None).await, node.files()), (Vec::new(), 1));
+    }
+
+    #[tokio::test]
+    async fn a_start_removes_what_was_never_finished_and_sees_what_is_gone() {
+        let Some(node) = Node::new("a_start_removes_what_was_never_finished_and_sees_what_is_gone") else {
+            return;
+        };
+        let (whole, cut) = (node.veth("whole"), node.veth("cut"));
+        let first = node.wires();
+        made(&first, &whole).await;
+        made(&first, &cut).await;
+        drop(first);
+        node.endpoint.output("ip link del nsm-cut");
+        // As a link is born: down, without an alias, in the group of the unfinished.
+        node.client.output("ip link add half group 7238509 type veth peer name other group 7238509");
+
+        let second = node.wires();
+        assert!(!node.client.output("ip -br link").contains("half"));
+        assert_eq!(second.broken(None).await, ["cut"]);
+        second.orphan("cut", "a test");
+        second.flush().await;
+        assert_eq!((second.orphans(), node.files()), (1, 1));
+        let Node { ns, client, endpoint, state } = node;
+        let number = second.kernel.nsid(&endpoint.ns).unwrap();
+        drop(endpoint);
+        // The kernel takes a namespace down on a thread of its own.
+        for _ in 0..500 {
+            if !second.broken(Some(number)).await.is_empty() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert_eq!(second.broken(Some(number)).await, ["whole"]);
+        drop((ns, client, state));
+    }
+
+    #[tokio::test]
+    async fn a_wire_that_moves_leaves_nothing_and_waits_for_no_other() {
+        let Some(node) = Node::new("a_wire_that_moves_leaves_nothing_and_waits_for_no_other") else { return };
+        let wires = node.wires();
+        let before = node.veth("moving");
+        made(&wires, &before).await;
+        let third = Pod::start();
+        let mut after = before.clone();
+        after.plan.far = Some(EndPlan::new(Side::Far, third.ns.id(), "nsm-moving", "moving"));
+        made(&wires, &after).await;
+        assert_eq!(wires.record("moving"), Some(after));
+        assert_eq!(node.endpoint.output("ip -br link").lines().count(), 1);
+        assert_eq!((wires.broken(None).await, node.files()), (Vec::new(), 1));
+    }
+}
