@@ -27,7 +27,7 @@ use nsm_mesh::{Context, Element, Error, Lease, Next, NextHop, Release, Result, f
 
 use crate::{
     tunnel::{self, TunnelEnd},
-    wires::{Record, Taken, Wires},
+    wires::{Claim, Record, Taken, Wires},
 };
 
 /// Tries to find a name that nobody has in the client's namespace, where the client left it to us.
@@ -42,32 +42,11 @@ pub struct CrossConnect {
     pub tunnel: TunnelEnd,
 }
 
-/// A VNI that this connection holds on this node.
-#[derive(Debug)]
-struct HeldVni {
-    wires: Arc<Wires>,
-    vni: u32,
-    id: String,
-}
-
-#[async_trait]
-impl Lease for HeldVni {
-    fn name(&self) -> &'static str {
-        "vni"
-    }
-
-    async fn release(self: Box<Self>, _: &Release) -> Result<()> {
-        self.wires.vnis().release(self.vni, &self.id);
-        Ok(())
-    }
-}
-
 /// The wire itself.
 #[derive(Debug)]
 struct Wire {
     wires: Arc<Wires>,
     id: String,
-    far: Mechanism,
 }
 
 #[async_trait]
@@ -84,16 +63,19 @@ impl Lease for Wire {
 
 impl CrossConnect {
     /// What is remembered of the far side: by this process, or by the one before it.
-    fn remembered(&self, cx: &Context<'_>, id: &str) -> Option<Mechanism> {
-        let wire = cx.scope.get::<Wire>().map(|wire| wire.far.clone());
-        let mut far = wire.or_else(|| self.wires.record(id).map(|r| r.far))?;
+    fn remembered(&self, id: &str) -> Option<Mechanism> {
+        let mut far = self.wires.record(id)?.far;
         // An endpoint's namespace is the endpoint's to name: its descriptor is not kept here, and so cannot go along.
         far.parameters.remove(key::INODE_URL);
         Some(far)
     }
 
     /// Chooses what joins us with the side next to the client, and fills in our half. Whether the VNI was drawn now.
-    fn near(&self, cx: &mut Context<'_>, request: &mut NetworkServiceRequest) -> Result<(Mechanism, bool)> {
+    fn near(
+        &self,
+        request: &mut NetworkServiceRequest,
+        claims: &mut Vec<Claim>,
+    ) -> Result<(Mechanism, bool)> {
         let conn = request.connection.get_or_insert_default();
         let mut near = choose(conn.mechanism.as_ref(), &request.mechanism_preferences)?;
         tunnel::clamp_mtu(conn, tunnel::DEFAULT_MTU);
@@ -108,37 +90,27 @@ impl CrossConnect {
         self.tunnel.accept(&mut near);
         tunnel::clamp_mtu(conn, near.number(key::MTU).unwrap_or(self.tunnel.mtu));
         self.tunnel.peer(&near, false).map_err(Error::invalid)?;
-        if let Some(held) = cx.scope.get::<HeldVni>().map(|held| held.vni) {
-            // A refresh keeps it; a peer that found it taken on its node proposes another.
-            if near.vni().is_none_or(|vni| vni == held) {
-                near.set(key::VNI, held.to_string());
-                return Ok((near, false));
-            }
-            if let Some(old) = cx.scope.take::<HeldVni>() {
-                self.wires.vnis().release(old.vni, &old.id);
-            }
-        }
-        let id = conn.id.clone();
-        let (vni, drawn) = match near.vni() {
-            Some(vni) if self.wires.vnis().claim(vni, &id) => (vni, false),
-            Some(vni) => {
-                return Err(Error::new(
-                    tonic::Code::AlreadyExists,
-                    format!("VNI {vni} is taken by another wire of this node"),
-                )
-                .hint("ask again without a VNI, or with another"));
-            }
-            None => (self.draw(&near, &id)?, true),
+        // A refresh keeps its VNI; a peer that found it taken on its node proposes another.
+        let kept = || self.wires.record(&conn.id).filter(|r| r.plan.near.is_none())?.vni();
+        let (claim, drawn) = match near.vni().or_else(kept) {
+            Some(vni) => (self.claim(vni, &conn.id)?, false),
+            None => (self.draw(&near, &conn.id)?, true),
         };
-        near.set(key::VNI, vni.to_string());
-        cx.scope.lease(HeldVni { wires: Arc::clone(&self.wires), vni, id });
+        near.set(key::VNI, claim.vni().to_string());
+        claims.push(claim);
         Ok((near, drawn))
     }
 
-    fn draw(&self, m: &Mechanism, id: &str) -> Result<u32> {
+    fn claim(&self, vni: u32, id: &str) -> Result<Claim> {
+        self.wires.claim(vni, id).ok_or_else(|| {
+            Error::new(tonic::Code::AlreadyExists, format!("VNI {vni} is taken by another wire of this node"))
+                .hint("ask again without a VNI, or with another")
+        })
+    }
+
+    fn draw(&self, m: &Mechanism, id: &str) -> Result<Claim> {
         self.wires
-            .vnis()
-            .draw(m, id, rand::random)
+            .draw(m, id)
             .ok_or_else(|| Error::new(tonic::Code::ResourceExhausted, "every VNI of this node is in use"))
     }
 
@@ -174,32 +146,31 @@ impl CrossConnect {
         Ok(Vxlan { vni, local: self.tunnel.ip, remote, port: self.tunnel.port, remote_port })
     }
 
-    /// Makes the wire; where a name or a VNI turns out to be taken and the choice was ours, makes another.
+    /// Makes the wire; where a name or a VNI turns out to be taken and the choice was ours, makes another. `redraw`
+    /// takes the claim of a new VNI, where it may be one.
     async fn join(
         &self,
-        cx: &mut Context<'_>,
+        fds: &Fds,
         conn: &mut Connection,
         near: &mut Mechanism,
         far: &Mechanism,
         name_is_ours: bool,
-        vni_is_ours: bool,
+        mut redraw: Option<&mut Vec<Claim>>,
     ) -> std::result::Result<(), Unjoined> {
         for _ in 0..NAME_TRIES {
-            let plan = self.plan(&cx.fds, conn, near, far)?;
+            let plan = self.plan(fds, conn, near, far)?;
             let record = Record::new(plan, far.clone(), conn);
-            match self.wires.apply(record, &cx.fds).await {
+            match self.wires.apply(record, fds).await {
                 Ok(()) => return Ok(()),
                 Err(Taken::Name { near: true, .. }) if name_is_ours => {
                     near.set(key::NAME, interface_name(&conn.network_service, rand::random));
                 }
-                Err(Taken::Vni) if vni_is_ours => {
-                    let Some(old) = cx.scope.take::<HeldVni>() else { return Err(Unjoined::Vni) };
-                    let vni = self.draw(near, &conn.id)?;
-                    self.wires.vnis().release(old.vni, &old.id);
-                    near.set(key::VNI, vni.to_string());
-                    cx.scope.lease(HeldVni { wires: old.wires, vni, id: old.id });
+                Err(Taken::Vni) => {
+                    let Some(claims) = redraw.as_mut() else { return Err(Unjoined::Vni) };
+                    let claim = self.draw(near, &conn.id)?;
+                    near.set(key::VNI, claim.vni().to_string());
+                    claims.push(claim);
                 }
-                Err(Taken::Vni) => return Err(Unjoined::Vni),
                 Err(Taken::Name { near, name, by }) => {
                     let whose = if near { "client" } else { "endpoint" };
                     return Err(Error::new(
@@ -274,12 +245,14 @@ impl Element for CrossConnect {
             // The runner has released what this process held; a wire of the process before us goes as well.
             self.wires.remove(&conn.id);
         }
-        let (mut near, vni_is_ours) = self.near(cx, &mut request)?;
+        // They are free again when this request ends, but for the one that is in a record then.
+        let mut claims = Vec::new();
+        let (mut near, vni_is_ours) = self.near(&mut request, &mut claims)?;
         let local = cx.next_hop.as_ref().is_some_and(NextHop::is_local);
         let conn = request.connection.get_or_insert_default();
         let id = conn.id.clone();
         let class = if local { LOCAL } else { REMOTE };
-        conn.mechanism = self.remembered(cx, &id).filter(|m| m.cls == class);
+        conn.mechanism = self.remembered(&id).filter(|m| m.cls == class);
         request.mechanism_preferences = self.offers(local);
 
         let name_is_ours = near.r#type == kind::KERNEL && near.get(key::NAME).is_none();
@@ -317,26 +290,18 @@ impl Element for CrossConnect {
                 );
             }
             let far_vni = far.vni().filter(|_| far.r#type == kind::VXLAN);
-            let free = far_vni.is_none_or(|vni| self.wires.vnis().claim(vni, &id));
-            let joined = if free {
-                self.join(cx, &mut answer, &mut near, &far, name_is_ours, vni_is_ours).await
+            let claim = far_vni.map(|vni| self.wires.claim(vni, &id));
+            let joined = if let None | Some(Some(_)) = claim {
+                claims.extend(claim.flatten());
+                let redraw = vni_is_ours.then_some(&mut claims);
+                self.join(&cx.fds, &mut answer, &mut near, &far, name_is_ours, redraw).await
             } else {
                 Err(Unjoined::Vni)
             };
             match joined {
                 Ok(()) => {
-                    if let Some(vni) = far_vni
-                        && cx.scope.get::<HeldVni>().is_none()
-                    {
-                        cx.scope.lease(HeldVni { wires: Arc::clone(&self.wires), vni, id: id.clone() });
-                    }
-                    match cx.scope.get_mut::<Wire>() {
-                        Some(wire) => wire.far = far.clone(),
-                        None => cx.scope.lease(Wire {
-                            wires: Arc::clone(&self.wires),
-                            id: id.clone(),
-                            far: far.clone(),
-                        }),
+                    if cx.scope.get::<Wire>().is_none() {
+                        cx.scope.lease(Wire { wires: Arc::clone(&self.wires), id });
                     }
                     note_interfaces(&mut answer, &near, &far);
                     answer.mechanism = Some(near);
@@ -345,16 +310,14 @@ impl Element for CrossConnect {
                 Err(Unjoined::Vni) if proposed.is_none() && far_vni.is_some() => {
                     // The peer's choice is taken here. Ours is proposed once: a peer keeps what comes with a
                     // source address (spec/control-plane.md 3.5 rule 2).
-                    if free && let Some(vni) = far_vni {
-                        self.wires.vnis().release(vni, &id);
-                    }
-                    let vni = self.draw(&far, &id)?;
+                    let claim = self.draw(&far, &id)?;
+                    let vni = claim.vni();
+                    claims.push(claim);
                     tracing::info!(taken = far_vni, proposed = vni, "the peer's VNI is taken on this node");
                     proposed = Some(vni);
                     let mut again = far.clone();
                     again.set(key::VNI, vni.to_string());
                     request.connection.get_or_insert_default().mechanism = Some(again);
-                    cx.scope.lease(HeldVni { wires: Arc::clone(&self.wires), vni, id: id.clone() });
                 }
                 Err(Unjoined::Vni) => {
                     return Err(Error::new(
@@ -363,14 +326,7 @@ impl Element for CrossConnect {
                     )
                     .hint("another program made a VXLAN device with this VNI on this port; the next try draws another"));
                 }
-                Err(Unjoined::Error(error)) => {
-                    if let Some(vni) = far_vni
-                        && cx.scope.get::<HeldVni>().is_none()
-                    {
-                        self.wires.vnis().release(vni, &id);
-                    }
-                    return Err(error);
-                }
+                Err(Unjoined::Error(error)) => return Err(error),
             }
         }
     }

@@ -29,7 +29,7 @@ use nsm_kernel::{
     store::{self, Store},
 };
 use nsm_mesh::{Error, Result, error::chain_text, fds::Fds};
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::task::spawn_blocking;
 use tonic::Code;
@@ -93,8 +93,35 @@ pub struct Wires {
     kernel: Arc<Kernel>,
     store: Store,
     records: Mutex<HashMap<String, Held>>,
+    /// Locked after the records.
     vnis: Mutex<Vnis>,
     orphans: AtomicU64,
+}
+
+/// A VNI that a request has taken for a wire that does not stand yet. When the request is over it is free again,
+/// unless the record of its connection has it by then: a VNI in use belongs to a record.
+#[derive(Debug)]
+pub struct Claim {
+    wires: Arc<Wires>,
+    vni: u32,
+    id: String,
+}
+
+impl Claim {
+    /// The number.
+    #[must_use]
+    pub fn vni(&self) -> u32 {
+        self.vni
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let records = self.wires.records.lock();
+        if records.get(&self.id).and_then(|held| held.record.vni()) != Some(self.vni) {
+            self.wires.vnis.lock().release(self.vni, &self.id);
+        }
+    }
 }
 
 impl Record {
@@ -105,7 +132,9 @@ impl Record {
         Self { plan, far, expires }
     }
 
-    fn vni(&self) -> Option<u32> {
+    /// Of a tunnel.
+    #[must_use]
+    pub fn vni(&self) -> Option<u32> {
         match &self.plan.construction {
             Construction::Vxlan(tunnel) => Some(tunnel.vni),
             Construction::Veth => None,
@@ -171,9 +200,15 @@ impl Wires {
         &self.kernel
     }
 
-    /// The VNIs of this node.
-    pub fn vnis(&self) -> MutexGuard<'_, Vnis> {
-        self.vnis.lock()
+    /// Takes a VNI that is already agreed on; `None`: another connection of this node has it.
+    pub fn claim(self: &Arc<Self>, vni: u32, id: &str) -> Option<Claim> {
+        self.vnis.lock().claim(vni, id).then(|| Claim { wires: Arc::clone(self), vni, id: id.to_owned() })
+    }
+
+    /// Takes a free VNI that suits the mechanism; `None`: there is none.
+    pub fn draw(self: &Arc<Self>, m: &Mechanism, id: &str) -> Option<Claim> {
+        let vni = self.vnis.lock().draw(m, id, rand::random)?;
+        Some(Claim { wires: Arc::clone(self), vni, id: id.to_owned() })
     }
 
     /// What is known of a connection's wire.
@@ -210,6 +245,13 @@ impl Wires {
         let mut records = self.records.lock();
         match made {
             Ok(held) => {
+                let mut vnis = self.vnis.lock();
+                if let Some(old) = before.and_then(|before| before.record.vni()) {
+                    vnis.release(old, &id);
+                }
+                if let Some(vni) = held.record.vni() {
+                    vnis.claim(vni, &id);
+                }
                 records.insert(id, held);
                 Ok(())
             }
@@ -430,7 +472,7 @@ fn refused(error: &nsm_kernel::Error) -> Error {
 mod tests {
     use std::process::{Child, Command};
 
-    use nsm_kernel::plan::EndPlan;
+    use nsm_kernel::plan::{EndPlan, Vxlan};
 
     use super::*;
 
@@ -488,6 +530,14 @@ mod tests {
         fn veth(&self, id: &str) -> Record {
             let end = |side, pod: &Pod| EndPlan::new(side, pod.ns.id(), format!("nsm-{id}"), id);
             record(WirePlan::veth(id, end(Side::Near, &self.client), end(Side::Far, &self.endpoint)))
+        }
+
+        fn vxlan(&self, id: &str, vni: u32) -> Record {
+            let local = "192.0.2.1".parse().unwrap();
+            let tunnel =
+                Vxlan { vni, local, remote: "192.0.2.2".parse().unwrap(), port: 4789, remote_port: 4789 };
+            let end = EndPlan::new(Side::Near, self.client.ns.id(), format!("nsm-{id}"), id);
+            record(WirePlan::vxlan(id, tunnel, Side::Near, end))
         }
 
         fn files(&self) -> usize {
@@ -599,5 +649,43 @@ mod tests {
         assert_eq!(wires.record("moving"), Some(after));
         assert_eq!(node.endpoint.output("ip -br link").lines().count(), 1);
         assert_eq!((wires.broken(None).await, node.files()), (Vec::new(), 1));
+    }
+
+    #[tokio::test]
+    async fn a_vni_is_its_records_and_a_claim_ends_with_its_request() {
+        let Some(node) = Node::new("a_vni_is_its_records_and_a_claim_ends_with_its_request") else { return };
+        let alien = "link add alien type vxlan id 72 local 192.0.2.1 remote 192.0.2.9 dstport 4789";
+        let add = || Command::new("ip").args(alien.split(' ')).status();
+        assert!(node.ns.run(add).unwrap().unwrap().success());
+        let wires = node.wires();
+        let free = |wires: &Arc<Wires>, vni| wires.claim(vni, "other").is_some();
+
+        let claim = wires.claim(70, "a").unwrap();
+        assert!(!free(&wires, 70));
+        drop(claim);
+        assert!(free(&wires, 70), "nothing came of it");
+        let claim = wires.claim(70, "a").unwrap();
+        made(&wires, &node.vxlan("a", 70)).await;
+        drop(claim);
+        assert!(!free(&wires, 70));
+
+        // A refresh that fails keeps the old one and gives the new one back.
+        let claim = wires.claim(72, "a").unwrap();
+        let refused = wires.apply(node.vxlan("a", 72), &Fds::default()).await;
+        assert!(matches!(refused, Err(Taken::Vni)), "{refused:?}");
+        drop(claim);
+        assert_eq!((free(&wires, 70), free(&wires, 72)), (false, true));
+
+        let claim = wires.claim(74, "a").unwrap();
+        made(&wires, &node.vxlan("a", 74)).await;
+        drop(claim);
+        assert_eq!((free(&wires, 70), free(&wires, 74)), (true, false));
+
+        let next = node.wires();
+        assert!(!free(&next, 74), "found with its record");
+        next.remove("a");
+        assert!(free(&next, 74));
+        next.flush().await;
+        assert_eq!(node.files(), 0);
     }
 }
