@@ -477,17 +477,15 @@ impl Passthrough {
 ///
 /// Callers are attested by what the kernel says of them: network namespace, user, executable, cgroup, process. The
 /// configuration maps that to SPIFFE IDs; it is read again when it changes.
-///
-/// Example configuration:
-///
-///   trustDomain: example.org
-///   sockets:
-///   - {path: /run/nsm/identity.sock, node: node1}
-///   entries:
-///   - spiffeId: spiffe://example.org/client
-///     selectors: {netns: client, uid: 1000}
 #[derive(Debug, Args)]
-#[command(verbatim_doc_comment)]
+#[command(after_long_help = "Example configuration:
+
+  trustDomain: example.org
+  sockets:
+  - {path: /run/nsm/identity.sock, node: node1}
+  entries:
+  - spiffeId: spiffe://example.org/client
+    selectors: {netns: client, uid: 1000}")]
 pub(crate) struct Identity {
     /// YAML: trustDomain, svidTtl, stateDir, sockets (path, node), entries (spiffeId, node, selectors)
     #[arg(long, env = "NSM_IDENTITY_CONFIG", value_name = "FILE")]
