@@ -8,9 +8,14 @@ use std::{
 };
 
 use nsm_api::{
+    mechanism::{InodeUrl, key},
     nsurl::NsUrl,
+    path,
     pb::{
-        connection::{Connection, MonitorScopeSelector, Path, PathSegment, State},
+        connection::{
+            Connection, MonitorScopeSelector, Path, PathSegment, State,
+            monitor_connection_client::MonitorConnectionClient,
+        },
         connectioncontext::{ConnectionContext, DnsContext, IpContext},
         networkservice::NetworkServiceRequest,
     },
@@ -18,6 +23,7 @@ use nsm_api::{
 use nsm_mesh::{
     Answer, Call, Connections, Context, Element, Error, Next, NextHop, Result, chain,
     dial::Dial,
+    error::chain_text,
     metrics::Metrics,
     monitor::{Hub, Monitor, Viewer},
     refresh,
@@ -51,6 +57,10 @@ pub struct Client {
     config: ClientConfig,
     connections: Arc<Connections>,
     hub: Arc<Hub>,
+    pool: Pool,
+    namespace: InodeUrl,
+    /// What an earlier process of our name left at the manager, by id; `None`: not asked yet.
+    left: tokio::sync::Mutex<Option<BTreeMap<String, Connection>>>,
 }
 
 /// Sends every request to the same place.
@@ -84,7 +94,9 @@ impl Client {
     #[must_use]
     pub fn new(config: ClientConfig, pool: Pool, namespace: OwnNamespace) -> Arc<Self> {
         let hub = Arc::new(Hub::default());
-        let dial = Dial::new(pool, &config.name, Arc::clone(&hub), config.dial_timeout).checking_answers();
+        let inode = namespace.url();
+        let dial =
+            Dial::new(pool.clone(), &config.name, Arc::clone(&hub), config.dial_timeout).checking_answers();
         let chain = chain![
             Monitor { hub: Arc::clone(&hub), terminates: false }, // what the mesh tells of our wires
             ClientEnd(namespace),                                 // where they end
@@ -92,7 +104,7 @@ impl Client {
             dial,
         ];
         let connections = Connections::asking(&config.name, chain, Arc::new(Metrics::default()));
-        Arc::new(Self { config, connections, hub })
+        Arc::new(Self { config, connections, hub, pool, namespace: inode, left: Default::default() })
     }
 
     /// Asks for a wire once.
@@ -101,7 +113,11 @@ impl Client {
     /// What the mesh says; nothing is left then.
     pub async fn request(self: &Arc<Self>, index: usize, url: &NsUrl) -> Result<Wire> {
         let id = format!("{}-{index}", self.config.name);
-        let request = self.first_request(&id, url);
+        let mut request = self.first_request(&id, url);
+        if let Some(left) = self.left_behind(&id, url).await {
+            tracing::info!(connection = %id, "going on with the wire of an earlier process");
+            request.connection = Some(left);
+        }
         let answer = self.ask(request.clone()).await?;
         Ok(Wire::keep(Arc::clone(self), id, request, answer))
     }
@@ -127,6 +143,53 @@ impl Client {
     async fn ask(&self, request: NetworkServiceRequest) -> Result<Answer> {
         let call = Call { deadline: Some(Instant::now() + self.config.request_timeout), ..Call::default() };
         self.connections.request(call, request).await
+    }
+
+    /// The connection of this id that an earlier process of our name did not close, if it is what is wanted now: the
+    /// path makes every hop recognise it (spec/control-plane.md 10.3).
+    async fn left_behind(&self, id: &str, url: &NsUrl) -> Option<Connection> {
+        let mut left = self.left.lock().await;
+        if left.is_none() {
+            let found =
+                tokio::time::timeout(self.config.request_timeout, self.connections_at_manager()).await;
+            match found {
+                Ok(Ok(found)) => *left = Some(found),
+                // The request itself will tell what is wrong with the manager.
+                Ok(Err(error)) => tracing::debug!(%error, "the manager does not tell what is left"),
+                Err(_) => tracing::debug!("the manager does not tell in time what is left"),
+            }
+        }
+        let mut conn = left.as_mut()?.remove(id)?;
+        let here = conn.mechanism.as_ref().is_some_and(|m| {
+            m.r#type == url.mechanism
+                && m.inode() == Ok(Some(self.namespace))
+                && url.interface.as_deref().is_none_or(|name| m.get(key::NAME) == Some(name))
+        });
+        if !here || conn.network_service != url.service {
+            return None;
+        }
+        id.clone_into(&mut conn.id);
+        conn.path.as_mut()?.index = 0;
+        if conn.state() == State::Down {
+            reselect(&mut conn);
+        }
+        Some(conn)
+    }
+
+    async fn connections_at_manager(&self) -> Result<BTreeMap<String, Connection>> {
+        let target = self.config.connect_to.target().clone();
+        let channel = self
+            .pool
+            .get(target, self.config.dial_timeout)
+            .await
+            .map_err(|e| Error::unavailable(chain_text(&e)))?;
+        let own = PathSegment { name: self.config.name.clone(), ..PathSegment::default() };
+        let selector = MonitorScopeSelector { path_segments: vec![own], ..MonitorScopeSelector::default() };
+        let answer = MonitorConnectionClient::new(channel).monitor_connections(selector).await?;
+        let known = answer.into_inner().message().await?.map(|event| event.connections).unwrap_or_default();
+        // Seen from the manager, we are the hop before it.
+        let ours = known.into_values().filter(|conn| path::index(conn) == 1);
+        Ok(ours.map(|conn| (path::client_id(&conn).to_owned(), conn)).collect())
     }
 
     fn first_request(&self, id: &str, url: &NsUrl) -> NetworkServiceRequest {
@@ -232,9 +295,7 @@ async fn keep(
         // A restarted hop takes the wire up again as it is, and packets flow meanwhile: only when that does not come
         // about, or the endpoint is known to be gone, the mesh shall choose another.
         if give_up.is_some_and(|at| Instant::now() >= at) {
-            conn.mechanism = None;
-            conn.network_service_endpoint_name.clear();
-            conn.set_state(State::ReselectRequested);
+            reselect(&mut conn);
         }
         request.connection = Some(conn);
         match client.ask(request).await {
@@ -259,6 +320,13 @@ async fn keep(
             }
         }
     }
+}
+
+/// Asks for another endpoint.
+fn reselect(conn: &mut Connection) {
+    conn.mechanism = None;
+    conn.network_service_endpoint_name.clear();
+    conn.set_state(State::ReselectRequested);
 }
 
 /// Returns when the mesh says that the connection is down.
