@@ -219,6 +219,29 @@ fn a_wrong_file_is_refused_with_the_place_in_it() {
 }
 
 #[test]
+fn a_firewall_without_rules_does_not_start() {
+    let directory = tempfile::tempdir().expect("directory");
+    let path = directory.path().join("acl.yaml").to_string_lossy().into_owned();
+    let none = "it does not start without rules";
+    let environment = [("SPIFFE_ENDPOINT_SOCKET", "unix:///nowhere"), ("NSM_ACL_CONFIG_PATH", path.as_str())];
+    let refused = |texts: &[&str]| {
+        says(&environment, &["firewall", "--service-name", "s"], FAILED, &[texts, &[&path]].concat());
+    };
+    refused(&[
+        "cannot read the firewall's rules",
+        none,
+        "(NSM_ACL_CONFIG_PATH)",
+        "No such file or directory",
+    ]);
+    for empty in ["", "{}", "aclRules: {}"] {
+        fs::write(&path, empty).expect("write");
+        refused(&["there is no rule in it", none, "to let everything pass write 'aclRules: {"]);
+    }
+    fs::write(&path, "aclRules:\n  web: \"action=reflect,tcplowport=eighty\"\n").expect("write");
+    refused(&["line 2, rule \"web\", tcpupport: it is missing; expected it beside tcplowport"]);
+}
+
+#[test]
 fn a_second_daemon_on_the_same_socket_is_refused_and_the_first_goes_on() {
     let pods = "\
 - {name: a, node: node1}

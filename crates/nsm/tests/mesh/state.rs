@@ -164,6 +164,25 @@ fn a_killed_client_loses_its_wire_when_its_token_expires() {
 }
 
 #[test]
+fn a_killed_client_that_comes_back_goes_on_with_its_wire() {
+    let test = "a_killed_client_that_comes_back_goes_on_with_its_wire";
+    // One pair of addresses: what a second wire would not get.
+    let Some(mesh) = Mesh::up(test, &PODS.replace("172.16.1.0/24", "172.16.1.2/31")) else { return };
+    mesh.client("client", "a", "kernel://plain/nsm0", &[]);
+    mesh.ready(&["client"]);
+    let before = record(&mesh);
+    let was = ends(&mesh, &before.plan.id, before.nsids);
+    mesh.end("client", Signal::KILL);
+    mesh.client("client", "a", "kernel://plain/nsm0", &[]);
+    mesh.ready(&["client"]);
+    mesh.says("client", "going on with the wire of an earlier process");
+    assert_eq!(record(&mesh).plan, before.plan);
+    assert_eq!(identity(&ends(&mesh, &before.plan.id, before.nsids)), identity(&was));
+    mesh.end("client", Signal::TERM);
+    mesh.nothing_is_left(&["a", "b", "gw"]);
+}
+
+#[test]
 fn a_pod_that_is_gone_loses_its_wire_at_once() {
     let Some(mesh) = Mesh::up("a_pod_that_is_gone_loses_its_wire_at_once", PODS) else { return };
     mesh.client("client", "a", "kernel://plain/nsm0", &[]);
