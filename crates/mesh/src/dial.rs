@@ -33,7 +33,7 @@ use crate::{
 };
 
 /// How long before its own deadline a hop stops waiting, at most: time for an answer to come back on a busy machine.
-const LONGEST_MARGIN: std::time::Duration = std::time::Duration::from_millis(200);
+const LONGEST_MARGIN: std::time::Duration = std::time::Duration::from_millis(300);
 
 /// Hands requests to the next hop that an element above has set.
 #[derive(Debug)]
@@ -112,7 +112,7 @@ impl Dial {
         // Who waits for us shall hear from us which hop was silent. So we stop waiting before our time is over, and
         // the next hop is told a time that makes it stop before us.
         let left = cx.deadline.saturating_duration_since(Instant::now());
-        let margin = (left / 20).min(LONGEST_MARGIN);
+        let margin = (left / 10).min(LONGEST_MARGIN);
         call.set_timeout(left.saturating_sub(margin / 2));
         let until = cx.deadline.checked_sub(margin).unwrap_or(cx.deadline);
         let mut client = NetworkServiceClient::new(channel.clone());
