@@ -148,7 +148,7 @@ fn an_endpoint_that_does_not_answer_is_given_up_at_the_deadline() {
         &mesh,
         "warm",
         service,
-        &["--request-timeout", "1s"],
+        &["--request-timeout", "3s"],
         &["no wire to plain: forwarder-node1: gw (socket inode://", "/pod/gw) did not answer in time"],
     );
     // It wakes up and finds a request that nobody waits for any more, and a Close.
