@@ -42,7 +42,8 @@ pub(crate) struct Record {
 }
 
 /// Whether this process may make and configure network namespaces as it is.
-pub(crate) fn is_privileged() -> bool {
+#[must_use]
+pub fn is_privileged() -> bool {
     let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
     let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     effective
@@ -56,7 +57,7 @@ pub(crate) fn is_inside() -> bool {
 }
 
 /// Prepares a command to start in new user, mount and network namespaces, as root there.
-pub(crate) fn start_confined(command: &mut Command) {
+pub fn start_confined(command: &mut Command) {
     // Everything is prepared here: after the fork only system calls are allowed.
     let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
     let (uid_map, gid_map) = (format!("0 {uid} 1\n"), format!("0 {gid} 1\n"));
@@ -98,7 +99,11 @@ pub(crate) fn leave_no_mark(command: &mut Command) {
 }
 
 /// First thing of a holder: inside new namespaces, `/run` becomes its own; elsewhere nothing happens.
-pub(crate) fn settle_in() -> Result<(), Error> {
+///
+/// # Errors
+///
+/// What the kernel says of the mounts.
+pub fn settle_in() -> Result<(), Error> {
     if std::env::var(INSIDE).as_deref() != Ok("new") {
         return Ok(());
     }

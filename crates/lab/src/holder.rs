@@ -181,7 +181,7 @@ pub fn hold(options: &Hold, exe: &Path) -> Result<bool, Error> {
 /// # Errors
 ///
 /// If no thread can be started.
-pub(crate) fn on_signals(react: impl Fn(&str) + Send + 'static) -> Result<(), Error> {
+pub fn on_signals(react: impl Fn(&str) + Send + 'static) -> Result<(), Error> {
     use tokio::signal::unix::{SignalKind, signal};
     let failed = |error| Error::system("listen to signals", error);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(failed)?;

@@ -14,14 +14,15 @@ pub mod network;
 pub mod plan;
 pub mod probe;
 pub mod process;
-mod report;
+pub mod report;
 pub mod scenario;
 pub mod serve;
 
+pub use confine::{is_privileged, settle_in, start_confined};
 pub use error::Error;
 pub use expect::Outcome;
 pub use front::Front;
-pub use holder::{Event, Hold, hold};
+pub use holder::{Event, Hold, hold, on_signals};
 pub use lab::{Lab, ProcessState, State, leftovers, remove};
 pub use plan::Plan;
 pub use report::{Format, Report};

@@ -55,18 +55,22 @@ impl Format {
         Self::Text { colour }
     }
 
-    pub(crate) fn paint(self, text: &str, code: &str) -> String {
+    fn paint(self, text: &str, code: &str) -> String {
         match self {
             Self::Text { colour: true } => format!("\x1b[{code}m{text}\x1b[0m"),
             _ => text.to_owned(),
         }
     }
 
-    pub(crate) fn good(self, text: &str) -> String {
+    /// As good news.
+    #[must_use]
+    pub fn good(self, text: &str) -> String {
         self.paint(text, "32")
     }
 
-    pub(crate) fn bad(self, text: &str) -> String {
+    /// As bad news.
+    #[must_use]
+    pub fn bad(self, text: &str) -> String {
         self.paint(text, "31;1")
     }
 }
@@ -188,7 +192,9 @@ fn line(at: u64, text: &str) -> String {
     format!("{:>8.3} s  {text}\n", at as f64 / 1e3)
 }
 
-fn plain_table<const N: usize>(header: [&str; N]) -> Table {
+/// A table with a header and no lines but the one below it.
+#[must_use]
+pub fn plain_table<const N: usize>(header: [&str; N]) -> Table {
     let mut table = Table::new();
     let style = TableStyle::new().header_separator(LineStyle::none().fill('─').junction('─'));
     table.load_style(style).set_content_arrangement(ContentArrangement::Disabled);
@@ -196,11 +202,13 @@ fn plain_table<const N: usize>(header: [&str; N]) -> Table {
     table
 }
 
-/// Colours come after the widths: escape codes have none.
-fn render(table: &Table, format: Format) -> String {
+/// A table as text; rows whose first cell is `ok`, `FAILED` or `MISSED` have it in colour, where there is any.
+#[must_use]
+pub fn render(table: &Table, format: Format) -> String {
+    // Colours come after the widths: escape codes have none.
     let paint = |line: String| match line.trim_start().split(' ').next() {
         Some("ok") => line.replacen("ok", &format.good("ok"), 1),
-        Some("FAILED") => line.replacen("FAILED", &format.bad("FAILED"), 1),
+        Some(word @ ("FAILED" | "MISSED")) => line.replacen(word, &format.bad(word), 1),
         _ => line,
     };
     table.lines().map(|line| paint(line).trim_end().to_owned()).collect::<Vec<_>>().join("\n")
