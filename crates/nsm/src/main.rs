@@ -1,6 +1,7 @@
 //! `nsm`: one binary, every role a subcommand. This file reads flags and environment; the roles are in the
 //! crates of the same names.
 
+mod bench;
 mod common;
 mod lab;
 mod roles;
@@ -41,6 +42,8 @@ enum Nsm {
     Passthrough(roles::Passthrough),
     Identity(roles::Identity),
     Lab(lab::Lab),
+    /// Measures what a wire costs on this machine, beside what the kernel alone can do
+    Bench(bench::Bench),
     /// Prints a completion script for a shell
     Completions {
         /// bash, zsh, fish, elvish or powershell
@@ -60,6 +63,10 @@ fn main() -> ExitCode {
         Nsm::Passthrough(role) => common::run(&role.common.clone(), role.serve()),
         Nsm::Identity(role) => common::run(&role.common.clone(), role.serve()),
         Nsm::Lab(lab) => match lab::run(lab) {
+            Ok(code) => return code,
+            Err(error) => Err(error),
+        },
+        Nsm::Bench(bench) => match bench::run(bench) {
             Ok(code) => return code,
             Err(error) => Err(error),
         },

@@ -1,0 +1,232 @@
+//! What a wire costs, measured beside what the kernel alone can do, in one run on one machine.
+//!
+//! ```text
+//!   nsm bench ─ holds a lab: identity, registry, managers, forwarders, endpoint, all real, all mTLS
+//!       │ orders                        ┌ <lab>.client ─────┐            ┌ <lab>.endpoint ─┐
+//!       ├──────▶ nsm bench client ──────│ Request … ping    │═══ wire ═══│                 │
+//!       └─ threads with sockets in both │ TCP, ping         │─── bare ───│                 │
+//!                                       └───────────────────┘            └─────────────────┘
+//! ```
+//!
+//! Figures depend on the machine and on what else it does; what may not depend on it is that all wires come up and that
+//! nothing is left. Whatever is compared is measured in turns, wire and bare, and what counts is the median of the
+//! quotients of each pair.
+
+mod bare;
+mod client;
+mod error;
+mod figures;
+mod setup;
+mod traffic;
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::path::Path;
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use nsm_lab::leaks::{self, Snapshot};
+use nsm_lab::process::Supervisor;
+use nsm_lab::{Lab, Plan, Scenario};
+use serde::Serialize;
+
+pub use client::{ClientOptions, client};
+pub use error::Error;
+pub use figures::{Amounts, Machine, Results, Row, Target, Times, Value, is_debug};
+
+/// The network service that is asked for.
+const SERVICE: &str = "bench";
+/// A pod that gets its first wire is prepared for it once and for all: everybody may ping there.
+const PREPARED: &str = "net.ipv4.ping_group_range";
+/// How long the kernel and the mesh may take to let go of wires that were closed; links are deleted in the background.
+const SETTLE: Duration = Duration::from_secs(10);
+
+/// Where client and endpoint are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Topology {
+    /// On one node: a veth pair.
+    Local,
+    /// On two: VXLAN over the underlay.
+    TwoNodes,
+}
+
+/// What is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Measure {
+    /// Wires asked for and closed: time, rate, memory, handshakes, leftovers.
+    Setup,
+    /// One TCP stream over a wire beside the bare kernel devices, each direction.
+    Throughput,
+    /// Pings over a wire beside the bare kernel devices.
+    Latency,
+}
+
+/// What to measure, and how much of it.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Each gets a lab of its own.
+    pub topologies: BTreeSet<Topology>,
+    /// In the order of [`Measure`].
+    pub measures: BTreeSet<Measure>,
+    /// How many wires a row of [`Measure::Setup`] has.
+    pub wires: usize,
+    /// How many wires are asked for at a time; a row for each.
+    pub concurrency: Vec<usize>,
+    /// How many pairs of measurements, wire and bare, are compared.
+    pub pairs: usize,
+    /// How long one measurement of throughput takes.
+    pub duration: Duration,
+    /// How many pings one measurement of latency has.
+    pub pings: usize,
+    /// Prefix of the labs' names: two runs beside each other need two.
+    pub lab: String,
+}
+
+/// A lab that comes down whatever happens.
+struct Standing(Lab);
+
+// === impl Topology ===
+
+impl Topology {
+    fn scenario(self, name: &str) -> String {
+        let (nodes, far, cables) = match self {
+            // The bare pair stands beside the wire, in the same pods.
+            Self::Local => ("node1", "node1", bare::CABLES),
+            Self::TwoNodes => ("node1, node2", "node2", ""),
+        };
+        format!(
+            "name: {name}\n\
+             networkServices:\n\
+             - apiVersion: networkservicemesh.io/v1\n  \
+               kind: NetworkService\n  \
+               metadata: {{name: {SERVICE}}}\n  \
+               spec: {{payload: ETHERNET}}\n\
+             nodes: [{nodes}]\n\
+             pods:\n\
+             - {{name: client, node: node1}}\n\
+             - {{name: endpoint, node: {far}, endpoint: {{services: [{SERVICE}], cidrPrefix: [10.200.0.0/16]}}}}\n\
+             {cables}"
+        )
+    }
+}
+
+impl fmt::Display for Topology {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Local => "local",
+            Self::TwoNodes => "two nodes",
+        })
+    }
+}
+
+impl FromStr for Topology {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "local" => Ok(Self::Local),
+            "two-nodes" => Ok(Self::TwoNodes),
+            _ => Err(format!("{text:?} is neither local nor two-nodes")),
+        }
+    }
+}
+
+// === impl Standing ===
+
+impl Drop for Standing {
+    fn drop(&mut self) {
+        self.0.down();
+    }
+}
+
+/// Measures; `progress` hears what is being done. `exe` is the `nsm` that is measured.
+///
+/// Signals end it in good order, so it can be called once in the life of a process.
+///
+/// # Errors
+///
+/// As soon as something cannot be measured, or a signal comes. Nothing is left then.
+pub fn run(options: &Options, exe: &Path, progress: &mut dyn FnMut(&str)) -> Result<Results, Error> {
+    let supervisor = Supervisor::default();
+    let signalled = supervisor.clone();
+    nsm_lab::on_signals(move |name| signalled.stop(name))?;
+    let mut results = Results::of_this_machine(options);
+    for topology in &options.topologies {
+        measure(options, *topology, exe, &supervisor, &mut results.rows, progress)?;
+    }
+    Ok(results)
+}
+
+// === private helpers ===
+
+/// Everything about one topology, in a lab that is gone afterwards.
+fn measure(
+    options: &Options,
+    topology: Topology,
+    exe: &Path,
+    supervisor: &Supervisor,
+    rows: &mut Vec<Row>,
+    progress: &mut dyn FnMut(&str),
+) -> Result<(), Error> {
+    let name = match topology {
+        Topology::Local => format!("{}-local", options.lab),
+        Topology::TwoNodes => format!("{}-two-nodes", options.lab),
+    };
+    let before = Snapshot::take()?;
+    let path = Path::new("nsm bench");
+    let mut plan = Plan::new(&Scenario::parse(&topology.scenario(&name), path)?);
+    for process in &mut plan.processes {
+        // Handshakes are counted in the logs.
+        process.env.insert("NSM_LOG_LEVEL".into(), "info".into());
+    }
+    progress(&format!("{topology}: building lab {name}"));
+    let lab = Lab::build(plan, path, exe, supervisor.clone(), &mut |_| {})?;
+    let lab = Standing(lab);
+    measure_in(options, topology, &lab.0, exe, rows, progress)?;
+    drop(lab);
+
+    // Others work on this machine too: only what bears the lab's name is certainly ours.
+    let mut left = nsm_lab::leftovers(&name);
+    left.extend(leaks::compare(&before, &Snapshot::take()?).into_iter().filter(|line| line.contains(&name)));
+    rows.push(
+        Row::new(topology, "left.lab", "objects left by the lab", Value::count(left.len()))
+            .target(Target::none_of(left.len()))
+            .note(left.join("; ")),
+    );
+    Ok(())
+}
+
+fn measure_in(
+    options: &Options,
+    topology: Topology,
+    lab: &Lab,
+    exe: &Path,
+    rows: &mut Vec<Row>,
+    progress: &mut dyn FnMut(&str),
+) -> Result<(), Error> {
+    let mut worker = client::Worker::start(lab, exe)?;
+    if options.measures.contains(&Measure::Setup) {
+        setup::measure(options, topology, lab, &mut worker, rows, progress)?;
+    }
+    let traffic: Vec<_> = options.measures.iter().copied().filter(|m| *m != Measure::Setup).collect();
+    if !traffic.is_empty() {
+        traffic::measure(options, topology, &traffic, lab, &mut worker, rows, progress)?;
+    }
+    Ok(())
+}
+
+/// Waits until the machine is as it was, as far as it bears the lab's name; what is different after all.
+fn settle(lab: &Lab, before: &Snapshot) -> Result<Vec<String>, Error> {
+    let end = Instant::now() + SETTLE;
+    loop {
+        let mut left = leaks::compare(before, &Snapshot::take()?);
+        left.retain(|line| line.contains(&lab.plan.lab) && !line.contains(PREPARED));
+        if left.is_empty() || Instant::now() >= end {
+            return Ok(left);
+        }
+        lab.supervisor.check()?;
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

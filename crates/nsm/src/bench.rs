@@ -1,0 +1,154 @@
+//! `nsm bench`: what a wire costs on this machine.
+
+use std::collections::BTreeSet;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::{Command as Program, ExitCode};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use clap::{Args, Subcommand};
+use nsm_bench::{ClientOptions, Measure, Options, Topology};
+use nsm_lab::Format;
+use nsm_transport::DialUrl;
+
+use crate::common::{self, Common, duration};
+
+/// What a wire costs on this machine, beside what the kernel alone can do.
+///
+/// Builds a lab with the real programs and mutual TLS, measures in it, and removes it. Without a command everything is
+/// measured, which takes two to three minutes. Figures are only worth something from a release build on an idle
+/// machine: `cargo xtask bench`.
+#[derive(Debug, Args)]
+pub(crate) struct Bench {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    amounts: Amounts,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Wires asked for and closed: time, rate, memory, handshakes, leftovers
+    Setup,
+    /// One TCP stream over a wire, beside a bare veth pair or a hand-made VXLAN
+    Throughput,
+    /// Pings over a wire, beside a bare veth pair or a hand-made VXLAN
+    Latency,
+    /// Ask for wires and ping through them, as ordered on stdin (started by the others in the client's pod)
+    #[command(hide = true)]
+    Client {
+        /// The manager of the node
+        #[arg(long)]
+        connect_to: DialUrl,
+        #[command(flatten)]
+        common: Common,
+    },
+}
+
+#[derive(Debug, Args)]
+struct Amounts {
+    /// local, two-nodes or both
+    #[arg(long, global = true, default_value = "both", value_parser = topologies)]
+    topology: Topologies,
+    /// How many wires to ask for. The kernel knows at most 1024 neighbours of one family, in all namespaces together, and
+    /// a local wire has two (net.ipv4.neigh.default.gc_thresh3 of the host)
+    #[arg(long, global = true, default_value_t = 200, value_parser = clap::value_parser!(u16).range(1..=4000))]
+    wires: u16,
+    /// How many wires to ask for at a time; each is a row of its own
+    #[arg(long, global = true, value_delimiter = ',', default_value = "1,16")]
+    concurrency: Vec<usize>,
+    /// How many times wire and bare device are compared, in turns
+    #[arg(long, global = true, default_value_t = 7)]
+    pairs: usize,
+    /// How long one measurement of throughput takes
+    #[arg(long, global = true, default_value = "1s", value_parser = duration)]
+    duration: Duration,
+    /// How many pings one measurement of latency has
+    #[arg(long, global = true, default_value_t = 5000)]
+    pings: usize,
+    /// Machine-readable output
+    #[arg(long, global = true)]
+    json: bool,
+    /// Write the results to bench/results/<date>-<name>.json and .txt
+    #[arg(long, global = true, value_name = "NAME", num_args = 0..=1, default_missing_value = "bench")]
+    save: Option<String>,
+    /// Prefix of the labs' names: runs beside each other need different ones
+    #[arg(long, global = true, default_value = "bench", hide = true)]
+    lab: String,
+}
+
+#[derive(Debug, Clone)]
+struct Topologies(BTreeSet<Topology>);
+
+fn topologies(text: &str) -> Result<Topologies, String> {
+    let both = [Topology::Local, Topology::TwoNodes];
+    let chosen = if text == "both" { both.into() } else { BTreeSet::from([text.parse()?]) };
+    Ok(Topologies(chosen))
+}
+
+/// Runs a command; must be called before any thread of a runtime is started.
+pub(crate) fn run(bench: Bench) -> Result<ExitCode> {
+    let all = BTreeSet::from([Measure::Setup, Measure::Throughput, Measure::Latency]);
+    let measures = match bench.command {
+        Some(Command::Client { connect_to, common }) => {
+            common::run(&common.clone(), async {
+                let source = nsm_identity::Source::from_env().await.context("no identity")?;
+                Ok(nsm_bench::client(ClientOptions { connect_to }, source).await?)
+            })?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Some(Command::Setup) => BTreeSet::from([Measure::Setup]),
+        Some(Command::Throughput) => BTreeSet::from([Measure::Throughput]),
+        Some(Command::Latency) => BTreeSet::from([Measure::Latency]),
+        None => all,
+    };
+    if bench.amounts.save.is_some() && nsm_bench::is_debug() {
+        bail!(
+            "this is a debug build, its figures are no results; `cargo xtask bench` measures a release build"
+        );
+    }
+    let exe = PathBuf::from("/proc/self/exe");
+    if !nsm_lab::is_privileged() {
+        return confined(&exe);
+    }
+    nsm_lab::settle_in()?;
+    measure(bench.amounts, measures, &exe)
+}
+
+fn measure(amounts: Amounts, measures: BTreeSet<Measure>, exe: &std::path::Path) -> Result<ExitCode> {
+    let options = Options {
+        topologies: amounts.topology.0,
+        measures,
+        wires: amounts.wires.into(),
+        concurrency: amounts.concurrency,
+        pairs: amounts.pairs,
+        duration: amounts.duration,
+        pings: amounts.pings,
+        lab: amounts.lab,
+    };
+    // Results go to stdout, what is being done to stderr.
+    let mut progress = |text: &str| {
+        let _ = writeln!(io::stderr(), "{text}");
+    };
+    let results = nsm_bench::run(&options, exe, &mut progress)?;
+    let text = if amounts.json { results.json() } else { results.text(Format::text()) };
+    io::stdout().lock().write_all(text.as_bytes()).context("write the results")?;
+    if let Some(name) = amounts.save {
+        let directory = PathBuf::from("bench/results");
+        for path in results.save(&directory, &name)? {
+            progress(&format!("written: {}", path.display()));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// An ordinary user is root in namespaces of his own: the same command once more, in there.
+fn confined(exe: &std::path::Path) -> Result<ExitCode> {
+    let mut command = Program::new(exe);
+    command.args(std::env::args_os().skip(1));
+    nsm_lab::start_confined(&mut command);
+    let status =
+        command.status().context("no privileges, and none in a user namespace either: run it as root")?;
+    Ok(ExitCode::from(u8::try_from(status.code().unwrap_or(1)).unwrap_or(1)))
+}

@@ -1,0 +1,125 @@
+//! `nsm bench` as a person uses it, with few wires and tiny durations: that everything comes up and that nothing is
+//! left, never how long it takes.
+#![allow(clippy::print_stdout, reason = "a test that cannot run says so")]
+
+use std::fs;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+const NSM: &str = env!("CARGO_BIN_EXE_nsm");
+
+fn bench(lab: &str, args: &[&str]) -> Command {
+    let mut command = Command::new(NSM);
+    command.arg("bench").args(args).args(["--lab", lab, "--json"]).stdin(Stdio::null());
+    command
+}
+
+fn name(what: &str) -> String {
+    format!("t{}-{what}", std::process::id())
+}
+
+fn may_not(test: &str) -> bool {
+    let skip = !nsm_lab::is_privileged();
+    if skip {
+        println!("SKIPPED {test}: needs CAP_SYS_ADMIN and CAP_NET_ADMIN for network namespaces");
+    }
+    skip
+}
+
+fn text(output: &Output) -> String {
+    let both = [&output.stdout, &output.stderr];
+    both.map(|bytes| String::from_utf8_lossy(bytes).into_owned()).join("\n")
+}
+
+/// Namespaces and directories of labs with that prefix.
+fn traces(lab: &str) -> Vec<String> {
+    let directories = ["/run/netns", "/run/nsm/lab"].into_iter();
+    let entries = directories.flat_map(|directory| fs::read_dir(directory).into_iter().flatten().flatten());
+    let paths = entries.map(|entry| entry.path().display().to_string());
+    paths.filter(|path| path.contains(lab)).collect()
+}
+
+fn row<'r>(results: &'r Value, topology: &str, id: &str) -> &'r Value {
+    let rows = results["rows"].as_array().expect("rows");
+    let found = rows.iter().find(|row| row["topology"] == topology && row["id"] == id);
+    found.unwrap_or_else(|| panic!("no row {id} of {topology}: {results:#}"))
+}
+
+fn number(results: &Value, topology: &str, id: &str) -> f64 {
+    row(results, topology, id)["value"]["number"]["value"].as_f64().expect("a number")
+}
+
+#[test]
+fn all_wires_come_up_and_nothing_is_left() {
+    if may_not("all_wires_come_up_and_nothing_is_left") {
+        return;
+    }
+    let lab = name("few");
+    let amounts =
+        ["--wires", "5", "--concurrency", "1,3", "--pairs", "2", "--duration", "20ms", "--pings", "10"];
+    let output = bench(&lab, &amounts).output().expect("start nsm");
+    assert!(output.status.success(), "{}", text(&output));
+    let results: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    for topology in ["local", "two-nodes"] {
+        for id in ["setup.1", "setup.3", "request.3", "close.1", "close.3", "kernel.ping"] {
+            let times = &row(&results, topology, id)["value"]["times"];
+            assert_eq!(times["count"], 5, "{topology} {id}: {times}");
+        }
+        for id in ["left.wires", "left.lab", "handshakes"] {
+            assert_eq!(number(&results, topology, id), 0.0, "{}", row(&results, topology, id));
+        }
+        // The count of handshakes is one that sees them: the daemons cannot have met without.
+        let note = row(&results, topology, "handshakes")["note"].as_str().expect("a note").to_owned();
+        assert!(!note.contains("; 0 before"), "{note}");
+        for id in ["throughput.up", "throughput.down", "latency.mean", "latency.p50", "latency.p99"] {
+            let value = &row(&results, topology, id)["value"]["beside"];
+            let all = [&value["wire"], &value["bare"]].map(|list| list.as_array().expect("figures").clone());
+            assert_eq!(all.each_ref().map(Vec::len), [2, 2], "{id}");
+            assert!(all.iter().flatten().all(|figure| figure.as_f64() > Some(0.0)), "{id}: {value}");
+        }
+        assert!(number(&results, topology, "rate.1") > 0.0);
+        let memory = &row(&results, topology, "memory.node1/forwarder")["value"]["memory"];
+        assert!(memory["idle"].as_u64() > Some(0), "{memory}");
+    }
+    assert!(row(&results, "two-nodes", "memory.node2/manager")["target"].is_object());
+    assert_eq!(traces(&lab), Vec::<String>::new());
+}
+
+#[test]
+fn an_interrupted_run_removes_everything() {
+    if may_not("an_interrupted_run_removes_everything") {
+        return;
+    }
+    let lab = name("stop");
+    let command = &mut bench(&lab, &["setup", "--topology", "local", "--wires", "400"]);
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("start nsm");
+    // In the middle of it: the forwarder keeps a plan for each wire that stands.
+    let plans = format!("/run/nsm/lab/{lab}-local/node1/forwarder");
+    let end = Instant::now() + Duration::from_secs(60);
+    let standing = || fs::read_dir(&plans).map_or(0, Iterator::count) > 3;
+    while !standing() && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let stood = standing();
+    let pid = Pid::from_raw(i32::try_from(child.id()).expect("a pid")).expect("not 0");
+    kill_process(pid, Signal::INT).expect("signal");
+    let output = child.wait_with_output().expect("ends");
+    assert!(stood, "{}", text(&output));
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output));
+    assert!(text(&output).contains("interrupted: SIGINT"), "{}", text(&output));
+    assert_eq!(traces(&lab), Vec::<String>::new());
+}
+
+#[test]
+fn figures_of_a_debug_build_are_not_saved() {
+    if !cfg!(debug_assertions) {
+        println!("SKIPPED figures_of_a_debug_build_are_not_saved: this is a release build");
+        return;
+    }
+    let output = bench(&name("debug"), &["setup", "--save"]).output().expect("start nsm");
+    assert!(!output.status.success());
+    assert!(text(&output).contains("this is a debug build"), "{}", text(&output));
+}
