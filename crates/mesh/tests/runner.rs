@@ -1,4 +1,5 @@
 //! The promises of the chain runner, each made to break.
+#![allow(clippy::unwrap_used, reason = "a test program")]
 
 use std::{
     sync::{
@@ -276,7 +277,8 @@ async fn reselection_closes_the_old_connection_first() {
 async fn requests_that_make_no_sense_are_refused_before_anything_is_acquired() {
     let (log, end) = (Log::default(), Arc::new(End::default()));
     let role = role(&log, &end);
-    let bad: Vec<(&str, Box<dyn Fn(&mut Connection)>)> = vec![
+    type Spoil = Box<dyn Fn(&mut Connection)>;
+    let bad: Vec<(&str, Spoil)> = vec![
         ("names no network service", Box::new(|c| c.network_service.clear())),
         ("Path.Index+1", Box::new(|c| c.path.as_mut().unwrap().index = 7)),
         ("should be equal", Box::new(|c| c.id = "somebody else".into())),
