@@ -4,8 +4,60 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use async_trait::async_trait;
 use ipnet::IpNet;
-use nsm_api::pb::{connection::Connection, networkservice::NetworkServiceRequest};
-use nsm_mesh::{Context, Element, Next, Result};
+use nsm_api::{
+    mechanism::LOCAL,
+    pb::{
+        connection::{Connection, Mechanism},
+        networkservice::NetworkServiceRequest,
+    },
+};
+use nsm_mesh::{Context, Element, Error, Next, Result};
+
+/// Lets workloads of this node ask for wires of this node only. Where tunnels end is settled between forwarders, and
+/// those reach managers by TCP: a mechanism with addresses from a Unix socket would aim a node's tunnels at will.
+#[derive(Debug)]
+pub struct LocalMechanisms;
+
+impl LocalMechanisms {
+    fn check<'m>(cx: &Context<'_>, mut offered: impl Iterator<Item = &'m Mechanism>) -> Result<()> {
+        let Some(caller) = cx.caller.as_ref().filter(|caller| caller.peer.unix().is_some()) else {
+            return Ok(());
+        };
+        match offered.find(|mechanism| mechanism.cls != LOCAL) {
+            None => Ok(()),
+            Some(other) => Err(Error::denied(format!(
+                "{} asks on a Unix socket for mechanism {:?} {:?}; expected was one of class {LOCAL}",
+                caller.peer.id(),
+                other.cls,
+                other.r#type,
+            ))
+            .hint("workloads ask for KERNEL; forwarders and proxies, which negotiate tunnels, reach managers by TCP")),
+        }
+    }
+}
+
+#[async_trait]
+impl Element for LocalMechanisms {
+    fn name(&self) -> &'static str {
+        "local-mechanisms"
+    }
+
+    async fn admit(&self, cx: &mut Context<'_>, conn: &mut Connection) -> Result<()> {
+        // An empty one is upstream's way to say that none is chosen.
+        let chosen = conn.mechanism.iter().filter(|m| !m.cls.is_empty() || !m.r#type.is_empty());
+        Self::check(cx, chosen)
+    }
+
+    async fn request(
+        &self,
+        cx: &mut Context<'_>,
+        request: NetworkServiceRequest,
+        next: Next<'_>,
+    ) -> Result<Connection> {
+        Self::check(cx, request.mechanism_preferences.iter())?;
+        next.request(cx, request).await
+    }
+}
 
 /// Adds labels that say where the client runs, where it did not say so itself
 /// (`nodeName`, `podName`, `clusterName`; spec/control-plane.md 6.3).

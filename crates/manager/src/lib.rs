@@ -19,7 +19,7 @@ use nsm_registry::{ManagerConfig, ManagerRegistry, node_labels};
 use nsm_transport::{DialUrl, ListenUrl, Pool, PoolConfig, Server};
 
 pub use discover_forwarder::DiscoverForwarder;
-pub use elements::{ClientInfo, ExcludedPrefixes};
+pub use elements::{ClientInfo, ExcludedPrefixes, LocalMechanisms};
 
 /// What a manager is told from outside.
 #[derive(Debug, Clone)]
@@ -34,6 +34,8 @@ pub struct Config {
     pub dial_timeout: Duration,
     /// The service that forwarders register under.
     pub forwarder_service: String,
+    /// Who may register forwarders from elsewhere than this process's network namespace.
+    pub forwarder_ids: BTreeSet<SpiffeId>,
     /// Who may hand over namespaces that are not its own.
     pub namespace_delegates: BTreeSet<SpiffeId>,
     /// Who may watch every connection, not only those that it asked for.
@@ -53,6 +55,7 @@ pub fn chain(config: &Config, registry: ManagerRegistry, hub: Arc<Hub>, pool: Po
         Authorize { max_token_lifetime: config.max_token_lifetime }, // who asks, before anything is done
         Monitor { hub: Arc::clone(&hub), terminates: false },        // what becomes of each connection
         OwnNamespace { allowed: Arc::new(config.namespace_delegates.clone()) }, // a workload speaks for itself
+        LocalMechanisms,                                                        // … and does not aim tunnels
         ClientInfo(node_labels().into_iter().collect()),                        // where the client runs
         ExcludedPrefixes(Arc::new(config.excluded_prefixes.clone())), // what is taken in this cluster
         DiscoverForwarder(registry),                                  // who builds the wire
@@ -80,6 +83,7 @@ pub async fn serve(
     let registry = ManagerRegistry::new(
         ManagerConfig {
             forwarder_service: config.forwarder_service.clone(),
+            forwarder_ids: config.forwarder_ids.clone(),
             max_token_lifetime: config.max_token_lifetime,
             dial_timeout: config.dial_timeout,
             ..ManagerConfig::new(config.registry_url.clone(), public.clone())

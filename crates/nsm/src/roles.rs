@@ -11,7 +11,7 @@ use nsm_identity::{Source, SpiffeId};
 use nsm_sdk::{
     client::{Client as SdkClient, ClientConfig},
     endpoint::EndpointConfig,
-    ipam::PrefixGroups,
+    ipam::{IpamPolicy, PrefixGroups},
     own_end::OwnNamespace,
 };
 use nsm_transport::{DialUrl, ListenUrl, Pool, PoolConfig};
@@ -113,6 +113,9 @@ pub(crate) struct Manager {
     /// The service under which forwarders register
     #[arg(long, env = "NSM_FORWARDER_NETWORK_SERVICE_NAME", default_value = "forwarder")]
     forwarder_network_service_name: String,
+    /// SPIFFE IDs that may register forwarders from another network namespace than the manager's, or over TCP
+    #[arg(long, env = "NSM_FORWARDER_IDS", value_delimiter = ',', value_name = "SPIFFE_ID")]
+    forwarder_ids: Vec<SpiffeId>,
     /// SPIFFE IDs that may ask for wires into namespaces other than their own
     #[arg(long, env = "NSM_NAMESPACE_DELEGATES", value_delimiter = ',', value_name = "SPIFFE_ID")]
     namespace_delegates: Vec<SpiffeId>,
@@ -143,6 +146,7 @@ impl Manager {
             registry_url,
             dial_timeout: self.dial_timeout,
             forwarder_service: self.forwarder_network_service_name,
+            forwarder_ids: self.forwarder_ids.into_iter().collect(),
             namespace_delegates: self.namespace_delegates.into_iter().collect(),
             excluded_prefixes: self.excluded_prefixes,
             monitor_readers: self.monitor_readers.into_iter().collect(),
@@ -372,6 +376,10 @@ pub(crate) struct Endpoint {
     /// Prefixes that wires get their addresses from: one pair of each comma-separated group, `[a,b]` is one group
     #[arg(long, env = "NSM_CIDR_PREFIX", default_value = "169.254.0.0/16")]
     cidr_prefix: PrefixGroups,
+    /// Addresses and routes that a request brings: strict removes what this endpoint did not hand out; polite keeps
+    /// everything, as upstream does, and trusts clients with the routing of this pod
+    #[arg(long, env = "NSM_IPAM_POLICY", default_value = "strict", value_name = "strict|polite")]
+    ipam_policy: IpamPolicy,
     /// Prefixes behind this endpoint: its clients get routes to them
     #[arg(long, env = "NSM_ROUTES", value_delimiter = ',', value_parser = prefix, value_name = "PREFIX")]
     routes: Vec<IpNet>,
@@ -394,6 +402,7 @@ impl Endpoint {
         nsm_sdk::endpoint::serve_addresses(
             config,
             &self.cidr_prefix,
+            self.ipam_policy,
             self.routes,
             source,
             ready,

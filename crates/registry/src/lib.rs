@@ -65,6 +65,21 @@ pub enum Error {
     /// A policy says no.
     #[error("no sufficient privileges: {0}")]
     Denied(Denial),
+    /// A workload that would be dialed with everybody's requests.
+    #[error(
+        "{id} may not serve {service:?}, the forwarders of this node: it is {found}; expected was a process in the \
+         manager's network namespace, {own}; run it there, or list its SPIFFE ID in NSM_FORWARDER_IDS of the manager"
+    )]
+    NotAForwarder {
+        /// The service of forwarders.
+        service: String,
+        /// Who registered.
+        id: String,
+        /// What it is.
+        found: String,
+        /// The manager's network namespace.
+        own: String,
+    },
     /// The registrant's clock or tokens leave no time.
     #[error("{name:?} would already have expired when it is registered; compare the clocks of the nodes")]
     AlreadyOver {
@@ -181,7 +196,7 @@ impl From<Error> for Status {
         let code = match &error {
             Error::Refused(status) => return (**status).clone(),
             Error::Unreachable(dial) => return dial.clone().into(),
-            Error::Denied(_) => Code::PermissionDenied,
+            Error::Denied(_) | Error::NotAForwarder { .. } => Code::PermissionDenied,
             Error::Malformed(_)
             | Error::NoName { .. }
             | Error::NoUrl { .. }

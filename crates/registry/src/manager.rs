@@ -8,7 +8,7 @@
 //! The manager itself asks in process, see the methods of [`ManagerRegistry`].
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     env,
     os::fd::OwnedFd,
     sync::{Arc, Weak},
@@ -25,7 +25,7 @@ use nsm_api::{
         network_service_registry_server::NetworkServiceRegistryServer,
     },
 };
-use nsm_identity::token;
+use nsm_identity::{SpiffeId, token};
 use nsm_transport::{DialTarget, DialUrl, FdTable, FileId, Peer, Pool};
 use parking_lot::Mutex;
 use rustix::fs::FileType;
@@ -58,6 +58,9 @@ pub struct ManagerConfig {
     pub labels: Vec<(String, String)>,
     /// The service that forwarders register under (`NSM_FORWARDER_NETWORK_SERVICE_NAME`).
     pub forwarder_service: String,
+    /// Who may register a forwarder from another network namespace than this process's, or over TCP
+    /// (`NSM_FORWARDER_IDS`): a forwarder sees every client's requests and namespaces.
+    pub forwarder_ids: BTreeSet<SpiffeId>,
     /// How long an endpoint lives without a refresh, at most.
     pub lifetime: Duration,
     /// Longest lifetime of tokens made here (`NSM_MAX_TOKEN_LIFETIME`).
@@ -77,6 +80,7 @@ impl ManagerConfig {
             public_url: public_url.into(),
             labels: node_labels(),
             forwarder_service: "forwarder".to_owned(),
+            forwarder_ids: BTreeSet::new(),
             lifetime: expiry::DEFAULT_LIFETIME,
             max_token_lifetime: token::DEFAULT_MAX_LIFETIME,
             dial_timeout: Duration::from_millis(750),
@@ -101,6 +105,8 @@ pub struct Local {
     pub nse: Arc<NetworkServiceEndpoint>,
     /// How this process reaches it.
     reach: Reach,
+    /// It was admitted as a forwarder of this node.
+    forwards: bool,
     /// The path of its registration, to end it when it expires.
     path: RegistrationPath,
 }
@@ -152,6 +158,8 @@ pub struct ManagerRegistry {
 
 struct Inner {
     config: ManagerConfig,
+    /// The network namespace of this process; `None` without `/proc`, and nobody is in it then.
+    netns: Option<FileId>,
     services: Arc<dyn Directory<NetworkService>>,
     endpoints: Arc<dyn Directory<NetworkServiceEndpoint>>,
     locals: Mutex<BTreeMap<String, Local>>,
@@ -164,7 +172,7 @@ struct Inner {
 
 impl ManagerRegistry {
     /// Sets up the services; `pool` makes the connections to the cluster's registry. Needs a tokio
-    /// runtime.
+    /// runtime. The network namespace of the calling thread is the one that forwarders register from.
     #[must_use]
     pub fn new(config: ManagerConfig, pool: Pool) -> Self {
         let upstream = config.registry.clone().map(|url| Upstream { pool, url, dial: config.dial_timeout });
@@ -182,6 +190,7 @@ impl ManagerRegistry {
             timers: Arc::default(),
             lanes: Lanes::default(),
             expiring: Mutex::default(),
+            netns: FileId::of_path("/proc/thread-self/ns/net").ok(),
             config,
         });
         *inner.expiring.lock() = Some(tokio::spawn(expire(inner.timers.clone(), Arc::downgrade(&inner))));
@@ -287,10 +296,7 @@ impl ManagerRegistry {
     /// [`nsm_api::matching::Policy::forwarders`].
     #[must_use]
     pub fn forwarders(&self) -> Vec<Endpoint> {
-        let service = &self.inner.config.forwarder_service;
-        let mut locals = self.locals();
-        locals.retain(|local| local.nse.network_service_names.contains(service));
-        locals.into_iter().map(Endpoint::from).collect()
+        self.locals().into_iter().filter(|local| local.forwards).map(Endpoint::from).collect()
     }
 
     /// The service that forwarders register under.
@@ -340,6 +346,29 @@ impl Inner {
 
     fn changed(&self) {
         self.changed.send_modify(|count| *count = count.wrapping_add(1));
+    }
+
+    /// Whether this is a forwarder, and who registers it may: forwarders are dialed with the requests of
+    /// all clients of this node, so a workload must not become one by registering for their service.
+    fn forwards(&self, cx: &Context, endpoint: &NetworkServiceEndpoint) -> Result<bool, Error> {
+        let service = &self.config.forwarder_service;
+        if !endpoint.network_service_names.contains(service) {
+            return Ok(false);
+        }
+        let Some(peer) = &cx.peer else { return Ok(true) };
+        if self.config.forwarder_ids.contains(peer.id()) {
+            return Ok(true);
+        }
+        let own = self.netns.map_or_else(|| "unknown".to_owned(), |id| format!("net:[{}]", id.ino));
+        let found = match peer.unix().map(|unix| (unix.pid(), unix.netns_id())) {
+            Some((_, Ok(netns))) if Some(netns) == self.netns => return Ok(true),
+            Some((pid, Ok(netns))) => format!("process {pid} in network namespace net:[{}]", netns.ino),
+            Some((pid, Err(reason))) => {
+                format!("process {pid}, whose network namespace cannot be read ({reason})")
+            }
+            None => format!("a peer on TCP, {}", peer.address()),
+        };
+        Err(Error::NotAForwarder { service: service.clone(), id: peer.id().to_string(), found, own })
     }
 
     /// How this process reaches an endpoint that gives this URL.
@@ -425,6 +454,7 @@ impl Directory<NetworkServiceEndpoint> for LocalEndpoints {
         mut endpoint: NetworkServiceEndpoint,
     ) -> Result<NetworkServiceEndpoint, Error> {
         let inner = &self.0;
+        let forwards = inner.forwards(cx, &endpoint)?;
         for entry in endpoint.network_service_labels.values_mut() {
             for (label, value) in &inner.config.labels {
                 entry.labels.entry(label.clone()).or_insert_with(|| value.clone());
@@ -441,7 +471,7 @@ impl Directory<NetworkServiceEndpoint> for LocalEndpoints {
         let now = SystemTime::now();
         let end = answer.expiration_time.as_ref().map(time_of);
         let left = end.map_or(inner.config.lifetime, |end| end.duration_since(now).unwrap_or_default());
-        let local = Local { nse: Arc::new(answer.clone()), reach, path: cx.path.clone() };
+        let local = Local { nse: Arc::new(answer.clone()), reach, forwards, path: cx.path.clone() };
         inner.timers.set(&name, Instant::now() + left, || {
             inner.locals.lock().insert(name.clone(), local);
         });

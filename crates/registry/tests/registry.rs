@@ -136,7 +136,11 @@ impl Lab {
         let mut config = ManagerConfig::new(registry.map(Running::url), urls[1].to_string());
         config.labels = vec![("nodeName".to_owned(), name.to_owned())];
         change(&mut config);
-        let registry = ManagerRegistry::new(config, self.pool(&id));
+        self.serve_node(ManagerRegistry::new(config, self.pool(&id)), server)
+    }
+
+    fn serve_node(&self, registry: ManagerRegistry, server: Server) -> Node {
+        let urls = server.urls();
         let routes = registry.add_to(Routes::default());
         let closing = registry.clone();
         let running = Running::start(&urls, |shutdown| {
@@ -848,6 +852,53 @@ async fn a_manager_knows_the_forwarders_of_its_node_without_the_registry() {
     for running in [program, one.running, two.running] {
         running.stop().await;
     }
+}
+
+/// The manager's registry is made in a network namespace of its own, so that this process is a pod to it.
+#[tokio::test]
+async fn a_workload_cannot_become_the_forwarder_of_its_node() {
+    let lab = Lab::new();
+    let listen = [ListenUrl::Unix(lab.socket("apart.sock")), "tcp://127.0.0.1:0".parse().unwrap()];
+    let server = Server::bind(lab.source("manager"), &listen).await.unwrap();
+    let mut config = ManagerConfig::new(None, server.urls()[1].to_string());
+    config.forwarder_ids = ["spiffe://test.lab/trusted".parse().unwrap()].into();
+    let (pool, runtime) = (lab.pool("manager"), tokio::runtime::Handle::current());
+    let apart = std::thread::spawn(move || {
+        #[allow(deprecated)] // Only this thread's network namespace changes.
+        rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNET).ok()?;
+        let _entered = runtime.enter();
+        Some(ManagerRegistry::new(config, pool))
+    });
+    let Some(registry) = apart.join().unwrap() else {
+        println!("SKIPPED a_workload_cannot_become_the_forwarder_of_its_node: needs root");
+        return;
+    };
+    let node = lab.serve_node(registry, server);
+    for url in &node.running.urls {
+        let pod = lab.client("pod", url);
+        let forwarder = nse("evil", "forwarder", "tcp://127.0.0.1:9");
+        let error = tonic::Status::from(pod.register_endpoint(forwarder, PATIENCE).await.unwrap_err());
+        assert_eq!(error.code(), Code::PermissionDenied, "{error}");
+        for said in ["spiffe://test.lab/pod", "net:[", "NSM_FORWARDER_IDS"] {
+            assert!(error.message().contains(said), "{said}: {error}");
+        }
+        // Nor beside another service, nor in the name of an endpoint that it has already.
+        let kept = pod.register_endpoint(nse("gw", "web", "tcp://127.0.0.1:9"), PATIENCE).await.unwrap();
+        let raw = lab.raw("pod", url).await;
+        let mut both = nse("gw", "web", "tcp://127.0.0.1:9");
+        both.network_service_names.push("forwarder".into());
+        assert_eq!(raw.register(both).await.unwrap_err().code(), Code::PermissionDenied);
+        kept.unregister().await.unwrap();
+    }
+    assert!(node.registry.forwarders().is_empty());
+    for url in &node.running.urls {
+        let trusted = lab.client("trusted", url);
+        let forwarder = nse("fwd", "forwarder", "tcp://127.0.0.1:9");
+        let kept = trusted.register_endpoint(forwarder, PATIENCE).await.unwrap();
+        assert_eq!(names(&node.registry.forwarders()), ["fwd"], "who is on the list may");
+        kept.unregister().await.unwrap();
+    }
+    node.running.stop().await;
 }
 
 #[tokio::test]

@@ -23,7 +23,7 @@ use nsm_registry::{Client, ClientConfig};
 use nsm_transport::{DialUrl, ListenUrl, Pool, PoolConfig, Server};
 
 use crate::{
-    ipam::{Ipam, PrefixGroups},
+    ipam::{Ipam, IpamPolicy, PrefixGroups},
     own_end::{OwnNamespace, ServerEnd},
 };
 
@@ -60,13 +60,14 @@ pub fn endpoint(
     authorize: Authorize,
     hub: Arc<Hub>,
     prefixes: &PrefixGroups,
+    policy: IpamPolicy,
     behind: Vec<IpNet>,
     namespace: OwnNamespace,
 ) -> Chain {
     chain![
         authorize,                                  // who asks, before anything is taken
         Monitor { hub, terminates: true },          // what becomes of each wire
-        Ipam::new(prefixes),                        // addresses for both ends
+        Ipam::new(prefixes, policy),                // addresses for both ends
         RoutesBehind(behind),                       // what else is reached through us
         ServerEnd { namespace, unnumbered: false }, // where our end appears
     ]
@@ -120,6 +121,7 @@ impl EndpointConfig {
 pub async fn serve_addresses(
     config: EndpointConfig,
     prefixes: &PrefixGroups,
+    policy: IpamPolicy,
     behind: Vec<IpNet>,
     source: Source,
     ready: impl FnOnce(),
@@ -128,7 +130,7 @@ pub async fn serve_addresses(
     let namespace = OwnNamespace::open()
         .map_err(|e| Error::internal(format!("our own network namespace cannot be opened: {e}")))?;
     let hub = Arc::new(Hub::default());
-    let chain = endpoint(config.authorize(), Arc::clone(&hub), prefixes, behind, namespace);
+    let chain = endpoint(config.authorize(), Arc::clone(&hub), prefixes, policy, behind, namespace);
     let pool = config.pool(source.clone());
     serve(config, chain, hub, source, pool, ready, shutdown).await
 }

@@ -69,6 +69,49 @@ impl FromStr for PrefixGroups {
     }
 }
 
+/// What becomes of the addresses and routes that a request brings along.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum IpamPolicy {
+    /// The endpoint alone says what is in the IP context: what it did not hand out is removed, so that no client
+    /// writes addresses, routes, rules or neighbours into the endpoint's pod.
+    #[default]
+    Strict,
+    /// Everything stays and the endpoint's pairs are added, as upstream's endpoints do it by default
+    /// (spec/kubernetes.md 3.5): clients and those between are trusted with the endpoint's routing.
+    Polite,
+}
+
+/// Neither `strict` nor `polite`.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("IPAM policy {0:?}: expected strict or polite")]
+pub struct BadIpamPolicy(pub String);
+
+impl FromStr for IpamPolicy {
+    type Err = BadIpamPolicy;
+
+    fn from_str(text: &str) -> Result<Self, BadIpamPolicy> {
+        match text.to_ascii_lowercase().as_str() {
+            "strict" => Ok(Self::Strict),
+            "polite" => Ok(Self::Polite),
+            _ => Err(BadIpamPolicy(text.into())),
+        }
+    }
+}
+
+impl IpamPolicy {
+    fn write(self, ip: &mut IpContext, pairs: &[Pair]) {
+        if self == Self::Strict {
+            ip.src_ip_addrs.clear();
+            ip.dst_ip_addrs.clear();
+            ip.src_routes.clear();
+            ip.dst_routes.clear();
+            ip.policies.clear();
+            ip.ip_neighbors.clear();
+        }
+        pairs.iter().for_each(|pair| add(ip, pair));
+    }
+}
+
 /// One wire's addresses of one group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pair {
@@ -82,6 +125,7 @@ pub struct Pair {
 #[derive(Debug)]
 pub struct Pools {
     groups: Vec<Vec<Pool>>,
+    policy: IpamPolicy,
     held: HashMap<String, Vec<Pair>>,
 }
 
@@ -102,14 +146,14 @@ pub struct Exhausted {
 impl Pools {
     /// All free.
     #[must_use]
-    pub fn new(groups: &PrefixGroups) -> Self {
+    pub fn new(groups: &PrefixGroups, policy: IpamPolicy) -> Self {
         let pools = |group: &Vec<IpNet>| group.iter().map(|net| Pool::new(*net)).collect();
-        Self { groups: groups.0.iter().map(pools).collect(), held: HashMap::new() }
+        Self { groups: groups.0.iter().map(pools).collect(), policy, held: HashMap::new() }
     }
 
     /// Gives connection `id` its pairs, one for each group: the ones it holds unless they are excluded now,
     /// else the ones its context already names (an endpoint that restarted takes them over), else the lowest
-    /// free ones. The context is brought up to date.
+    /// free ones. The context is brought up to date, as the policy says.
     ///
     /// # Errors
     /// A group without a free pair; nothing is held then.
@@ -119,7 +163,7 @@ impl Pools {
             |pair: &Pair| !excluded.iter().any(|net| net.contains(&pair.src) || net.contains(&pair.dst));
         if let Some(pairs) = self.held.get(id) {
             if pairs.iter().all(is_free_of) {
-                pairs.iter().for_each(|pair| add(ip, pair));
+                self.policy.write(ip, pairs);
                 return Ok(());
             }
             for pair in self.release(id) {
@@ -146,7 +190,7 @@ impl Pools {
             }
             taken.push(pair);
         }
-        taken.iter().for_each(|pair| add(ip, pair));
+        self.policy.write(ip, &taken);
         self.held.insert(id.into(), taken);
         Ok(())
     }
@@ -179,10 +223,10 @@ pub struct Ipam {
 }
 
 impl Ipam {
-    /// Over these prefixes.
+    /// Over these prefixes. Elements after it may add to the context what the endpoint itself wants there.
     #[must_use]
-    pub fn new(groups: &PrefixGroups) -> Self {
-        Self { pools: Arc::new(Mutex::new(Pools::new(groups))) }
+    pub fn new(groups: &PrefixGroups, policy: IpamPolicy) -> Self {
+        Self { pools: Arc::new(Mutex::new(Pools::new(groups, policy))) }
     }
 }
 
@@ -357,10 +401,12 @@ fn parse_net(text: &str) -> Option<IpNet> {
 
 #[cfg(test)]
 mod tests {
+    use nsm_api::pb::connectioncontext::{IpNeighbor, PolicyRoute};
+
     use super::*;
 
     fn pools(text: &str) -> Pools {
-        Pools::new(&text.parse().unwrap())
+        Pools::new(&text.parse().unwrap(), IpamPolicy::Strict)
     }
 
     fn assigned(pools: &mut Pools, id: &str) -> Option<(Vec<String>, Vec<String>)> {
@@ -443,7 +489,7 @@ mod tests {
             ..IpContext::default()
         };
         p.assign("b", &mut half).unwrap();
-        assert_eq!(half.src_ip_addrs, ["10.0.0.20/32", "10.0.0.1/32"], "polite: what others gave stays");
+        assert_eq!(half.src_ip_addrs, ["10.0.0.1/32"], "its pair is not free: it gets another");
         p.release("b");
         let mut again = IpContext {
             src_ip_addrs: vec!["10.0.0.20/32".into()],
@@ -452,6 +498,48 @@ mod tests {
         };
         p.assign("c", &mut again).unwrap();
         assert_eq!(again.src_ip_addrs, ["10.0.0.20/32"], "a half recovery takes nothing");
+    }
+
+    fn meddled() -> IpContext {
+        let route = |prefix: &str| Route { prefix: prefix.into(), next_hop: String::new() };
+        IpContext {
+            src_ip_addrs: vec!["192.0.2.1/32".into(), "10.0.0.9/32".into()],
+            dst_ip_addrs: vec!["192.0.2.77/32".into(), "10.0.0.8/32".into()],
+            src_routes: vec![route("198.51.100.0/24")],
+            dst_routes: vec![route("0.0.0.0/0"), route("172.16.1.101/32")],
+            excluded_prefixes: vec!["10.0.0.0/30".into()],
+            ip_neighbors: vec![IpNeighbor { ip: "10.0.0.1".into(), hardware_address: "02::1".into() }],
+            policies: vec![PolicyRoute::default()],
+            ..IpContext::default()
+        }
+    }
+
+    #[test]
+    fn a_client_writes_nothing_into_the_endpoints_pod() {
+        let mut p = pools("10.0.0.0/24");
+        let mut clean = IpContext {
+            src_ip_addrs: vec!["10.0.0.9/32".into()],
+            dst_ip_addrs: vec!["10.0.0.8/32".into()],
+            ..IpContext::default()
+        };
+        clean.excluded_prefixes = meddled().excluded_prefixes;
+        clean.src_routes = vec![Route { prefix: "10.0.0.8/32".into(), next_hop: String::new() }];
+        clean.dst_routes = vec![Route { prefix: "10.0.0.9/32".into(), next_hop: String::new() }];
+        for asked in ["first", "refreshed"] {
+            let mut ip = meddled();
+            p.assign("a", &mut ip).unwrap();
+            assert_eq!(ip, clean, "{asked}");
+        }
+    }
+
+    #[test]
+    fn a_polite_endpoint_leaves_what_others_wrote() {
+        let mut p = Pools::new(&"10.0.0.0/24".parse().unwrap(), "polite".parse().unwrap());
+        let mut ip = meddled();
+        p.assign("a", &mut ip).unwrap();
+        assert_eq!((&ip.src_ip_addrs, &ip.policies), (&meddled().src_ip_addrs, &meddled().policies));
+        assert_eq!((ip.src_routes.len(), ip.dst_routes.len()), (2, 3));
+        assert!("harsh".parse::<IpamPolicy>().is_err());
     }
 
     #[test]
