@@ -10,6 +10,7 @@
 
 use std::{
     borrow::Borrow,
+    os::fd::OwnedFd,
     path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -128,8 +129,8 @@ impl Client {
     }
 
     /// Registers an endpoint and keeps it. Its URL is `tcp://host:port`, or the `unix:///path` of a
-    /// socket that listens already, if the registry is reached over a Unix socket. Waits up to
-    /// `patience` for a registry that is not there yet.
+    /// socket that listens already, if the registry is reached over a Unix socket; once registered, the
+    /// path is not needed any more. Waits up to `patience` for a registry that is not there yet.
     ///
     /// # Errors
     /// The registry refuses, or is not there in time; the socket cannot be opened.
@@ -212,6 +213,7 @@ impl Client {
         let mut keeper = Keeper {
             client: self.clone(),
             wanted: item,
+            socket: None,
             pauses: Pauses::new(self.config.first_pause, self.config.longest_pause),
             known: false,
         };
@@ -318,8 +320,8 @@ trait Kept: Remote {
     /// An example that only this object answers.
     fn example(name: &str) -> Self;
     /// Prepares it for a connection: what the registry cannot reach by name goes along as a
-    /// descriptor.
-    fn prepare(&mut self, connection: &Connection) -> Result<(), Error>;
+    /// descriptor. It is opened once and kept in `socket`, so that its path is not needed again.
+    fn prepare(&mut self, connection: &Connection, socket: &mut Option<Arc<OwnedFd>>) -> Result<(), Error>;
     /// Takes from an answer what a later registration should repeat.
     fn learn(&mut self, answer: &Self);
     /// Puts back into an answer what [`Kept::prepare`] changed.
@@ -335,7 +337,7 @@ impl Kept for NetworkService {
         Self { name: name.to_owned(), ..Default::default() }
     }
 
-    fn prepare(&mut self, _: &Connection) -> Result<(), Error> {
+    fn prepare(&mut self, _: &Connection, _: &mut Option<Arc<OwnedFd>>) -> Result<(), Error> {
         Ok(())
     }
 
@@ -353,13 +355,19 @@ impl Kept for NetworkServiceEndpoint {
         Self { name: name.to_owned(), ..Default::default() }
     }
 
-    fn prepare(&mut self, connection: &Connection) -> Result<(), Error> {
+    fn prepare(&mut self, connection: &Connection, socket: &mut Option<Arc<OwnedFd>>) -> Result<(), Error> {
         let Ok(DialUrl::Unix(path)) = self.url.parse() else { return Ok(()) };
         let failed =
             |source: rustix::io::Errno| Error::Socket { path: path.clone(), source: Arc::new(source.into()) };
-        let socket = rustix::fs::open(Path::new(&path), OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
-        let socket = socket.map_err(failed)?;
-        let stat = rustix::fs::fstat(&socket).map_err(failed)?;
+        let opened = match socket.take() {
+            Some(opened) => opened,
+            None => {
+                let flags = OFlags::PATH | OFlags::CLOEXEC;
+                rustix::fs::open(Path::new(&path), flags, Mode::empty()).map_err(failed)?.into()
+            }
+        };
+        let stat = rustix::fs::fstat(&opened).map_err(failed)?;
+        let socket = socket.insert(opened).clone();
         if !connection.send_fd(socket) {
             return Err(Error::NotLocal { url: self.url.clone() });
         }
@@ -381,6 +389,8 @@ impl Kept for NetworkServiceEndpoint {
 struct Keeper<T> {
     client: Client,
     wanted: T,
+    /// The socket's file, once it was opened.
+    socket: Option<Arc<OwnedFd>>,
     pauses: Pauses,
     known: bool,
 }
@@ -401,7 +411,7 @@ impl<T: Kept> Keeper<T> {
     async fn register(&mut self) -> Result<Held<T>, Error> {
         let connection = self.client.upstream.connect().await?;
         let mut item = self.wanted.clone();
-        item.prepare(&connection)?;
+        item.prepare(&connection, &mut self.socket)?;
         let mut path = RegistrationPath::default();
         let deadline = Instant::now() + CALL;
         let mut answer = rpc::register(&connection, &mut path, item, deadline, self.known).await?;

@@ -83,7 +83,7 @@ pub struct EndpointConfig {
     pub name: String,
     /// The manager of this node.
     pub connect_to: DialUrl,
-    /// Where to listen; `None`: a socket in a fresh temporary directory.
+    /// Where to listen; `None`: a socket in a fresh temporary directory, which is gone once it is registered.
     pub listen_on: Option<ListenUrl>,
     /// The services provided.
     pub services: Vec<String>,
@@ -149,7 +149,7 @@ pub async fn serve(
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<()> {
     let connections = Connections::serving(&config.name, chain, Arc::clone(&config.metrics));
-    let (listen_on, _directory) = match &config.listen_on {
+    let (listen_on, directory) = match &config.listen_on {
         Some(url) => (url.clone(), None),
         None => {
             let directory = TemporaryDirectory::create(&config.name)
@@ -180,6 +180,8 @@ pub async fn serve(
         }
         let listed = registration(&config, &listen_on);
         let registration = manager.register_endpoint(listed, PATIENCE).await.map_err(refused)?;
+        // The registration holds the socket's file: a SIGKILL leaves nothing behind from now on.
+        drop(directory);
         ready();
         shutdown.await;
         if let Err(error) = registration.unregister().await {
@@ -207,7 +209,7 @@ fn registration(config: &EndpointConfig, listen_on: &ListenUrl) -> NetworkServic
     }
 }
 
-/// Holds our socket; removed at the end.
+/// Holds our socket until it is registered by descriptor.
 struct TemporaryDirectory(PathBuf);
 
 impl TemporaryDirectory {
