@@ -35,6 +35,8 @@ use crate::own_end::{ClientEnd, OwnNamespace};
 
 /// How long a wire that the mesh calls down is asked for as it was, before another endpoint may take its place.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// A wire that goes down sooner than this after it was asked for has not come up in truth.
+const SETTLED: Duration = Duration::from_secs(1);
 
 /// What a client is told from outside.
 #[derive(Debug, Clone)]
@@ -280,12 +282,17 @@ async fn keep(
     let mut events = None;
     let mut attempt = 0;
     let mut give_up: Option<Instant> = None;
+    let (mut up_since, mut falls) = (Instant::now(), 0);
     loop {
         if attempt == 0 {
             let wait = refresh::wait(&tell.borrow(), SystemTime::now()).unwrap_or(Duration::from_secs(10));
             tokio::select! {
                 () = tokio::time::sleep(wait) => {}
-                () = goes_down(&client.hub, &selector, &id, &mut events) => {}
+                () = goes_down(&client.hub, &selector, &id, &mut events) => {
+                    let pause;
+                    (pause, falls) = after_fall(up_since.elapsed(), falls, rand::random());
+                    tokio::time::sleep(pause).await;
+                }
             }
         } else {
             tokio::time::sleep(refresh::backoff(attempt - 1, rand::random())).await;
@@ -305,6 +312,7 @@ async fn keep(
                 }
                 attempt = 0;
                 give_up = None;
+                up_since = Instant::now();
                 // What the hub told while we asked is answered by this.
                 events = None;
                 tell.send_replace(answer.connection);
@@ -329,6 +337,16 @@ fn reselect(conn: &mut Connection) {
     conn.set_state(State::ReselectRequested);
 }
 
+/// How long to wait before a wire that went down `up_for` after its last answer is asked for, given how many times in a
+/// row it fell at once, and that count from now on. A wire that has lasted is asked for without delay; one that every
+/// answer brings up and that falls at once is asked for in growing pauses, or it would load the whole mesh.
+fn after_fall(up_for: Duration, falls: u32, jitter: f64) -> (Duration, u32) {
+    match up_for < SETTLED {
+        true => (refresh::backoff(falls, jitter), falls.saturating_add(1)),
+        false => (Duration::ZERO, 0),
+    }
+}
+
 /// Returns when the mesh says that the connection is down.
 async fn goes_down(
     hub: &Hub,
@@ -346,5 +364,29 @@ async fn goes_down(
             Some(_) => {}
             None => *events = None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wire_that_falls_at_once_is_asked_for_in_growing_bounded_pauses() {
+        let (mut falls, mut pauses) = (0, Vec::new());
+        for _ in 0..12 {
+            let pause;
+            (pause, falls) = after_fall(Duration::from_millis(3), falls, 0.0);
+            pauses.push(pause);
+        }
+        assert!(pauses.is_sorted() && pauses[0] > Duration::ZERO && pauses[1] > pauses[0], "{pauses:?}");
+        assert_eq!(pauses.last(), Some(&Duration::from_secs(5)));
+        assert!(after_fall(Duration::ZERO, falls, 1.0).0 < Duration::from_secs(5), "jittered");
+        assert_eq!(after_fall(Duration::ZERO, u32::MAX, 0.0), (Duration::from_secs(5), u32::MAX));
+        assert_eq!(
+            after_fall(SETTLED, falls, 0.0),
+            (Duration::ZERO, 0),
+            "it has lasted: at once, and all is forgotten"
+        );
     }
 }
