@@ -281,8 +281,9 @@ impl Client {
             PoolConfig { max_token_lifetime: self.tokens.max_token_lifetime, ..PoolConfig::default() };
         let pool = Pool::new(source, pool_config);
         let client = SdkClient::new(config, pool, namespace);
+        // Outside of what a signal cuts off: whatever is up is closed on every way out.
+        let mut wires = Vec::new();
         let ask = async {
-            let mut wires = Vec::new();
             for (index, url) in urls.iter().enumerate() {
                 notify(&format!("STATUS=asking for {}", url.service));
                 let begin = std::time::Instant::now();
@@ -294,21 +295,20 @@ impl Client {
                 tracing::info!(service = %url.service, connection = wire.id(), took = ?begin.elapsed(), "wire up");
                 wires.push(wire);
             }
-            Ok::<_, anyhow::Error>(wires)
+            ready();
+            std::future::pending().await
         };
-        let wires = tokio::select! {
-            wires = ask => wires?,
-            () = shutdown.clone().wait() => return Ok(()),
+        let served = tokio::select! {
+            failed = ask => failed,
+            () = shutdown.wait() => Ok(()),
         };
-        ready();
-        shutdown.wait().await;
         for wire in wires {
             let id = wire.id().to_owned();
             if let Err(error) = wire.close().await {
                 tracing::warn!(connection = %id, %error, "not closed in good order; it ends with its token");
             }
         }
-        Ok(())
+        served
     }
 }
 
