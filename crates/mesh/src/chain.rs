@@ -14,7 +14,10 @@ use std::{
     collections::HashMap,
     fmt,
     panic::AssertUnwindSafe,
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -183,6 +186,39 @@ pub struct Answer {
     pub fds: Fds,
 }
 
+/// Goes with the answer that established a connection. Dropped unsigned, it undoes the connection, unless that was
+/// asked for again meanwhile: its caller has left without learning what it got, and nobody would ever close it.
+#[derive(Debug)]
+pub struct Receipt {
+    connections: Weak<Connections>,
+    id: String,
+    /// Which answer it goes with.
+    answers: u64,
+    signed: AtomicBool,
+}
+
+impl Receipt {
+    /// The answer is with its caller.
+    pub fn sign(&self) {
+        self.signed.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Receipt {
+    fn drop(&mut self) {
+        if self.signed.load(Ordering::Relaxed) {
+            return;
+        }
+        let (Some(connections), Ok(runtime)) =
+            (self.connections.upgrade(), tokio::runtime::Handle::try_current())
+        else {
+            return; // the process ends
+        };
+        let (id, answers) = (std::mem::take(&mut self.id), self.answers);
+        runtime.spawn(async move { connections.undo(&id, answers).await });
+    }
+}
+
 /// Every connection of one role.
 #[derive(Debug)]
 pub struct Connections {
@@ -234,7 +270,7 @@ struct Held {
     /// Whether a request has succeeded.
     established: bool,
     expiry: Option<AbortHandle>,
-    /// Counts answers: a timer that fires while a refresh is under way is out of date.
+    /// Counts answers: a timer that fires while a refresh is under way is out of date, and so is a lost receipt.
     answers: u64,
 }
 
@@ -299,7 +335,24 @@ impl Connections {
     /// # Errors
     /// A malformed request, a path that lies, or what an element says; nothing that this request acquired is
     /// left then.
-    pub async fn request(self: &Arc<Self>, call: Call, mut request: NetworkServiceRequest) -> Result<Answer> {
+    pub async fn request(self: &Arc<Self>, call: Call, request: NetworkServiceRequest) -> Result<Answer> {
+        let (answer, receipt) = self.answer(call, request).await?;
+        if let Some(receipt) = receipt {
+            receipt.sign();
+        }
+        Ok(answer)
+    }
+
+    /// As [`Connections::request`], for a caller that may be gone before the answer is with it: an answer that
+    /// established the connection comes with a receipt.
+    ///
+    /// # Errors
+    /// As [`Connections::request`].
+    pub async fn answer(
+        self: &Arc<Self>,
+        call: Call,
+        mut request: NetworkServiceRequest,
+    ) -> Result<(Answer, Option<Receipt>)> {
         limits::check_request(&request).map_err(|e| Error::from(e).at(&self.me))?;
         let conn = request.connection.get_or_insert_default();
         let asker = path::step(conn, &self.me, new_id).map_err(|e| Error::from(e).at(&self.me))?;
@@ -311,9 +364,9 @@ impl Connections {
             path::begin_anew(conn, new_id());
         }
         let id = conn.id.clone();
-        let mut answer = self.run(id, owner, call, request).await.map_err(|e| e.at(&self.me))?;
+        let (mut answer, receipt) = self.run(id, owner, call, request).await.map_err(|e| e.at(&self.me))?;
         path::restore(&mut answer.connection, asker).map_err(|e| Error::from(e).at(&self.me))?;
-        Ok(answer)
+        Ok((answer, receipt))
     }
 
     fn is_of_another(&self, id: &str, owner: &Owner) -> bool {
@@ -326,7 +379,7 @@ impl Connections {
         owner: Option<Owner>,
         call: Call,
         request: NetworkServiceRequest,
-    ) -> Result<Answer> {
+    ) -> Result<(Answer, Option<Receipt>)> {
         let this = Arc::clone(self);
         let deadline = call.deadline.unwrap_or_else(|| Instant::now() + DEFAULT_DEADLINE);
         let span = tracing::info_span!("request", hop = %self.me, connection = %id);
@@ -360,14 +413,14 @@ impl Connections {
                     }
                     let fresh = !held.established;
                     let result = this.run_held(&id, &entry, &mut held, call, deadline, request).await;
-                    if fresh && result.is_ok() && give.is_closed() {
-                        // The caller left before it learnt what it got: nobody would ever close it.
-                        tracing::info!(connection = %id, "the caller left mid-request; undone");
-                        held.scope.unwind(&Release::now(Reason::Failed)).await;
-                        this.forget(&id, &entry, &mut held);
-                    }
+                    let answers = held.answers;
                     drop(held);
-                    // The caller may have left in this instant; then the token's expiry clears.
+                    let result = result.map(|answer| {
+                        let connections = Arc::downgrade(&this);
+                        let receipt = || Receipt { connections, id, answers, signed: AtomicBool::new(false) };
+                        (answer, fresh.then(receipt))
+                    });
+                    // Whoever has left does not take the receipt, and it comes back unsigned.
                     let _ = give.send(result);
                     return;
                 }
@@ -455,9 +508,15 @@ impl Connections {
 
     async fn close_admitted(&self, call: Call, deadline: Instant, mut conn: Connection) -> Result<()> {
         let owner = call.caller.as_ref().map(|caller| Owner::of(caller.peer.id(), &conn));
-        if owner.is_some_and(|owner| self.is_of_another(&conn.id, &owner)) {
+        if owner.as_ref().is_some_and(|owner| self.is_of_another(&conn.id, owner)) {
             // To this caller the id names nothing; what it names is not his to close, here or further on.
             return Ok(());
+        }
+        if let Some(id) = owner.and_then(|owner| self.unanswered(&conn.id, &owner)) {
+            if let Some(own) = path::current_mut(&mut conn) {
+                own.id.clone_from(&id);
+            }
+            conn.id = id;
         }
         let entry = self.table.lock().get(&conn.id).cloned();
         if let Some(entry) = entry {
@@ -481,6 +540,17 @@ impl Connections {
         Next { rest: &self.chain, metrics: &self.metrics }.close_forgotten(&mut cx, conn).await
     }
 
+    /// Who closes without ever having heard our id has left before the answer came, and means what he asked for: that
+    /// is known by the hops before us.
+    fn unanswered(&self, id: &str, owner: &Owner) -> Option<String> {
+        let table = self.table.lock();
+        if table.contains_key(id) {
+            return None;
+        }
+        let his = |entry: &Entry| entry.owner.get().is_some_and(|is| is == owner);
+        table.iter().find(|(_, entry)| his(entry)).map(|(id, _)| id.clone())
+    }
+
     fn context<'c>(&'c self, call: Call, deadline: Instant, scope: &'c mut Scope) -> Context<'c> {
         Context { me: &self.me, caller: call.caller, deadline, fds: call.fds, next_hop: None, scope }
     }
@@ -488,6 +558,18 @@ impl Connections {
     /// Ends a connection from the inside: expiry, a namespace that is gone, shutdown.
     pub async fn drop_connection(self: &Arc<Self>, id: &str, reason: Reason) -> Vec<Error> {
         self.end(id, Release::now(reason)).await.unwrap_or_default()
+    }
+
+    /// Undoes a connection whose caller does not know of it; a later answer proves that it does.
+    async fn undo(&self, id: &str, answers: u64) {
+        let Some(entry) = self.table.lock().get(id).cloned() else { return };
+        let mut held = entry.held.lock().await;
+        if held.closed || held.answers != answers {
+            return;
+        }
+        tracing::info!(hop = %self.me, connection = %id, "the caller left mid-request; undone");
+        held.scope.unwind(&Release::now(Reason::Failed)).await;
+        self.forget(id, &entry, &mut held);
     }
 
     /// `None`: no such connection.

@@ -16,7 +16,7 @@ use nsm_api::{
     },
 };
 use nsm_identity::SpiffeId;
-use nsm_transport::{Deadline, Peer, client_token};
+use nsm_transport::{Deadline, OnDelivery, Peer, client_token};
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
@@ -73,7 +73,7 @@ impl NetworkService for Hop {
             .map_err(|e| e.at(self.connections.me()))
             .inspect_err(refused)?;
         let call = Call { caller: Some(caller), deadline: Some(deadline), fds: received.clone() };
-        let answer = self.connections.request(call, request).await.inspect_err(refused)?;
+        let (answer, receipt) = self.connections.answer(call, request).await.inspect_err(refused)?;
         // What the caller itself sent it need not get back (section 17 rule 14).
         if let Some(mechanism) = &answer.connection.mechanism
             && let Ok(Some(url)) = mechanism.inode()
@@ -81,7 +81,11 @@ impl NetworkService for Hop {
         {
             answer.fds.send(&peer, mechanism);
         }
-        Ok(Response::new(answer.connection))
+        let mut response = Response::new(answer.connection);
+        if let Some(receipt) = receipt {
+            response.extensions_mut().insert(OnDelivery::new(move || receipt.sign()));
+        }
+        Ok(response)
     }
 
     async fn close(&self, request: Request<Connection>) -> Result<Response<()>, Status> {

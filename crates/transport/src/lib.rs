@@ -35,6 +35,7 @@
 //! ```
 
 mod deadline;
+mod delivery;
 mod fd;
 mod peer;
 mod pool;
@@ -44,6 +45,7 @@ mod url;
 use std::io;
 
 pub use deadline::Deadline;
+pub use delivery::OnDelivery;
 pub use fd::{FdError, FdStream, FdTable, GRACE, MAX_FDS_PER_WRITE, MAX_KEPT};
 pub use nsm_identity::{FileId, UnixPeer};
 pub use peer::{Peer, PeerError, client_token};

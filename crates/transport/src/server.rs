@@ -24,6 +24,7 @@ use tracing::{debug, error, info, warn};
 use crate::{
     Error,
     deadline::{Deadline, DeadlineBody, exceeded},
+    delivery::DeliveredBody,
     peer::{Peer, Wire},
     url::ListenUrl,
 };
@@ -338,10 +339,17 @@ async fn call(
         },
     };
     match answer {
-        Ok(Ok(response)) => Ok(match deadline {
-            Some(deadline) => response.map(|body| Body::new(DeadlineBody::new(body, deadline))),
-            None => response,
-        }),
+        Ok(Ok(mut response)) => {
+            let on_delivery = response.extensions_mut().remove();
+            let response = match deadline {
+                Some(deadline) => response.map(|body| Body::new(DeadlineBody::new(body, deadline))),
+                None => response,
+            };
+            Ok(match on_delivery {
+                Some(told) => response.map(|body| Body::new(DeliveredBody::new(body, told))),
+                None => response,
+            })
+        }
         Err(_) => {
             error!(method, "a handler panicked; the call fails, the server goes on");
             Ok(Status::internal("the handler of this call panicked; see the server's log").into_http())
