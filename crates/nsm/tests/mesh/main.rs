@@ -23,6 +23,7 @@ fn inside() {
         "bad requests" => wire::bad_requests(&lab),
         "bad tokens" => wire::bad_tokens(&lab),
         "bad namespaces" => wire::bad_namespaces(&lab),
+        "leaving" => wire::leaving(&lab),
         other => panic!("no such job: {other}"),
     }
 }

@@ -55,6 +55,35 @@ fn a_namespace_that_is_not_the_callers_is_refused_and_leaves_nothing() {
     mesh.nothing_is_left(&["a", "b", "gw"]);
 }
 
+#[test]
+fn a_caller_that_leaves_at_any_moment_leaves_nothing() {
+    let test = "a_caller_that_leaves_at_any_moment_leaves_nothing";
+    let Some(mesh) = Mesh::up(test, &PODS.replace("172.16.1.2/31", "172.16.1.0/24")) else { return };
+    mesh.inside("a", "leaving");
+    mesh.nothing_is_left(&["a", "b", "gw"]);
+}
+
+/// Asks, and gives up after ever longer times: before anything is done, in the middle, and just as the answer comes.
+pub(crate) fn leaving(lab: &str) {
+    in_runtime(async {
+        let raw = Raw::connect(lab, "nsm.io.sock").await;
+        let (url, _) = file("/proc/self/ns/net");
+        for half_milliseconds in 0..160 {
+            raw.fds.send(file("/proc/self/ns/net").1);
+            let request = good(&format!("raw-{half_milliseconds}"), "nsm0", url);
+            let patience = Duration::from_micros(500 * half_milliseconds);
+            let asked = raw.request(request.clone(), Some(raw.token()), LONG);
+            match tokio::time::timeout(patience, asked).await {
+                Ok(Ok(answer)) => raw.close(answer).await.expect("closed"),
+                // The name may still be that of the one before.
+                Ok(Err(_)) => {}
+                // As our clients do: the answer may be on its way, and with it an id that is not known yet.
+                Err(_) => raw.close(request.connection.expect("good")).await.expect("closed"),
+            }
+        }
+    });
+}
+
 /// Everything that the message itself shows to be wrong.
 pub(crate) fn bad_requests(lab: &str) {
     in_runtime(async {
