@@ -147,7 +147,7 @@ mod tests {
         let memif = Mechanism::new(LOCAL, kind::MEMIF);
         let vxlan = Mechanism::new(REMOTE, kind::VXLAN);
         assert_eq!(choose(None, &[memif.clone(), vxlan.clone(), kernel.clone()]).unwrap(), kernel);
-        assert!(choose(None, &[memif.clone()]).unwrap_err().to_string().contains("LOCAL MEMIF"));
+        assert!(choose(None, std::slice::from_ref(&memif)).unwrap_err().to_string().contains("LOCAL MEMIF"));
         assert!(choose(Some(&memif), std::slice::from_ref(&kernel)).is_err());
         assert_eq!(choose(Some(&kernel), &[]).unwrap(), kernel);
     }
