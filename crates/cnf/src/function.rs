@@ -17,6 +17,7 @@ use nsm_identity::Source;
 use nsm_kernel::join::{Join, Layer};
 use nsm_mesh::auth::Authorize;
 use nsm_mesh::dial::Dial;
+use nsm_mesh::error::explain;
 use nsm_mesh::monitor::{Hub, Monitor};
 use nsm_mesh::{Chain, Context, Element, Error, Lease, Next, NextHop, Release, Result, chain};
 use nsm_sdk::client::To;
@@ -24,7 +25,7 @@ use nsm_sdk::endpoint::{EndpointConfig, serve};
 use nsm_sdk::own_end::{ClientEnd, OwnNamespace, ServerEnd};
 use tokio::task::spawn_blocking;
 
-use crate::works::{Role, Works, chain_text};
+use crate::works::{Role, Works};
 
 /// The chain of `nsm firewall` and `nsm passthrough`.
 #[must_use]
@@ -258,7 +259,7 @@ fn far_name(service: &str, near: &str) -> String {
 }
 
 fn refused(what: &str, error: &nsm_kernel::Error) -> Error {
-    Error::new(tonic::Code::FailedPrecondition, format!("this function cannot {what}: {}", chain_text(error)))
+    Error::new(tonic::Code::FailedPrecondition, format!("this function cannot {what}: {}", explain(error)))
 }
 
 #[cfg(test)]

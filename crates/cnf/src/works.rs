@@ -6,7 +6,7 @@ use nsm_kernel::join::{Join, Layer, check_bridge_filter};
 use nsm_kernel::joiner::{Joiner, State};
 use nsm_kernel::netlink::Socket;
 use nsm_kernel::nft::{self, Family, Netfilter, Table};
-use nsm_kernel::{Error, Result};
+use nsm_kernel::Result;
 use parking_lot::Mutex;
 
 use crate::filter::{self, TABLE, Unfiltered};
@@ -130,15 +130,4 @@ impl Works {
         }
         Ok(())
     }
-}
-
-/// An error of the kernel's in one line.
-pub(crate) fn chain_text(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }

@@ -12,7 +12,7 @@ use nsm_api::{
         registry::{NetworkService, NetworkServiceEndpoint},
     },
 };
-use nsm_mesh::{Context, Element, Error, Next, NextHop, Result, error::chain_text};
+use nsm_mesh::{Context, Element, Error, Next, NextHop, Result, error::explain};
 use nsm_registry::{Client as Directory, Endpoint};
 use parking_lot::Mutex;
 use tonic::Code;
@@ -149,7 +149,7 @@ async fn in_time<T>(
     match tokio::time::timeout_at(cx.deadline, ask).await {
         Ok(Ok(found)) => Ok(found),
         Ok(Err(error)) => {
-            Err(Error::unavailable(format!("the registry could not be asked: {}", chain_text(&error))))
+            Err(Error::unavailable(format!("the registry could not be asked: {}", explain(&error))))
         }
         Err(_) => Err(Error::new(Code::DeadlineExceeded, "the registry did not answer in time")),
     }

@@ -27,7 +27,7 @@ use nsm_mesh::{
     Chain, Connections, Error, Reason, Result,
     auth::{Authorize, OnlyFrom, OwnNamespace},
     dial::Dial,
-    error::chain_text,
+    error::explain,
     metrics::Metrics,
     monitor::{Hub, Monitor},
 };
@@ -107,7 +107,7 @@ impl Forwarder {
     /// A missing capability, an unusable state directory, no address for tunnels.
     pub fn prepare(config: Config) -> Result<Self> {
         let kernel_says = |e: nsm_kernel::Error| {
-            Error::internal(chain_text(&e)).hint("the forwarder needs CAP_NET_ADMIN and CAP_SYS_ADMIN")
+            Error::internal(explain(&e)).hint("the forwarder needs CAP_NET_ADMIN and CAP_SYS_ADMIN")
         };
         let node = Namespace::current().map_err(kernel_says)?;
         let watch = Watch::open(&node).map_err(kernel_says)?;
@@ -157,7 +157,7 @@ impl Forwarder {
 
         let server = Server::bind(source, std::slice::from_ref(&config.listen_on))
             .await
-            .map_err(|e| Error::unavailable(chain_text(&e)))?;
+            .map_err(|e| Error::unavailable(explain(&e)))?;
         let mut routes = tonic::service::RoutesBuilder::default();
         nsm_mesh::server::add(&mut routes, Arc::clone(&connections), Arc::clone(&hub), Arc::default());
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
@@ -166,17 +166,17 @@ impl Forwarder {
         });
 
         let beside = async {
-            let registration =
-                manager.register_endpoint(registration(&config), PATIENCE).await.map_err(|e| {
-                    Error::unavailable(format!("the manager did not take us: {}", chain_text(&e)))
-                })?;
+            let registration = manager
+                .register_endpoint(registration(&config), PATIENCE)
+                .await
+                .map_err(|e| Error::unavailable(format!("the manager did not take us: {}", explain(&e))))?;
             ready();
             tokio::select! {
                 () = shutdown => {}
                 () = look_after(Arc::clone(&wires), Arc::clone(&connections), watch) => {}
             }
             if let Err(error) = registration.unregister().await {
-                tracing::warn!(error = %chain_text(&error), "not unregistered; the registration expires");
+                tracing::warn!(error = %explain(&error), "not unregistered; the registration expires");
             }
             hub.end_watches();
             drop(stop);
@@ -275,7 +275,7 @@ fn watch_events(mut watch: Watch) -> mpsc::Receiver<Event> {
                     }
                 }
                 Err(error) => {
-                    tracing::error!(error = %chain_text(&error), "the kernel's events cannot be read any more");
+                    tracing::error!(error = %explain(&error), "the kernel's events cannot be read any more");
                     return;
                 }
             }

@@ -28,7 +28,7 @@ use nsm_kernel::{
     plan::{Construction, Side, WirePlan},
     store::{self, Store},
 };
-use nsm_mesh::{Error, Result, error::chain_text, fds::Fds};
+use nsm_mesh::{Error, Result, error::explain, fds::Fds};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::task::spawn_blocking;
@@ -330,7 +330,7 @@ impl Wires {
         let data = serde_json::to_value(held.record.kept()).map_err(|e| Error::internal(e.to_string()))?;
         let record = store::Record { plan: held.record.plan.clone(), nsids: held.nsids, data };
         self.store.put(&record).map_err(|e| {
-            Error::new(Code::ResourceExhausted, chain_text(&e))
+            Error::new(Code::ResourceExhausted, explain(&e))
                 .hint("a wire is only made when its plan can be kept; free space in NSM_STATE_DIR")
         })
     }
@@ -373,7 +373,7 @@ impl Wires {
                 self.kernel.remove_later(&record.plan, nsids, &[], move |removed| {
                     // What could not be removed is tried again by the next process.
                     if let Err(error) = removed.and_then(|()| store.remove(&gone)) {
-                        tracing::warn!(wire = gone, error = %chain_text(&error), "not removed in full");
+                        tracing::warn!(wire = gone, error = %explain(&error), "not removed in full");
                     }
                 });
                 id
@@ -399,7 +399,7 @@ impl Wires {
                     near.is_some() != nsids.near.is_some() || far.is_some() != nsids.far.is_some()
                 }
                 Err(error) => {
-                    tracing::warn!(wire = id, error = %chain_text(&error), "cannot be looked at");
+                    tracing::warn!(wire = id, error = %explain(&error), "cannot be looked at");
                     false
                 }
             });
@@ -429,7 +429,7 @@ fn clear_leftovers<'h>(kernel: &Kernel, records: impl Iterator<Item = &'h Held>)
             Ok(0) => {}
             Ok(things) => tracing::info!(namespace = %id, things, "removed what was never finished"),
             Err(error) => {
-                tracing::warn!(namespace = %id, error = %chain_text(&error), "cannot look for leftovers");
+                tracing::warn!(namespace = %id, error = %explain(&error), "cannot look for leftovers");
             }
         }
     }
@@ -455,7 +455,7 @@ fn taken(error: nsm_kernel::Error, plan: &WirePlan) -> Taken {
 }
 
 fn internal(error: &nsm_kernel::Error) -> Error {
-    Error::internal(chain_text(error))
+    Error::internal(explain(error))
 }
 
 fn refused(error: &nsm_kernel::Error) -> Error {
@@ -464,7 +464,7 @@ fn refused(error: &nsm_kernel::Error) -> Error {
         nsm_kernel::Error::NamespaceGone(_) => Code::FailedPrecondition,
         _ => Code::Internal,
     };
-    Error::new(code, chain_text(error))
+    Error::new(code, explain(error))
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use nsm_api::{
         networkservice::NetworkServiceRequest,
     },
 };
-use nsm_mesh::{Context, Element, Error, Lease, Next, NextHop, Release, Result, error::chain_text};
+use nsm_mesh::{Context, Element, Error, Lease, Next, NextHop, Release, Result, error::explain};
 use nsm_registry::{Endpoint, ManagerRegistry};
 use tonic::Code;
 
@@ -42,7 +42,7 @@ impl DiscoverForwarder {
             Ok(Err(error)) => {
                 return Err(Error::unavailable(format!(
                     "the registry could not be asked: {}",
-                    chain_text(&error)
+                    explain(&error)
                 )));
             }
             Err(_) => return Err(Error::new(Code::DeadlineExceeded, "the registry did not answer in time")),

@@ -11,7 +11,7 @@ use nsm_mesh::{
     Chain, Connections, Error, Result,
     auth::{Authorize, OwnNamespace},
     dial::Dial,
-    error::chain_text,
+    error::explain,
     metrics::Metrics,
     monitor::{Hub, Monitor},
 };
@@ -76,7 +76,7 @@ pub async fn serve(
     let pool_config = PoolConfig { max_token_lifetime: config.max_token_lifetime, ..PoolConfig::default() };
     let pool = Pool::new(source.clone(), pool_config);
     let server =
-        Server::bind(source, &config.listen_on).await.map_err(|e| Error::unavailable(chain_text(&e)))?;
+        Server::bind(source, &config.listen_on).await.map_err(|e| Error::unavailable(explain(&e)))?;
     let urls = server.urls();
     let public = urls.iter().find(|url| matches!(url, ListenUrl::Tcp(_))).or(urls.first());
     let public = public.map(ToString::to_string).unwrap_or_default();

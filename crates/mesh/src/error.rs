@@ -3,6 +3,7 @@
 use std::fmt;
 
 use nsm_api::{limits::Malformed, path::PathError};
+pub use nsm_identity::explain;
 use tonic::{Code, Status};
 
 /// The result of everything that a chain does.
@@ -124,18 +125,6 @@ impl From<Malformed> for Error {
     fn from(e: Malformed) -> Self {
         Self::invalid(e.to_string())
     }
-}
-
-/// An error of a library with its causes, which is what an operator needs.
-#[must_use]
-pub fn chain_text(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(next) = cause {
-        text = format!("{text}: {next}");
-        cause = next.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ use nsm_api::{
 use nsm_mesh::{
     Answer, Call, Connections, Context, Element, Error, Next, NextHop, Result, chain,
     dial::Dial,
-    error::chain_text,
+    error::explain,
     metrics::Metrics,
     monitor::{Hub, Monitor, Viewer},
     refresh,
@@ -184,7 +184,7 @@ impl Client {
             .pool
             .get(target, self.config.dial_timeout)
             .await
-            .map_err(|e| Error::unavailable(chain_text(&e)))?;
+            .map_err(|e| Error::unavailable(explain(&e)))?;
         let own = PathSegment { name: self.config.name.clone(), ..PathSegment::default() };
         let selector = MonitorScopeSelector { path_segments: vec![own], ..MonitorScopeSelector::default() };
         let answer = MonitorConnectionClient::new(channel).monitor_connections(selector).await?;

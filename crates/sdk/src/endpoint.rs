@@ -15,7 +15,7 @@ use nsm_mesh::{
     Chain, Connections, Context, Element, Error, Next, Reason, Result,
     auth::Authorize,
     chain,
-    error::chain_text,
+    error::explain,
     metrics::Metrics,
     monitor::{Hub, Monitor},
 };
@@ -159,7 +159,7 @@ pub async fn serve(
     };
     let server = Server::bind(source, std::slice::from_ref(&listen_on))
         .await
-        .map_err(|e| Error::unavailable(chain_text(&e)))?;
+        .map_err(|e| Error::unavailable(explain(&e)))?;
     let mut routes = tonic::service::RoutesBuilder::default();
     nsm_mesh::server::add(&mut routes, Arc::clone(&connections), Arc::clone(&hub), Arc::default());
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
@@ -170,7 +170,7 @@ pub async fn serve(
     let manager = Client::new(pool, config.connect_to.clone(), client_config);
     let beside = async {
         let refused = |e: nsm_registry::Error| {
-            Error::unavailable(format!("the manager did not take us: {}", chain_text(&e)))
+            Error::unavailable(format!("the manager did not take us: {}", explain(&e)))
         };
         let mut services = Vec::new();
         for name in config.services.iter().filter(|_| config.register_payload.is_some()) {
@@ -185,7 +185,7 @@ pub async fn serve(
         ready();
         shutdown.await;
         if let Err(error) = registration.unregister().await {
-            tracing::warn!(error = %chain_text(&error), "not unregistered; the registration expires");
+            tracing::warn!(error = %explain(&error), "not unregistered; the registration expires");
         }
         for id in connections.ids() {
             connections.drop_connection(&id, Reason::Shutdown).await;
