@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
+use nsm_kernel::Result;
 use nsm_kernel::join::{Join, Layer, check_bridge_filter};
 use nsm_kernel::joiner::{Joiner, State};
 use nsm_kernel::netlink::Socket;
 use nsm_kernel::nft::{self, Family, Netfilter, Table};
-use nsm_kernel::Result;
 use parking_lot::Mutex;
 
 use crate::filter::{self, TABLE, Unfiltered};
