@@ -13,6 +13,7 @@
 //! a link that we made and could not finish, because we were killed, is recognised as ours and replaced.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
@@ -29,7 +30,7 @@ use crate::plan::{Change, Construction, EndPlan, Mac, Policy, Side, Vxlan, WireP
 use crate::reaper::Reaper;
 use crate::rt::{self, BIRTH_GROUP, Link, MAIN_TABLE, Nsid, Rule, Which};
 use crate::snapshot::{Seen, observe};
-use crate::sysctl;
+use crate::{solicited, sysctl};
 
 /// The wires of one node, in its kernel.
 ///
@@ -195,6 +196,13 @@ impl Kernel {
                 socket.links(vec![rt::get_link(Which::Index(link.index), None, false)])?.pop().flatten();
             let link = link.ok_or_else(|| vanished(end))?;
             seen = observe(&mut socket, end.plan, &link)?;
+        }
+        if socket.writes() > 0 {
+            let addresses = end.plan.addresses.iter().filter_map(|net| match net.addr() {
+                IpAddr::V4(_) => None,
+                IpAddr::V6(address) => Some(address),
+            });
+            solicited::await_groups(&end.plan.ifname, addresses);
         }
         Ok(socket.writes())
     }

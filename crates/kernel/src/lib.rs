@@ -31,6 +31,7 @@ pub mod plan;
 mod reaper;
 mod rt;
 mod snapshot;
+mod solicited;
 pub mod store;
 mod sys;
 pub mod sysctl;

@@ -113,6 +113,25 @@ fn a_refresh_changes_what_differs_and_nothing_else() {
     assert_eq!(node.kernel.apply(&plan, &node.known()).unwrap().writes, 0);
 }
 
+/// Without membership of the group, the first question of a neighbour is dropped, and the next one comes a second later.
+#[test]
+fn a_wire_that_is_made_hears_who_looks_for_its_ipv6_addresses() {
+    let Some(node) = node("a_wire_that_is_made_hears_who_looks_for_its_ipv6_addresses") else { return };
+    let groups = |pod: &Namespace| {
+        pod.run(|| std::fs::read_to_string("/proc/thread-self/net/igmp6")).unwrap().unwrap()
+    };
+    for round in 0..100 {
+        let plan = node.veth(&format!("wire-{round}"), "nsm0");
+        let made = node.kernel.apply(&plan, &node.known()).unwrap();
+        // Solicited-node group: ff02::1:ff00:0/104 with the last three bytes of the address (RFC 4291 section 2.7.1).
+        for (pod, group) in [(&node.client, "1ff000003"), (&node.endpoint, "1ff000002")] {
+            let groups = groups(pod);
+            assert!(groups.contains(group), "round {round}: no {group} in\n{groups}");
+        }
+        node.kernel.remove(&plan, nsids(&made), &[]).unwrap();
+    }
+}
+
 #[test]
 fn an_address_goes_although_others_of_its_subnet_stay() {
     let Some(node) = node("an_address_goes_although_others_of_its_subnet_stay") else { return };

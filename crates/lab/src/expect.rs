@@ -88,9 +88,9 @@ fn in_pod(lab: &Lab, pod: &str, work: impl FnOnce() -> Finding + Send) -> Findin
 }
 
 fn check_ping(ping: &Ping) -> Finding {
-    let end = Instant::now() + ping.within;
+    let end = Instant::now() + ping.within.unwrap_or(WITHIN);
     let mut lost_before = 0;
-    probe::until(ping.within, |_| {
+    probe::until(ping.within.unwrap_or(Duration::ZERO), |_| {
         let row = Echo::open(ping.to).and_then(|echo| echo.row(ping.count, end)).map_err(|error| {
             lost_before += 1;
             error.to_string()

@@ -2,6 +2,8 @@
 //! only the lab itself is on trial.
 #![allow(clippy::print_stdout, reason = "a test that cannot run says so")]
 
+mod common;
+
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
@@ -43,13 +45,14 @@ struct Lab {
     name: String,
     directory: tempfile::TempDir,
     user: Option<u32>,
+    program: PathBuf,
 }
 
 impl Lab {
     fn new(name: &str, scenario: &str) -> Self {
         let name = format!("t{}-{name}", std::process::id());
         let directory = tempfile::Builder::new().prefix("nsm-test-").tempdir().expect("directory");
-        let lab = Self { name, directory, user: None };
+        let lab = Self { name, directory, user: None, program: NSM.into() };
         fs::write(lab.file(), scenario.replace("NAME", &lab.name)).expect("write");
         lab
     }
@@ -59,7 +62,7 @@ impl Lab {
     }
 
     fn nsm(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(NSM);
+        let mut command = Command::new(&self.program);
         command.arg("lab").args(args).stdin(Stdio::null()).env_remove("XDG_RUNTIME_DIR");
         if let Some(uid) = self.user {
             command.uid(uid).gid(uid);
@@ -327,14 +330,7 @@ fn an_ordinary_user_gets_the_same() {
     }
     let mut lab = Lab::new("user", SCENARIO);
     lab.user = Some(NOBODY);
-    // tempdir makes directories for their owner only.
-    use std::os::unix::fs::PermissionsExt;
-    fs::set_permissions(lab.directory.path(), fs::Permissions::from_mode(0o755)).expect("chmod");
-    let mut tried = Command::new(NSM);
-    match tried.arg("--version").uid(NOBODY).gid(NOBODY).output() {
-        Ok(output) if output.status.success() => {}
-        _ => return println!("SKIPPED {test}: {NSM} cannot be executed by others than its owner"),
-    }
+    lab.program = common::program_for_everybody(lab.directory.path());
     let mut unshare = Command::new("unshare");
     match unshare.args(["--user", "--net", "true"]).uid(NOBODY).gid(NOBODY).output() {
         Ok(output) if output.status.success() => {}

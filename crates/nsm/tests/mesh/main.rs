@@ -4,6 +4,8 @@
 //! read, and looks whether anything is left: links in pods, records of wires, connections at any hop.
 #![allow(clippy::print_stdout, reason = "a test that cannot run says so")]
 
+#[path = "../common/mod.rs"]
+mod common;
 mod config;
 mod harness;
 mod raw;
