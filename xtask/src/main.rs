@@ -4,7 +4,9 @@
 
 use std::collections::BTreeMap;
 use std::env;
+use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
@@ -14,6 +16,17 @@ use clap::Parser;
 
 /// Set for tests, so that leak snapshots recognise every process that a test started (`nsm_lab::leaks::MARK`).
 const MARK: (&str, &str) = ("NSM_TEST_RUN", "1");
+
+/// Programs with the Debian packages they are in.
+const PACKAGES: [(&str, &str); 4] = [
+    // A compiler for the C and assembler parts of the crypto library; Rust's own linker driver is the same program.
+    ("cc", "build-essential"),
+    // Tests read the kernel back with the system's own programs, so that ours is not judge in its own cause.
+    ("ip", "iproute2"),
+    ("nft", "nftables"),
+    // Shows that a restarted forwarder writes nothing.
+    ("strace", "strace"),
+];
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
@@ -30,6 +43,8 @@ enum Task {
         #[arg(long)]
         all: bool,
     },
+    /// Install the system packages that the others need, or say what to type
+    Packages,
     /// Build nsm and measure: arguments are those of `nsm bench`
     Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -41,6 +56,7 @@ fn main() -> ExitCode {
     let done = match Task::parse() {
         Task::Demo { args } => demo(&args),
         Task::Test { all } => test(all),
+        Task::Packages => install(&PACKAGES),
         Task::Bench { args } => nsm(&["bench"], &args),
     };
     match done {
@@ -53,14 +69,13 @@ fn main() -> ExitCode {
 }
 
 fn demo(args: &[String]) -> Result<()> {
-    install(&[])?;
+    install(&PACKAGES[..1])?;
     let scenario = root().join("scenarios/secure-intranet.yaml");
     nsm(&["lab", "run", &scenario.to_string_lossy()], args)
 }
 
 fn test(all: bool) -> Result<()> {
-    // Tests read the kernel back with the system's own programs, so that ours is not judge in its own cause.
-    install(&[("ip", "iproute2"), ("nft", "nftables")])?;
+    install(&PACKAGES)?;
     let mut stages = Stages::default();
     stages.run("format", cargo(&["fmt", "--all", "--check"]))?;
     let clippy = ["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"];
@@ -84,17 +99,13 @@ fn nsm(command: &[&str], args: &[String]) -> Result<()> {
 }
 
 /// Installs what is missing of `(program, Debian package)`, as root; otherwise says what to type, and stops.
-fn install(needed: &[(&str, &str)]) -> Result<()> {
-    // A compiler for the C and assembler parts of the crypto library; Rust's own linker driver is the same program.
-    let needed = [&[("cc", "build-essential")], needed].concat();
-    let packages: Vec<_> =
-        needed.iter().filter(|(program, _)| !exists(program)).map(|(_, package)| *package).collect();
+fn install(needed: &[(&str, &'static str)]) -> Result<()> {
+    let packages = missing(needed);
     if packages.is_empty() {
         return Ok(());
     }
     let line = format!("apt-get install --yes --no-install-recommends {}", packages.join(" "));
-    let root = Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout.trim_ascii() == b"0");
-    if !root {
+    if fs::metadata("/proc/self").context("who runs this")?.uid() != 0 {
         bail!("system packages are missing; install them with\n\n    sudo {line}\n");
     }
     eprintln!("xtask: installing {} ({line})", packages.join(", "));
@@ -104,10 +115,22 @@ fn install(needed: &[(&str, &str)]) -> Result<()> {
         command.stdout(Stdio::null()).status().context("start apt-get: is this Debian or Ubuntu?")
     };
     // A fresh machine has no list of packages yet.
-    if apt(&line)?.success() || apt("apt-get update")?.success() && apt(&line)?.success() {
-        return Ok(());
+    if !(apt(&line)?.success() || apt("apt-get update")?.success() && apt(&line)?.success()) {
+        bail!("apt-get could not install {}", packages.join(", "));
     }
-    bail!("apt-get could not install {}", packages.join(", "))
+    match missing(needed)[..] {
+        [] => Ok(()),
+        ref packages => bail!(
+            "apt-get says that {} is installed, but its program is neither in PATH nor in /usr/sbin; try\n\n    \
+             apt-get install --reinstall {0}\n",
+            packages.join(" ")
+        ),
+    }
+}
+
+/// The packages whose programs are not here.
+fn missing(needed: &[(&str, &'static str)]) -> Vec<&'static str> {
+    needed.iter().filter(|(program, _)| !exists(program)).map(|(_, package)| *package).collect()
 }
 
 fn exists(program: &str) -> bool {
