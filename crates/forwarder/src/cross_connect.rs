@@ -315,9 +315,12 @@ impl Element for CrossConnect {
                     claims.push(claim);
                     tracing::info!(taken = far_vni, proposed = vni, "the peer's VNI is taken on this node");
                     proposed = Some(vni);
+                    // As a refresh of what the peer has made already: without the rest of the path it would be another
+                    // connection, beside the first one.
                     let mut again = far.clone();
                     again.set(key::VNI, vni.to_string());
-                    request.connection.get_or_insert_default().mechanism = Some(again);
+                    answer.mechanism = Some(again);
+                    request.connection = Some(answer);
                 }
                 Err(Unjoined::Vni) => {
                     return Err(Error::new(

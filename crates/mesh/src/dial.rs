@@ -116,6 +116,7 @@ impl Dial {
         call.set_timeout(left.saturating_sub(margin / 2));
         let until = cx.deadline.checked_sub(margin).unwrap_or(cx.deadline);
         let mut client = NetworkServiceClient::new(channel.clone());
+        tracing::debug!(next = %target, connection = asked.id, "asking the next hop");
         let answered = tokio::time::timeout_at(until, client.request(call)).await;
         let mut answer = match answered {
             Ok(answer) => answer?.into_inner(),

@@ -23,6 +23,9 @@ pub(crate) const NSM: &str = env!("CARGO_BIN_EXE_nsm");
 /// How long anything may take that has to happen; nobody waits that long unless it does not happen.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 
+/// The nodes that a mesh may have.
+pub(crate) const NODES: [&str; 2] = ["node1", "node2"];
+
 const JOB: &str = "NSM_TEST_INSIDE";
 const LAB: &str = "NSM_TEST_LAB";
 
@@ -41,7 +44,8 @@ networkServices:
       - destination_selector: {app: vpn}
 ";
 
-/// A mesh that runs: registry, manager and forwarder on `node1`, and the pods of the test.
+/// A mesh that runs: registry, manager and forwarder on `node1`, those two on `node2` where a pod is there, and the
+/// pods of the test.
 #[derive(Debug)]
 pub(crate) struct Mesh {
     pub(crate) lab: Lab,
@@ -62,7 +66,8 @@ impl Mesh {
         }
         let name =
             format!("t{}-{}", std::process::id(), test.split('_').take(4).collect::<Vec<_>>().join("-"));
-        let text = format!("name: {name}\n{SERVICES}nodes: [node1]\npods:\n{pods}");
+        let nodes = if pods.contains("node: node2") { "node1, node2" } else { "node1" };
+        let text = format!("name: {name}\n{SERVICES}nodes: [{nodes}]\npods:\n{pods}");
         let file = PathBuf::from(format!("{test}.yaml"));
         let scenario = Scenario::parse(&text, &file).unwrap_or_else(|e| panic!("{e}\n{text}"));
         let mut plan = Plan::new(&scenario);
@@ -80,7 +85,7 @@ impl Mesh {
     /// As [`Mesh::start`], of another program that becomes `nsm`.
     pub(crate) fn start_program(&self, name: &str, pod: &str, exe: &str, args: &[&str]) {
         let at = self.lab.plan.paths();
-        let mut env = BTreeMap::from([("SPIFFE_ENDPOINT_SOCKET".into(), self.url("identity.sock"))]);
+        let mut env = BTreeMap::from([("SPIFFE_ENDPOINT_SOCKET".into(), self.url_for(pod, "identity.sock"))]);
         env.extend(std::env::var("PATH").map(|path| ("PATH".into(), path)));
         let program = Program {
             name: name.into(),
@@ -100,14 +105,15 @@ impl Mesh {
 
     /// Starts a client that wants `services` in a pod, with more arguments.
     pub(crate) fn client(&self, name: &str, pod: &str, services: &str, more: &[&str]) {
-        let manager = self.url("nsm.io.sock");
+        let manager = self.url_for(pod, "nsm.io.sock");
         let args = ["client", "--name", name, "--connect-to", &manager, "--network-services", services];
         self.start(name, pod, &[&args[..], more].concat());
     }
 
     /// Starts an endpoint in a pod, with more arguments.
     pub(crate) fn endpoint(&self, name: &str, pod: &str, more: &[&str]) {
-        let (manager, own) = (self.url("nsm.io.sock"), self.url(&format!("{name}.sock")));
+        let own = self.url_for(pod, &format!("{name}.sock"));
+        let manager = self.url_for(pod, "nsm.io.sock");
         let args = ["endpoint", "--name", name, "--connect-to", &manager, "--listen-on", &own];
         let args = [&args[..], &["--register-service", "false"]].concat();
         self.start(name, pod, &[&args[..], more].concat());
@@ -207,14 +213,21 @@ impl Mesh {
         url(&self.lab.plan.lab, socket)
     }
 
+    /// The URL of a socket of the node where this pod, or this node itself, is.
+    pub(crate) fn url_for(&self, pod: &str, socket: &str) -> String {
+        let pods = &self.lab.plan.pods;
+        let node = pods.iter().find(|entry| entry.pod == pod).map_or(pod, |entry| &entry.node);
+        format!("unix://{}", self.lab.plan.paths().node(node).join(socket).display())
+    }
+
     /// The interfaces of a pod, without loopback.
     pub(crate) fn links(&self, pod: &str) -> Vec<SeenLink> {
         links(&self.lab.plan.lab, pod)
     }
 
-    /// Where the forwarder keeps its records.
-    pub(crate) fn state_dir(&self) -> PathBuf {
-        state_dir(&self.lab.plan.lab)
+    /// Where the forwarder of a node keeps its records.
+    pub(crate) fn state_dir(&self, node: &str) -> PathBuf {
+        state_dir(&self.lab.plan.lab, node)
     }
 
     /// Waits until an interface is in a pod.
@@ -261,7 +274,7 @@ impl Mesh {
             .args(["--exact", "inside", "--ignored", "--nocapture"])
             .env(JOB, job)
             .env(LAB, &self.lab.plan.lab)
-            .env("SPIFFE_ENDPOINT_SOCKET", self.url("identity.sock"))
+            .env("SPIFFE_ENDPOINT_SOCKET", self.url_for(pod, "identity.sock"))
             .stdin(Stdio::null());
         let namespace = self.lab.namespace(pod).unwrap_or_else(|e| panic!("{}", e.chain()));
         let output = namespace.run(|| command.output()).expect("enter").expect("start");
@@ -320,14 +333,15 @@ pub(crate) fn links(lab: &str, pod: &str) -> Vec<SeenLink> {
     links
 }
 
-/// Where the forwarder keeps its records.
-pub(crate) fn state_dir(lab: &str) -> PathBuf {
-    Paths::new(lab).node("node1").join("forwarder")
+/// Where the forwarder of a node keeps its records.
+pub(crate) fn state_dir(lab: &str, node: &str) -> PathBuf {
+    Paths::new(lab).node(node).join("forwarder")
 }
 
-/// The forwarder's files: records of wires, and what it did not finish.
+/// The forwarders' files: records of wires, and what they did not finish.
 pub(crate) fn records(lab: &str) -> Vec<PathBuf> {
-    fs::read_dir(state_dir(lab)).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
+    let directories = NODES.iter().filter_map(|node| fs::read_dir(state_dir(lab, node)).ok());
+    directories.flatten().flatten().map(|entry| entry.path()).collect()
 }
 
 /// Waits until something holds; what is in its way is said when it does not.

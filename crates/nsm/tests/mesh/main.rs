@@ -11,6 +11,7 @@ mod harness;
 mod raw;
 mod selection;
 mod state;
+mod two_nodes;
 mod wire;
 
 /// The part of a test that has to be a process in a pod, with the pod's identity: see [`harness::Mesh::inside`].

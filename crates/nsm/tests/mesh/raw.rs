@@ -131,17 +131,18 @@ pub(crate) fn set_inode(request: &mut NetworkServiceRequest, text: &str) {
     request.mechanism_preferences[0].set(key::INODE_URL, text);
 }
 
-/// Waits until no hop of the node knows a connection, but for those with these sockets.
+/// Waits until no hop of any node knows a connection, but for those with these sockets.
 pub(crate) fn wait_until_idle(lab: &str, except: &[&str]) {
     in_runtime(async {
         let pool = Pool::new(Source::from_env().await.expect("an identity"), PoolConfig::default());
-        let directory = nsm_lab::plan::Paths::new(lab).node("node1");
-        for entry in std::fs::read_dir(directory).expect("the node's directory").flatten() {
+        let directories = harness::NODES.map(|node| nsm_lab::plan::Paths::new(lab).node(node));
+        for entry in directories.iter().filter_map(|d| std::fs::read_dir(d).ok()).flatten().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
             if !name.ends_with(".sock") || name == "identity.sock" || except.contains(&&*name) {
                 continue;
             }
-            let url = harness::url(lab, &name).parse::<nsm_transport::DialUrl>().expect("a URL");
+            let url = format!("unix://{}", entry.path().display());
+            let url = url.parse::<nsm_transport::DialUrl>().expect("a URL");
             // Whoever is dead holds nothing.
             let Ok(channel) = pool.get(&url, Duration::from_secs(5)).await else { continue };
             let end = tokio::time::Instant::now() + harness::PATIENCE;

@@ -1,6 +1,9 @@
 //! What outlives processes, and what must not: wires under killed daemons, and wires of dead clients.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use nsm_kernel::{
     EndFacts, Kernel, Nsids,
@@ -19,9 +22,14 @@ const PODS: &str = "\
 /// Tokens that live so long are refreshed after a second, and over while a test waits.
 const SHORT: &[&str] = &["--max-token-lifetime", "6s"];
 
-/// The one record of the forwarder.
+/// The one record of the forwarder of `node1`.
 fn record(mesh: &Mesh) -> Record {
-    let mut records = Store::open(mesh.state_dir()).expect("open").load().expect("read").records;
+    record_of(mesh, "node1")
+}
+
+/// The one record of a node's forwarder.
+pub(crate) fn record_of(mesh: &Mesh, node: &str) -> Record {
+    let mut records = Store::open(mesh.state_dir(node)).expect("open").load().expect("read").records;
     assert_eq!(records.len(), 1, "{records:?}");
     records.remove(0)
 }
@@ -39,28 +47,38 @@ fn identity(ends: &[EndFacts; 2]) -> [(u32, String); 2] {
     [of(&ends[0]), of(&ends[1])]
 }
 
-/// Starts the forwarder again below strace; returns where the trace goes.
-fn restart_traced(mesh: &Mesh) -> PathBuf {
+/// Starts a node's forwarder again below strace, and waits for it; returns where the trace goes, and `None` where
+/// there is no strace, which is said.
+pub(crate) fn restart_traced(mesh: &Mesh, test: &str, node: &str) -> Option<PathBuf> {
+    let name = format!("{node}/forwarder");
+    if std::process::Command::new("strace").arg("-V").output().is_err() {
+        println!("SKIPPED part of {test}: strace is not installed, so writes are not counted");
+        mesh.restart(&name);
+        return None;
+    }
     let trace = mesh.lab.plan.paths().root.join("trace");
     let plan = &mesh.lab.plan;
-    let forwarder = plan.processes.iter().find(|p| p.name == "node1/forwarder").expect("planned");
+    let forwarder = plan.processes.iter().find(|p| p.name == name).expect("planned");
     let path = trace.to_string_lossy().into_owned();
     // -D: the traced program keeps the pid of what was started, by which identity knows it.
     let strace = ["-D", "-f", "-qq", "-e", "trace=sendto,sendmsg", "-o", &path, crate::harness::NSM];
     let args: Vec<_> = strace.into_iter().chain(forwarder.args.iter().map(String::as_str)).collect();
-    mesh.start_program("node1/forwarder", "node1", "strace", &args);
+    mesh.start_program(&name, node, "strace", &args);
     mesh.lab.write_identity_config().expect("write");
-    trace
+    mesh.ready(&[&name]);
+    Some(trace)
 }
 
-/// Changes of the kernel's network configuration in a trace.
-fn writes(trace: &str) -> Vec<&str> {
+/// No change of the kernel's network configuration may be in a trace.
+pub(crate) fn wrote_nothing(trace: &Path) {
+    let trace = fs::read_to_string(trace).expect("a trace");
+    assert!(trace.contains("RTM_GETLINK"), "netlink is seen in the trace");
     // RTM_NEWNSID only numbers a namespace for ourselves; there is no other way to ask for the number of one.
     let change = |line: &&str| {
         ["RTM_NEW", "RTM_DEL", "RTM_SET"].iter().any(|kind| line.contains(kind))
             && !line.contains("RTM_NEWNSID")
     };
-    trace.lines().filter(change).collect()
+    assert_eq!(trace.lines().filter(change).collect::<Vec<_>>(), [""; 0]);
 }
 
 #[test]
@@ -78,15 +96,7 @@ fn a_killed_forwarder_comes_back_and_adopts_its_wires_without_a_write() {
         "wires need no process"
     );
 
-    let strace = std::process::Command::new("strace").arg("-V").output().is_ok();
-    let trace = strace.then(|| restart_traced(&mesh));
-    match &trace {
-        Some(_) => mesh.ready(&["node1/forwarder"]),
-        None => {
-            println!("SKIPPED part of {test}: strace is not installed, so writes are not counted");
-            mesh.restart("node1/forwarder");
-        }
-    }
+    let trace = restart_traced(&mesh, test, "node1");
     mesh.says("node1/forwarder", "found wires of an earlier process wires=1");
     // A refresh carries a later expiry, which goes into the record: the connection is claimed again.
     let bytes = |record: &Record| record.data.to_string();
@@ -100,9 +110,7 @@ fn a_killed_forwarder_comes_back_and_adopts_its_wires_without_a_write() {
     assert_eq!(identity(&is), identity(&was));
     assert!(is[0].counters.rx_bytes >= was[0].counters.rx_bytes, "counters go on: {is:?} {was:?}");
     if let Some(trace) = trace {
-        let trace = fs::read_to_string(trace).expect("a trace");
-        assert!(trace.contains("RTM_GETLINK"), "netlink is seen in the trace");
-        assert_eq!(writes(&trace), [""; 0]);
+        wrote_nothing(&trace);
     }
     mesh.end("client", Signal::TERM);
     mesh.nothing_is_left(&["a", "b", "gw"]);
@@ -268,7 +276,7 @@ fn without_room_for_its_plan_no_wire_is_made() {
     let Some(mesh) = Mesh::up("without_room_for_its_plan_no_wire_is_made", PODS) else { return };
     mesh.end("node1/forwarder", Signal::TERM);
     let forwarder = mesh.lab.plan.processes.iter().find(|p| p.name == "node1/forwarder").expect("planned");
-    let state = mesh.state_dir();
+    let state = mesh.state_dir("node1");
     // A file system of four pages in a mount namespace of its own: nobody else sees it, and it ends with the process.
     let script = format!("mount -t tmpfs -o size=16k nsm-test {} && exec \"$@\"", state.display());
     let wrap = ["-m", "--propagation", "private", "sh", "-c", &script, "sh", crate::harness::NSM];

@@ -1,0 +1,321 @@
+//! Wires between two nodes: what both forwarders have to agree on, and what must outlive either of them.
+
+use std::{
+    net::IpAddr,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use nsm_kernel::{EndFacts, Kernel, netns::Namespace, plan::Construction, store::Record};
+use nsm_lab::probe::{Echo, Row};
+use rustix::process::Signal;
+
+use crate::{
+    harness::{Mesh, NODES, PATIENCE, eventually},
+    state::{record_of, restart_traced, wrote_nothing},
+};
+
+const PODS: &str = "\
+- {name: a, node: node1}
+- {name: gw, node: node2, endpoint: {services: [plain], cidrPrefix: [172.16.1.2/31]}}
+";
+/// The gateway's address on its only wire.
+const GATEWAY: &str = "172.16.1.2";
+/// Tokens that live so long are refreshed after a second.
+const SHORT: &[&str] = &["--max-token-lifetime", "6s"];
+
+/// The VNI of the only wire, as this node's forwarder recorded it.
+fn vni(mesh: &Mesh, node: &str) -> u32 {
+    match record_of(mesh, node).plan.construction {
+        Construction::Vxlan(tunnel) => tunnel.vni,
+        Construction::Veth => panic!("not between nodes"),
+    }
+}
+
+/// Makes a VXLAN device in a node that no forwarder knows of: whoever wants this VNI there cannot have it.
+fn occupy(mesh: &Mesh, node: &str, vni: u32) {
+    let namespace = mesh.lab.namespace(node).unwrap_or_else(|e| panic!("{}", e.chain()));
+    let add = || {
+        std::process::Command::new("ip")
+            .args(["link", "add", "alien", "type", "vxlan", "id", &vni.to_string(), "dev", "eth0"])
+            .args(["remote", "10.255.0.99", "dstport", "4789"])
+            .output()
+    };
+    let added = namespace.run(add).expect("enter").expect("start ip");
+    assert!(added.status.success(), "{}", String::from_utf8_lossy(&added.stderr));
+}
+
+/// Every request of a row is answered.
+fn pings(mesh: &Mesh, pod: &str, to: &str) {
+    let to: IpAddr = to.parse().expect("an address");
+    let namespace = mesh.lab.namespace(pod).unwrap_or_else(|e| panic!("{}", e.chain()));
+    eventually(&format!("{pod} pings {to}"), || {
+        let row = namespace.run(|| Echo::open(to).and_then(|echo| echo.row(5, Instant::now() + PATIENCE)));
+        match row.expect("enter") {
+            Ok(Row { answered: 5, .. }) => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    });
+}
+
+/// What a forwarder says of requests that go on, for tests that have to know how far one has come.
+fn talkative(plan: &mut nsm_lab::Plan) {
+    for process in plan.processes.iter_mut().filter(|process| process.name.ends_with("/forwarder")) {
+        process.env.insert("NSM_LOG_LEVEL".into(), "info,nsm_mesh=debug".into());
+    }
+}
+
+/// Waits until the forwarder of the gateway's node has handed on that many requests.
+fn handed_on(mesh: &Mesh, requests: usize) {
+    eventually("the gateway is asked", || {
+        let log = mesh.log("node2/forwarder");
+        let asked = log.matches("asking the next hop").count();
+        if asked >= requests { Ok(()) } else { Err(log) }
+    });
+}
+
+/// Lets a client ask, and stops time just before the answer arrives at its forwarder: the gateway's side stands by
+/// then, with a VNI of its forwarder's choice. The client's forwarder is frozen when this returns.
+fn before_the_answer(mesh: &Mesh, more: &[&str]) -> u32 {
+    // Everybody has connections to everybody then; the request itself is all that is new.
+    mesh.warm(&["a"]);
+    mesh.signal("gw", Signal::STOP);
+    mesh.client("client", "a", "kernel://plain/nsm0", more);
+    handed_on(mesh, 2);
+    mesh.signal("node1/forwarder", Signal::STOP);
+    mesh.signal("gw", Signal::CONT);
+    eventually("the gateway's side stands", || match &mesh.links("gw")[..] {
+        [link] if link.up => Ok(()),
+        other => Err(format!("{other:?}")),
+    });
+    vni(mesh, "node2")
+}
+
+#[test]
+fn a_vni_that_is_taken_on_our_node_costs_one_more_request() {
+    let test = "a_vni_that_is_taken_on_our_node_costs_one_more_request";
+    let Some(mesh) = Mesh::up_with(test, PODS, talkative) else { return };
+    let taken = before_the_answer(&mesh, &[]);
+    occupy(&mesh, "node1", taken);
+    mesh.signal("node1/forwarder", Signal::CONT);
+    mesh.ready(&["client"]);
+    let said = mesh.log("node1/forwarder");
+    assert_eq!(said.matches("the peer's VNI is taken on this node").count(), 1, "{said}");
+    assert_eq!(mesh.log("node2/forwarder").matches("asking the next hop").count(), 3, "one retry");
+    let agreed = vni(&mesh, "node1");
+    assert_eq!(agreed, vni(&mesh, "node2"));
+    assert_ne!(agreed, taken);
+    assert_eq!(agreed % 2, 0, "the client's node has the lower address");
+    assert!(said.contains(&format!("taken={taken} proposed={agreed}")), "{said}");
+    pings(&mesh, "a", GATEWAY);
+    // It is a wire like any other: it is closed, and nothing of the first choice is left either.
+    mesh.end("client", Signal::TERM);
+    mesh.nothing_is_left(&["a", "gw"]);
+}
+
+#[test]
+fn a_vni_that_neither_side_can_have_is_an_error_and_leaves_nothing() {
+    let test = "a_vni_that_neither_side_can_have_is_an_error_and_leaves_nothing";
+    let Some(mesh) = Mesh::up_with(test, PODS, talkative) else { return };
+    let taken = before_the_answer(&mesh, &["--once"]);
+    occupy(&mesh, "node1", taken);
+    // What is proposed instead is taken on the other node: that is known while the gateway is asked once more.
+    mesh.signal("gw", Signal::STOP);
+    mesh.signal("node1/forwarder", Signal::CONT);
+    handed_on(&mesh, 3);
+    let said = mesh.log("node1/forwarder");
+    let (_, proposed) = said.split_once("proposed=").unwrap_or_else(|| panic!("{said}"));
+    let proposed: u32 = proposed.lines().next().expect("a line").trim().parse().expect("a VNI");
+    occupy(&mesh, "node2", proposed);
+    mesh.signal("gw", Signal::CONT);
+    let (how, said) = mesh.ended("client");
+    assert_eq!(how, "exit status 1", "{said}");
+    for text in [
+        "nsm: no wire to plain: forwarder-node2: ",
+        &format!("VNI {proposed} is taken on this node"),
+        "another program made a VXLAN device with this VNI on this port; the next try draws another",
+    ] {
+        assert!(said.contains(text), "{text:?} is not in {said:?}");
+    }
+    let log = mesh.log("node1/forwarder");
+    assert_eq!(log.matches("the peer's VNI is taken on this node").count(), 1, "{log}");
+    mesh.nothing_is_left(&["a", "gw"]);
+    // And the next try draws another.
+    mesh.client("client", "a", "kernel://plain/nsm0", &["--once"]);
+    mesh.ready(&["client"]);
+    pings(&mesh, "a", GATEWAY);
+    mesh.end("client", Signal::TERM);
+    mesh.nothing_is_left(&["a", "gw"]);
+}
+
+/// Pings that go on until they are counted: one every millisecond.
+struct Pinging {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<Row>,
+}
+
+impl Pinging {
+    fn start(mesh: &Mesh, pod: &str, to: &str) -> Self {
+        let to: IpAddr = to.parse().expect("an address");
+        let namespace = mesh.lab.namespace(pod).unwrap_or_else(|e| panic!("{}", e.chain()));
+        let echo = namespace.run(|| Echo::open(to)).expect("enter").expect("a socket");
+        let stop = Arc::new(AtomicBool::new(false));
+        let until = Arc::clone(&stop);
+        let thread = thread::spawn(move || echo.flood(Duration::from_millis(1), &until));
+        Self { stop, thread }
+    }
+
+    fn lost_nothing(self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let row = self.thread.join().expect("no panic");
+        assert!(row.sent > 0 && row.answered == row.sent, "{row:?}");
+    }
+}
+
+/// The end of the only wire that is on this node.
+fn end(mesh: &Mesh, node: &str) -> EndFacts {
+    let record = record_of(mesh, node);
+    let namespace = mesh.lab.namespace(node).expect("a node").try_clone().expect("clone");
+    let (near, far) =
+        Kernel::new(namespace).expect("netlink").facts(&record.plan.id, record.nsids).expect("look");
+    match (near, far) {
+        (Some(end), None) | (None, Some(end)) => end,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// What may not change of an end.
+fn identity(end: &EndFacts) -> (u32, String) {
+    (end.ifindex, format!("{:?}", end.mac))
+}
+
+/// Waits until this node's record tells of a later expiry: the connection went through once more.
+fn refreshed(mesh: &Mesh, node: &str, before: &Record) {
+    eventually(&format!("the wire is refreshed on {node}"), || {
+        let now = record_of(mesh, node);
+        if now.data == before.data { Err(now.data.to_string()) } else { Ok(()) }
+    });
+}
+
+#[test]
+fn a_killed_forwarder_of_either_node_adopts_its_end_without_a_write() {
+    let test = "a_killed_forwarder_of_either_node_adopts_its_end_without_a_write";
+    let Some(mesh) = Mesh::up(test, PODS) else { return };
+    mesh.client("client", "a", "kernel://plain/nsm0", SHORT);
+    mesh.ready(&["client"]);
+    pings(&mesh, "a", GATEWAY);
+    let plans = NODES.map(|node| record_of(&mesh, node).plan);
+    let were = NODES.map(|node| end(&mesh, node));
+    let pinging = Pinging::start(&mesh, "a", GATEWAY);
+    for node in NODES {
+        let forwarder = format!("{node}/forwarder");
+        mesh.end(&forwarder, Signal::KILL);
+        let before = NODES.map(|node| record_of(&mesh, node));
+        let trace = restart_traced(&mesh, test, node);
+        mesh.says(&forwarder, "found wires of an earlier process wires=1");
+        for (node, before) in NODES.iter().zip(&before) {
+            refreshed(&mesh, node, before);
+        }
+        for ((node, plan), was) in NODES.iter().zip(&plans).zip(&were) {
+            assert_eq!(&record_of(&mesh, node).plan, plan, "{node}");
+            let is = end(&mesh, node);
+            assert_eq!(identity(&is), identity(was), "{node}");
+            assert!(is.counters.rx_bytes >= was.counters.rx_bytes, "counters go on: {is:?} {was:?}");
+        }
+        if let Some(trace) = trace {
+            wrote_nothing(&trace);
+        }
+    }
+    pinging.lost_nothing();
+    mesh.end("client", Signal::TERM);
+    mesh.nothing_is_left(&["a", "gw"]);
+}
+
+#[test]
+fn an_end_that_was_not_told_of_a_close_is_an_orphan_and_goes() {
+    for (here, there) in [("node1", "node2"), ("node2", "node1")] {
+        let test = format!("an_end_that_was_not_told_of_a_close_is_an_orphan_and_goes on {here}");
+        let Some(mesh) = Mesh::up(&test.replace(' ', "_"), PODS) else { return };
+        mesh.client("client", "a", "kernel://plain/nsm0", &["--max-token-lifetime", "4s"]);
+        mesh.ready(&["client"]);
+        let forwarder = format!("{here}/forwarder");
+        mesh.end(&forwarder, Signal::KILL);
+        mesh.end("client", Signal::TERM);
+        mesh.restart(&forwarder);
+        mesh.says(&forwarder, "found wires of an earlier process wires=1");
+        mesh.says(&forwarder, "its client's token has expired");
+        mesh.says(&forwarder, "orphans=1");
+        mesh.nothing_is_left(&["a", "gw"]);
+        let log = mesh.log(&format!("{there}/forwarder"));
+        assert!(!log.contains("orphans"), "on {there} it ends with its connection: {log}");
+    }
+}
+
+#[test]
+fn both_ends_go_when_the_token_of_a_killed_client_expires() {
+    let Some(mesh) = Mesh::up("both_ends_go_when_the_token_of_a_killed_client_expires", PODS) else { return };
+    mesh.client("client", "a", "kernel://plain/nsm0", &["--max-token-lifetime", "3s"]);
+    mesh.ready(&["client"]);
+    mesh.end("client", Signal::KILL);
+    assert_eq!((mesh.links("a").len(), mesh.links("gw").len()), (1, 1), "not before");
+    mesh.nothing_is_left(&["a", "gw"]);
+    // What it had is free again: there is one pair of addresses.
+    mesh.client("client", "a", "kernel://plain/nsm0", &["--once"]);
+    mesh.ready(&["client"]);
+    pings(&mesh, "a", GATEWAY);
+    mesh.end("client", Signal::TERM);
+    mesh.nothing_is_left(&["a", "gw"]);
+}
+
+/// Ends a pod with all that runs there: the kernel takes its namespace down.
+fn destroy(mesh: &mut Mesh, pod: &str, process: &str) {
+    mesh.end(process, Signal::KILL);
+    // The lab holds a descriptor of the namespace too; only the kernel object's last reference ends it.
+    mesh.lab.forget(pod);
+    Namespace::delete_named(&mesh.lab.plan.namespace(pod)).expect("delete");
+}
+
+#[test]
+fn a_pod_that_is_gone_takes_the_end_on_the_other_node_along() {
+    let Some(mut mesh) = Mesh::up("a_pod_that_is_gone_takes_the_end_on_the_other_node_along", PODS) else {
+        return;
+    };
+    mesh.client("client", "a", "kernel://plain/nsm0", &[]);
+    mesh.ready(&["client"]);
+    destroy(&mut mesh, "a", "client");
+    mesh.says("node1/forwarder", "the network namespace of its pod is gone");
+    // No token expires for minutes.
+    mesh.no_wire_is_left(&["gw"]);
+    mesh.inside("gw", "idle wires");
+}
+
+#[test]
+fn a_client_of_a_pod_that_is_gone_on_the_other_node_gets_another() {
+    let pods = format!("{PODS}- {{name: spare, node: node2}}\n");
+    let Some(mut mesh) = Mesh::up("a_client_of_a_pod_that_is_gone_on_the_other_node_gets_another", &pods)
+    else {
+        return;
+    };
+    mesh.client("client", "a", "kernel://plain/nsm0", &[]);
+    mesh.ready(&["client"]);
+    mesh.endpoint("spare", "spare", &["--service-names", "plain", "--cidr-prefix", "172.16.2.2/31"]);
+    mesh.ready(&["spare"]);
+    destroy(&mut mesh, "gw", "gw");
+    eventually("the client has moved", || match &mesh.links("spare")[..] {
+        [_] => Ok(()),
+        other => Err(format!("{other:?}\n{}", mesh.log("client"))),
+    });
+    pings(&mesh, "a", "172.16.2.2");
+    eventually("one wire is left", || {
+        let records: Vec<PathBuf> = crate::harness::records(&mesh.lab.plan.lab);
+        if records.len() == NODES.len() { Ok(()) } else { Err(format!("{records:?}")) }
+    });
+    assert_eq!(mesh.links("a").len(), 1);
+    mesh.end("client", Signal::TERM);
+    mesh.nothing_is_left(&["a", "spare"]);
+}
