@@ -86,6 +86,7 @@ impl Discover {
         }
         let first = self.turn(&service.name, candidates.len());
         let mut failures: Vec<(String, Error)> = Vec::new();
+        let deadline = cx.deadline;
         for i in 0..candidates.len() {
             let candidate = candidates[(first + i) % candidates.len()];
             let mut attempt = request.clone();
@@ -95,7 +96,10 @@ impl Discover {
                 .network_service_endpoint_name
                 .clone_from(&candidate.nse.name);
             cx.next_hop = Some(NextHop::from(candidate.dial.clone()).called(&candidate.nse.name));
-            match next.request(cx, attempt).await {
+            cx.deadline = cx.share(candidates.len() - i);
+            let answer = next.request(cx, attempt).await;
+            cx.deadline = deadline;
+            match answer {
                 Ok(conn) => return Ok(conn),
                 Err(error) => failures.push((candidate.nse.name.clone(), error)),
             }

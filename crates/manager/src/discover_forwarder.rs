@@ -93,9 +93,13 @@ impl Element for DiscoverForwarder {
             candidates.sort_by_key(|c| c.nse.name != before.name);
         }
         let mut failures = Vec::new();
+        let (deadline, mut left) = (cx.deadline, candidates.len());
         for candidate in candidates {
             cx.next_hop = Some(NextHop::from(candidate.dial.clone()).called(&candidate.nse.name));
-            match next.request(cx, request.clone()).await {
+            cx.deadline = cx.share(left);
+            let answer = next.request(cx, request.clone()).await;
+            (cx.deadline, left) = (deadline, left - 1);
+            match answer {
                 Ok(conn) => {
                     if cx.scope.get::<Chosen>().is_none() {
                         cx.scope.lease(Chosen(candidate.nse.name));

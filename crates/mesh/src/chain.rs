@@ -52,6 +52,9 @@ use crate::{
 /// The deadline of a request whose caller named none: upstream's clients give 15 s.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(15);
 
+/// The least that one of several tries gets: less than that, and a busy machine would look like a dead one.
+const LEAST_TRY: Duration = Duration::from_secs(1);
+
 /// One step of a control-plane chain.
 #[async_trait]
 pub trait Element: Send + Sync + fmt::Debug {
@@ -155,6 +158,21 @@ pub struct Context<'c> {
     pub next_hop: Option<NextHop>,
     /// What the connection holds.
     pub scope: &'c mut Scope,
+}
+
+impl Context<'_> {
+    /// Until when the next of `tries` candidates may take: an equal share of what is left, so that one that is frozen
+    /// leaves time for the others; at least a second, and never beyond the deadline.
+    #[must_use]
+    pub fn share(&self, tries: usize) -> Instant {
+        share(self.deadline, Instant::now(), tries)
+    }
+}
+
+fn share(deadline: Instant, now: Instant, tries: usize) -> Instant {
+    let left = deadline.saturating_duration_since(now);
+    let tries = u32::try_from(tries).unwrap_or(u32::MAX).max(1);
+    deadline.min(now + (left / tries).max(LEAST_TRY))
 }
 
 /// Who calls, and the token that came with the call.
@@ -645,6 +663,17 @@ pub fn new_id() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn candidates_share_what_is_left_of_the_deadline() {
+        let now = Instant::now();
+        let after = |secs| now + Duration::from_secs(secs);
+        assert_eq!(share(after(15), now, 3), after(5));
+        assert_eq!(share(after(15), now, 1), after(15), "the last one gets the rest");
+        assert_eq!(share(after(15), now, 1000), after(1), "a moment is no try");
+        assert_eq!(share(now, after(3), 2), now, "never beyond the deadline");
+        assert_eq!(share(after(15), now, 0), after(15));
+    }
 
     fn seen_by(hop: &str, caller: &str, before: &[(&str, &str)]) -> Owner {
         let mut conn = Connection { id: before[0].1.into(), ..Connection::default() };

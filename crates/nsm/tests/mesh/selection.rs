@@ -190,6 +190,29 @@ fn another_endpoint_takes_over_from_one_that_dies_in_the_middle() {
 }
 
 #[test]
+fn a_frozen_endpoint_leaves_time_for_the_others() {
+    let Some(mesh) = Mesh::up("a_frozen_endpoint_leaves_time_for_the_others", BARE) else { return };
+    for (name, prefix) in [("x", "172.16.1.0/24"), ("y", "172.16.2.0/24")] {
+        mesh.endpoint(name, name, &["--service-names", "plain", "--cidr-prefix", prefix]);
+    }
+    mesh.ready(&["x", "y"]);
+    mesh.warm(&["a", "b"]);
+    mesh.signal("x", Signal::STOP);
+    // Endpoints take turns: one of the two is sent to the frozen one first. Neither asks twice.
+    for (client, pod) in [("one", "a"), ("two", "b")] {
+        mesh.client(client, pod, "kernel://plain/nsm1", &["--once", "--request-timeout", "6s"]);
+    }
+    mesh.ready(&["one", "two"]);
+    assert_eq!((mesh.links("x").len(), mesh.links("y").len()), (0, 2));
+    // It wakes up and finds a request that nobody waits for any more, and a Close.
+    mesh.signal("x", Signal::CONT);
+    for client in ["one", "two"] {
+        mesh.end(client, Signal::TERM);
+    }
+    mesh.nothing_is_left(&["a", "b", "x", "y"]);
+}
+
+#[test]
 fn a_client_that_disappears_in_the_middle_leaves_nothing() {
     let Some(mesh) = Mesh::up("a_client_that_disappears_in_the_middle_leaves_nothing", GATEWAY) else {
         return;
