@@ -2,6 +2,7 @@
 
 mod discover_forwarder;
 mod elements;
+mod follow_service;
 
 use std::{collections::BTreeSet, future::Future, sync::Arc, time::Duration};
 
@@ -20,6 +21,7 @@ use nsm_transport::{DialUrl, ListenUrl, Pool, PoolConfig, Server};
 
 pub use discover_forwarder::DiscoverForwarder;
 pub use elements::{ClientInfo, ExcludedPrefixes, LocalMechanisms};
+pub use follow_service::{FollowService, News};
 
 /// What a manager is told from outside.
 #[derive(Debug, Clone)]
@@ -50,7 +52,13 @@ pub struct Config {
 
 /// The chain of `nsm manager`.
 #[must_use]
-pub fn chain(config: &Config, registry: ManagerRegistry, hub: Arc<Hub>, pool: Pool) -> Chain {
+pub fn chain(
+    config: &Config,
+    registry: ManagerRegistry,
+    follow_service: FollowService,
+    hub: Arc<Hub>,
+    pool: Pool,
+) -> Chain {
     nsm_mesh::chain![
         Authorize { max_token_lifetime: config.max_token_lifetime }, // who asks, before anything is done
         Monitor { hub: Arc::clone(&hub), terminates: false },        // what becomes of each connection
@@ -58,6 +66,7 @@ pub fn chain(config: &Config, registry: ManagerRegistry, hub: Arc<Hub>, pool: Po
         LocalMechanisms,                                                        // … and does not aim tunnels
         ClientInfo(node_labels().into_iter().collect()),                        // where the client runs
         ExcludedPrefixes(Arc::new(config.excluded_prefixes.clone())), // what is taken in this cluster
+        follow_service,                                               // ends what its service leads away
         DiscoverForwarder(registry),                                  // who builds the wire
         Dial::new(pool, &config.name, hub, config.dial_timeout),      // the forwarder
     ]
@@ -91,8 +100,10 @@ pub async fn serve(
         pool.clone(),
     );
     let hub = Arc::new(Hub::default());
-    let chain = chain(&config, registry.clone(), Arc::clone(&hub), pool);
+    let (follow_service, news) = FollowService::new();
+    let chain = chain(&config, registry.clone(), follow_service.clone(), Arc::clone(&hub), pool);
     let connections = Connections::serving(&config.name, chain, Arc::clone(&config.metrics));
+    let beside = follow_service.look_after(news, registry.clone(), Arc::clone(&connections));
     let mut routes = tonic::service::RoutesBuilder::default();
     let readers = Arc::new(config.monitor_readers.clone());
     nsm_mesh::server::add(&mut routes, connections, Arc::clone(&hub), readers);
@@ -105,6 +116,9 @@ pub async fn serve(
         registry.end_watches();
         hub.end_watches();
     };
-    server.serve(routes, &services, shutdown).await;
+    tokio::select! {
+        () = server.serve(routes, &services, shutdown) => {}
+        () = beside => {}
+    }
     Ok(())
 }

@@ -56,6 +56,8 @@ pub enum Reason {
     Reselect,
     /// A namespace or neighbour of the connection is gone.
     Gone,
+    /// The network service does not lead to the connection's endpoint any more.
+    Unmatched,
     /// This process ends.
     Shutdown,
 }

@@ -249,6 +249,26 @@ impl ManagerRegistry {
         Ok(events.map_ok(|(service, deleted)| (!deleted).then_some(service)))
     }
 
+    /// The endpoints of a network service and their changes, as the registry tells of them: `None` beside the name of
+    /// one that is gone. The stream ends with an error when the registry is lost: watch anew after a pause.
+    ///
+    /// # Errors
+    /// The registry does not answer.
+    pub async fn watch_endpoints(
+        &self,
+        service: &str,
+    ) -> Result<
+        impl Stream<Item = Result<(String, Option<NetworkServiceEndpoint>), Error>> + Send + Unpin + use<>,
+        Error,
+    > {
+        let query = NetworkServiceEndpoint {
+            network_service_names: vec![service.to_owned()],
+            ..NetworkServiceEndpoint::default()
+        };
+        let events = self.inner.endpoints.find(query, true, None).await?;
+        Ok(events.map_ok(|(nse, deleted)| (nse.name.clone(), (!deleted).then_some(nse))))
+    }
+
     /// The endpoint of exactly this name: of this node with its socket, of another with the URL of
     /// its manager.
     ///

@@ -11,6 +11,7 @@ mod harness;
 mod raw;
 mod selection;
 mod state;
+mod steering;
 mod two_nodes;
 mod wire;
 
@@ -27,6 +28,7 @@ fn inside() {
         "bad tokens" => wire::bad_tokens(&lab),
         "bad namespaces" => wire::bad_namespaces(&lab),
         "leaving" => wire::leaving(&lab),
+        job if job.starts_with("steer ") => steering::steer(&lab, &job["steer ".len()..]),
         other => panic!("no such job: {other}"),
     }
 }
