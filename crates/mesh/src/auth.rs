@@ -113,12 +113,13 @@ pub struct OwnNamespace {
 }
 
 impl OwnNamespace {
-    /// Checks what `peer` handed over.
+    /// Checks what `peer` handed over or named.
     ///
     /// # Errors
     /// A namespace that is not the peer's, or a peer that is gone.
-    pub fn check(&self, peer: &Peer, fds: &crate::fds::Fds) -> Result<()> {
-        if fds.is_empty() || self.allowed.contains(peer.id()) {
+    pub fn check(&self, peer: &Peer, urls: impl IntoIterator<Item = InodeUrl>) -> Result<()> {
+        let mut urls = urls.into_iter().peekable();
+        if urls.peek().is_none() || self.allowed.contains(peer.id()) {
             return Ok(());
         }
         let Some(unix) = peer.unix() else { return Ok(()) };
@@ -130,14 +131,14 @@ impl OwnNamespace {
             ))
         })?;
         let own = InodeUrl { dev: own.dev, ino: own.ino };
-        match fds.urls().find(|url| *url != own) {
+        match urls.find(|url| *url != own) {
             None => Ok(()),
             Some(other) => Err(Error::denied(format!(
                 "{other} is not the network namespace of {} (pid {}), which is {own}",
                 peer.id(),
                 unix.pid()
             ))
-            .hint("a workload may only ask for wires into its own namespace; list its SPIFFE ID in NSM_NAMESPACE_DELEGATES if it speaks for others")),
+            .hint("a workload gets wires only into its own namespace; list its SPIFFE ID in NSM_NAMESPACE_DELEGATES if it speaks for others")),
         }
     }
 }
@@ -150,7 +151,7 @@ impl Element for OwnNamespace {
 
     async fn admit(&self, cx: &mut Context<'_>, _: &mut Connection) -> Result<()> {
         match &cx.caller {
-            Some(caller) => self.check(&caller.peer, &cx.fds),
+            Some(caller) => self.check(&caller.peer, cx.fds.urls()),
             None => Ok(()),
         }
     }

@@ -267,6 +267,14 @@ impl Mesh {
         });
     }
 
+    /// Starts a job of [`crate::inside`] as a process in a pod, with the pod's identity, and does not wait.
+    pub(crate) fn start_inside(&self, name: &str, pod: &str, job: &str) {
+        let own = std::env::current_exe().expect("own name").to_string_lossy().into_owned();
+        let (job, lab) = (format!("{JOB}={job}"), format!("{LAB}={}", self.lab.plan.lab));
+        let args = [&job, &lab, &own, "--exact", "inside", "--ignored", "--nocapture"];
+        self.start_program(name, pod, "env", &args);
+    }
+
     /// Runs a job of [`crate::inside`] as a process in a pod, with the pod's identity.
     pub(crate) fn inside(&self, pod: &str, job: &str) {
         let mut command = Command::new(std::env::current_exe().expect("own name"));

@@ -4,6 +4,7 @@
 //! read, and looks whether anything is left: links in pods, records of wires, connections at any hop.
 #![allow(clippy::print_stdout, reason = "a test that cannot run says so")]
 
+mod answers;
 #[path = "../common/mod.rs"]
 mod common;
 mod config;
@@ -27,6 +28,7 @@ fn inside() {
         "bad requests" => wire::bad_requests(&lab),
         "bad tokens" => wire::bad_tokens(&lab),
         "bad namespaces" => wire::bad_namespaces(&lab),
+        "evil" => answers::evil(&lab),
         "leaving" => wire::leaving(&lab),
         job if job.starts_with("steer ") => steering::steer(&lab, &job["steer ".len()..]),
         other => panic!("no such job: {other}"),

@@ -351,7 +351,7 @@ pub(crate) fn bad_namespaces(lab: &str) {
             std::process::id()
         );
         let request = good("raw-0", "nsm0", url);
-        let hint = "a workload may only ask for wires into its own namespace; list its SPIFFE ID in NSM_NAMESPACE_DELEGATES";
+        let hint = "a workload gets wires only into its own namespace; list its SPIFFE ID in NSM_NAMESPACE_DELEGATES";
         refused(&raw, lab, "pod b's namespace", request, Code::PermissionDenied, &[&text, hint], LONG).await;
 
         // Our own as a second preference does not make up for it.
