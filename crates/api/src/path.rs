@@ -3,7 +3,10 @@
 //! Every hop runs [`step`] on the way in, and [`restore`] on the way back. Ids are drawn by the caller, so
 //! that tests and simulations decide them.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    fmt,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use prost_types::Timestamp;
 
@@ -201,6 +204,20 @@ pub fn earliest_expiry(conn: &Connection) -> Option<SystemTime> {
 pub fn expiry_before_us(conn: &Connection) -> Option<SystemTime> {
     let before = segments(conn).iter().take(index(conn));
     before.filter_map(|segment| segment.expires.as_ref()).map(from_timestamp).min()
+}
+
+/// All but the token: who has it speaks in its signer's name until it expires, and logs are read by many.
+impl fmt::Debug for PathSegment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { name, id, token, expires, metrics } = self;
+        f.debug_struct("PathSegment")
+            .field("name", name)
+            .field("id", id)
+            .field("token", &format_args!("<{} bytes>", token.len()))
+            .field("expires", expires)
+            .field("metrics", metrics)
+            .finish()
+    }
 }
 
 /// Wall-clock time of the wire; out of range is cut to what the platform can hold.
