@@ -45,7 +45,7 @@ pub struct SeenLink {
     pub name: String,
     /// Its index.
     pub index: u32,
-    /// `Veth`, `Bridge`, `Vxlan`; empty for real devices and loopback.
+    /// `veth`, `bridge`, `vxlan`; empty for real devices and loopback.
     pub kind: String,
     /// Whether it is up.
     pub up: bool,

@@ -494,7 +494,7 @@ fn pod_process(pod: &Pod, at: &Paths, after: Vec<String>, files: &mut Vec<Planne
         "passthrough"
     };
     if role != "client" {
-        // Its default is a fresh temporary directory, which a killed program leaves behind.
+        // The path of its default is gone as soon as it listens; by this one people look into it.
         args.extend(["--listen-on".into(), at.url(&pod.node, &format!("{}.sock", pod.name))]);
     }
     args.insert(0, role.into());

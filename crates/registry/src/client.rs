@@ -73,6 +73,13 @@ pub struct Client {
     config: Arc<ClientConfig>,
 }
 
+/// An endpoint to be registered, and the file of its socket, if it listens on one.
+#[derive(Debug)]
+pub struct Listed {
+    endpoint: NetworkServiceEndpoint,
+    socket: Option<Arc<OwnedFd>>,
+}
+
 /// An endpoint that was found, and how to reach it.
 #[derive(Debug, Clone)]
 pub struct Endpoint {
@@ -125,18 +132,28 @@ impl Client {
         service: NetworkService,
         patience: Duration,
     ) -> Result<Registration<NetworkService>, Error> {
-        self.keep(service, patience).await
+        self.keep(service, None, patience).await
     }
 
-    /// Registers an endpoint and keeps it. Its URL is `tcp://host:port`, or the `unix:///path` of a
-    /// socket that listens already, if the registry is reached over a Unix socket; once registered, the
-    /// path is not needed any more. Waits up to `patience` for a registry that is not there yet.
+    /// Registers an endpoint and keeps it, as [`Listed::open`] and [`Client::register_listed`] do.
     ///
     /// # Errors
-    /// The registry refuses, or is not there in time; the socket cannot be opened.
+    /// Theirs.
     pub async fn register_endpoint(
         &self,
-        mut endpoint: NetworkServiceEndpoint,
+        endpoint: NetworkServiceEndpoint,
+        patience: Duration,
+    ) -> Result<Registration<NetworkServiceEndpoint>, Error> {
+        self.register_listed(Listed::open(endpoint)?, patience).await
+    }
+
+    /// Registers an endpoint and keeps it. Waits up to `patience` for a registry that is not there yet.
+    ///
+    /// # Errors
+    /// The registry refuses, or is not there in time.
+    pub async fn register_listed(
+        &self,
+        Listed { mut endpoint, socket }: Listed,
         patience: Duration,
     ) -> Result<Registration<NetworkServiceEndpoint>, Error> {
         for entry in endpoint.network_service_labels.values_mut() {
@@ -144,7 +161,7 @@ impl Client {
                 entry.labels.entry(label.clone()).or_insert_with(|| value.clone());
             }
         }
-        self.keep(endpoint, patience).await
+        self.keep(endpoint, socket, patience).await
     }
 
     /// The services that answer a query (spec/registry.md 2.2).
@@ -209,11 +226,16 @@ impl Client {
         Ok(events.boxed())
     }
 
-    async fn keep<T: Kept>(&self, item: T, patience: Duration) -> Result<Registration<T>, Error> {
+    async fn keep<T: Kept>(
+        &self,
+        item: T,
+        socket: Option<Arc<OwnedFd>>,
+        patience: Duration,
+    ) -> Result<Registration<T>, Error> {
         let mut keeper = Keeper {
             client: self.clone(),
             wanted: item,
-            socket: None,
+            socket,
             pauses: Pauses::new(self.config.first_pause, self.config.longest_pause),
             known: false,
         };
@@ -237,6 +259,29 @@ impl Client {
         let (end, ended) = oneshot::channel();
         let keeper = tokio::spawn(keeper.run(held, sender, ended));
         Ok(Registration { state, end: Some(end), keeper })
+    }
+}
+
+impl Listed {
+    /// Takes an endpoint whose URL is `tcp://host:port`, or the `unix:///path` of a socket that listens already, if the
+    /// registry is reached over a Unix socket. The socket's file is held from now on: its path is not needed again.
+    ///
+    /// # Errors
+    /// The socket cannot be opened.
+    pub fn open(endpoint: NetworkServiceEndpoint) -> Result<Self, Error> {
+        let socket = match endpoint.url.parse() {
+            Ok(DialUrl::Unix(path)) => {
+                let opened =
+                    rustix::fs::open(Path::new(&path), OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+                let failed = |source: rustix::io::Errno| Error::Socket {
+                    path: path.clone(),
+                    source: Arc::new(source.into()),
+                };
+                Some(Arc::new(opened.map_err(failed)?))
+            }
+            _ => None,
+        };
+        Ok(Self { endpoint, socket })
     }
 }
 
@@ -319,9 +364,8 @@ trait Kept: Remote {
     fn expires(&self) -> Option<SystemTime>;
     /// An example that only this object answers.
     fn example(name: &str) -> Self;
-    /// Prepares it for a connection: what the registry cannot reach by name goes along as a
-    /// descriptor. It is opened once and kept in `socket`, so that its path is not needed again.
-    fn prepare(&mut self, connection: &Connection, socket: &mut Option<Arc<OwnedFd>>) -> Result<(), Error>;
+    /// Prepares it for a connection: what the registry cannot reach by name, a socket, goes along as a descriptor.
+    fn prepare(&mut self, connection: &Connection, socket: Option<&Arc<OwnedFd>>) -> Result<(), Error>;
     /// Takes from an answer what a later registration should repeat.
     fn learn(&mut self, answer: &Self);
     /// Puts back into an answer what [`Kept::prepare`] changed.
@@ -337,7 +381,7 @@ impl Kept for NetworkService {
         Self { name: name.to_owned(), ..Default::default() }
     }
 
-    fn prepare(&mut self, _: &Connection, _: &mut Option<Arc<OwnedFd>>) -> Result<(), Error> {
+    fn prepare(&mut self, _: &Connection, _: Option<&Arc<OwnedFd>>) -> Result<(), Error> {
         Ok(())
     }
 
@@ -355,20 +399,13 @@ impl Kept for NetworkServiceEndpoint {
         Self { name: name.to_owned(), ..Default::default() }
     }
 
-    fn prepare(&mut self, connection: &Connection, socket: &mut Option<Arc<OwnedFd>>) -> Result<(), Error> {
-        let Ok(DialUrl::Unix(path)) = self.url.parse() else { return Ok(()) };
-        let failed =
-            |source: rustix::io::Errno| Error::Socket { path: path.clone(), source: Arc::new(source.into()) };
-        let opened = match socket.take() {
-            Some(opened) => opened,
-            None => {
-                let flags = OFlags::PATH | OFlags::CLOEXEC;
-                rustix::fs::open(Path::new(&path), flags, Mode::empty()).map_err(failed)?.into()
-            }
-        };
-        let stat = rustix::fs::fstat(&opened).map_err(failed)?;
-        let socket = socket.insert(opened).clone();
-        if !connection.send_fd(socket) {
+    fn prepare(&mut self, connection: &Connection, socket: Option<&Arc<OwnedFd>>) -> Result<(), Error> {
+        let Some(socket) = socket else { return Ok(()) };
+        let stat = rustix::fs::fstat(socket).map_err(|source| Error::Socket {
+            path: self.url.clone().into(),
+            source: Arc::new(source.into()),
+        })?;
+        if !connection.send_fd(Arc::clone(socket)) {
             return Err(Error::NotLocal { url: self.url.clone() });
         }
         self.url = InodeUrl { dev: stat.st_dev, ino: stat.st_ino }.to_string();
@@ -389,7 +426,7 @@ impl Kept for NetworkServiceEndpoint {
 struct Keeper<T> {
     client: Client,
     wanted: T,
-    /// The socket's file, once it was opened.
+    /// The socket's file.
     socket: Option<Arc<OwnedFd>>,
     pauses: Pauses,
     known: bool,
@@ -411,7 +448,7 @@ impl<T: Kept> Keeper<T> {
     async fn register(&mut self) -> Result<Held<T>, Error> {
         let connection = self.client.upstream.connect().await?;
         let mut item = self.wanted.clone();
-        item.prepare(&connection, &mut self.socket)?;
+        item.prepare(&connection, self.socket.as_ref())?;
         let mut path = RegistrationPath::default();
         let deadline = Instant::now() + CALL;
         let mut answer = rpc::register(&connection, &mut path, item, deadline, self.known).await?;

@@ -28,7 +28,7 @@ use nsm_identity::Denial;
 use nsm_transport::{DialError, FdError, UrlError};
 use tonic::{Code, Status};
 
-pub use client::{Client, ClientConfig, Endpoint, EndpointEvent, Registration, State};
+pub use client::{Client, ClientConfig, Endpoint, EndpointEvent, Listed, Registration, State};
 pub use manager::{Local, ManagerConfig, ManagerRegistry, node_labels};
 pub use server::{Config, Registry, SERVICES, WatchLimit};
 

@@ -19,7 +19,7 @@ use nsm_mesh::{
     metrics::Metrics,
     monitor::{Hub, Monitor},
 };
-use nsm_registry::{Client, ClientConfig};
+use nsm_registry::{Client, ClientConfig, Listed};
 use nsm_transport::{DialUrl, ListenUrl, Pool, PoolConfig, Server};
 
 use crate::{
@@ -83,7 +83,7 @@ pub struct EndpointConfig {
     pub name: String,
     /// The manager of this node.
     pub connect_to: DialUrl,
-    /// Where to listen; `None`: a socket in a fresh temporary directory, which is gone once it is registered.
+    /// Where to listen; `None`: a socket in a fresh temporary directory, which is gone as soon as it listens.
     pub listen_on: Option<ListenUrl>,
     /// The services provided.
     pub services: Vec<String>,
@@ -149,17 +149,7 @@ pub async fn serve(
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<()> {
     let connections = Connections::serving(&config.name, chain, Arc::clone(&config.metrics));
-    let (listen_on, directory) = match &config.listen_on {
-        Some(url) => (url.clone(), None),
-        None => {
-            let directory = TemporaryDirectory::create(&config.name)
-                .map_err(|e| Error::internal(format!("no temporary directory for our socket: {e}")))?;
-            (ListenUrl::Unix(directory.0.join("listen.on")), Some(directory))
-        }
-    };
-    let server = Server::bind(source, std::slice::from_ref(&listen_on))
-        .await
-        .map_err(|e| Error::unavailable(explain(&e)))?;
+    let (server, listed) = listen(&config, source).await?;
     let mut routes = tonic::service::RoutesBuilder::default();
     nsm_mesh::server::add(&mut routes, Arc::clone(&connections), Arc::clone(&hub), Arc::default());
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
@@ -178,10 +168,7 @@ pub async fn serve(
             let service = NetworkService { name: name.clone(), payload, ..NetworkService::default() };
             services.push(manager.register_service(service, PATIENCE).await.map_err(refused)?);
         }
-        let listed = registration(&config, &listen_on);
-        let registration = manager.register_endpoint(listed, PATIENCE).await.map_err(refused)?;
-        // The registration holds the socket's file: a SIGKILL leaves nothing behind from now on.
-        drop(directory);
+        let registration = manager.register_listed(listed, PATIENCE).await.map_err(refused)?;
         ready();
         shutdown.await;
         if let Err(error) = registration.unregister().await {
@@ -198,6 +185,25 @@ pub async fn serve(
     result
 }
 
+/// Binds the endpoint's socket. Where its path is ours to choose it is gone again when this returns, whatever becomes
+/// of this process: what is registered is the file itself.
+async fn listen(config: &EndpointConfig, source: Source) -> Result<(Server, Listed)> {
+    let (listen_on, _directory) = match &config.listen_on {
+        Some(url) => (url.clone(), None),
+        None => {
+            let directory = TemporaryDirectory::create(&config.name)
+                .map_err(|e| Error::internal(format!("no temporary directory for our socket: {e}")))?;
+            (ListenUrl::Unix(directory.0.join("listen.on")), Some(directory))
+        }
+    };
+    let server = Server::bind(source, std::slice::from_ref(&listen_on))
+        .await
+        .map_err(|e| Error::unavailable(explain(&e)))?;
+    let listed =
+        Listed::open(registration(config, &listen_on)).map_err(|e| Error::unavailable(explain(&e)))?;
+    Ok((server, listed))
+}
+
 fn registration(config: &EndpointConfig, listen_on: &ListenUrl) -> NetworkServiceEndpoint {
     let labels = |service: &String| (service.clone(), NetworkServiceLabels { labels: config.labels.clone() });
     NetworkServiceEndpoint {
@@ -209,7 +215,7 @@ fn registration(config: &EndpointConfig, listen_on: &ListenUrl) -> NetworkServic
     }
 }
 
-/// Holds our socket until it is registered by descriptor.
+/// Holds our socket until its file is held.
 struct TemporaryDirectory(PathBuf);
 
 impl TemporaryDirectory {

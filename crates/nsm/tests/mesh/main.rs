@@ -9,6 +9,7 @@ mod answers;
 mod common;
 mod config;
 mod harness;
+mod killed;
 mod raw;
 mod selection;
 mod state;
