@@ -41,6 +41,7 @@ scenarios! {
     kernel2kernel: "kernel2kernel",
     kernel2vxlan2kernel: "kernel2vxlan2kernel",
     secure_intranet: "secure-intranet",
+    secure_intranet_ethernet: "secure-intranet-ethernet",
     two_services: "two-services",
     vpn_gateway: "vpn-gateway",
 }
