@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs,
+    net::IpAddr,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::Mutex,
@@ -14,6 +15,7 @@ use nsm_lab::{
     Lab, Plan, Scenario,
     network::{Seen, SeenLink},
     plan::Paths,
+    probe::{Echo, Row},
     process::{Condition, Program, Supervisor},
 };
 use rustix::process::{Pid, Signal, kill_process};
@@ -29,7 +31,8 @@ pub(crate) const NODES: [&str; 2] = ["node1", "node2"];
 const JOB: &str = "NSM_TEST_INSIDE";
 const LAB: &str = "NSM_TEST_LAB";
 
-/// Three services: `plain` takes any endpoint, `picky` only those labelled `app: vpn`, and nobody serves `nobody`.
+/// Five services: `plain` takes any endpoint, `picky` only those labelled `app: vpn`, nobody serves `nobody`, and a
+/// function labelled `app: middle` stands before the gateway labelled `app: gw` of `frames` and of `packets`.
 const SERVICES: &str = "\
 networkServices:
 - apiVersion: networkservicemesh.io/v1
@@ -42,6 +45,28 @@ networkServices:
     matches:
     - routes:
       - destination_selector: {app: vpn}
+- apiVersion: networkservicemesh.io/v1
+  kind: NetworkService
+  metadata: {name: frames}
+  spec:
+    payload: ETHERNET
+    matches:
+    - source_selector: {app: middle}
+      routes:
+      - destination_selector: {app: gw}
+    - routes:
+      - destination_selector: {app: middle}
+- apiVersion: networkservicemesh.io/v1
+  kind: NetworkService
+  metadata: {name: packets}
+  spec:
+    payload: IP
+    matches:
+    - source_selector: {app: middle}
+      routes:
+      - destination_selector: {app: gw}
+    - routes:
+      - destination_selector: {app: middle}
 ";
 
 /// A mesh that runs: registry, manager and forwarder on `node1`, those two on `node2` where a pod is there, and the
@@ -243,6 +268,17 @@ impl Mesh {
         eventually(&format!("{pod} loses {interface}"), || {
             let links = self.links(pod);
             if links.iter().any(|link| link.name == interface) { Err(format!("{links:?}")) } else { Ok(()) }
+        });
+    }
+
+    /// Waits until every request of a row from a pod is answered.
+    pub(crate) fn pings(&self, pod: &str, to: &str) {
+        let to: IpAddr = to.parse().expect("an address");
+        let namespace = self.lab.namespace(pod).unwrap_or_else(|e| panic!("{}", e.chain()));
+        let row = || Echo::open(to).and_then(|echo| echo.row(5, Instant::now() + PATIENCE));
+        eventually(&format!("{pod} pings {to}"), || match namespace.run(row).expect("enter") {
+            Ok(Row { answered: 5, .. }) => Ok(()),
+            other => Err(format!("{other:?}")),
         });
     }
 

@@ -8,6 +8,7 @@ mod answers;
 #[path = "../common/mod.rs"]
 mod common;
 mod config;
+mod functions;
 mod harness;
 mod killed;
 mod raw;

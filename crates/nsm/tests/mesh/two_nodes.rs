@@ -8,7 +8,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread::{self, JoinHandle},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use nsm_kernel::{EndFacts, Kernel, netns::Namespace, plan::Construction, store::Record};
@@ -16,7 +16,7 @@ use nsm_lab::probe::{Echo, Row};
 use rustix::process::Signal;
 
 use crate::{
-    harness::{Mesh, NODES, PATIENCE, eventually},
+    harness::{Mesh, NODES, eventually},
     state::{record_of, restart_traced, wrote_nothing},
 };
 
@@ -48,19 +48,6 @@ fn occupy(mesh: &Mesh, node: &str, vni: u32) {
     };
     let added = namespace.run(add).expect("enter").expect("start ip");
     assert!(added.status.success(), "{}", String::from_utf8_lossy(&added.stderr));
-}
-
-/// Every request of a row is answered.
-fn pings(mesh: &Mesh, pod: &str, to: &str) {
-    let to: IpAddr = to.parse().expect("an address");
-    let namespace = mesh.lab.namespace(pod).unwrap_or_else(|e| panic!("{}", e.chain()));
-    eventually(&format!("{pod} pings {to}"), || {
-        let row = namespace.run(|| Echo::open(to).and_then(|echo| echo.row(5, Instant::now() + PATIENCE)));
-        match row.expect("enter") {
-            Ok(Row { answered: 5, .. }) => Ok(()),
-            other => Err(format!("{other:?}")),
-        }
-    });
 }
 
 /// What a forwarder says of requests that go on, for tests that have to know how far one has come.
@@ -112,7 +99,7 @@ fn a_vni_that_is_taken_on_our_node_costs_one_more_request() {
     assert_ne!(agreed, taken);
     assert_eq!(agreed % 2, 0, "the client's node has the lower address");
     assert!(said.contains(&format!("taken={taken} proposed={agreed}")), "{said}");
-    pings(&mesh, "a", GATEWAY);
+    mesh.pings("a", GATEWAY);
     // It is a wire like any other: it is closed, and nothing of the first choice is left either.
     mesh.end("client", Signal::TERM);
     mesh.nothing_is_left(&["a", "gw"]);
@@ -148,7 +135,7 @@ fn a_vni_that_neither_side_can_have_is_an_error_and_leaves_nothing() {
     // And the next try draws another.
     mesh.client("client", "a", "kernel://plain/nsm0", &["--once"]);
     mesh.ready(&["client"]);
-    pings(&mesh, "a", GATEWAY);
+    mesh.pings("a", GATEWAY);
     mesh.end("client", Signal::TERM);
     mesh.nothing_is_left(&["a", "gw"]);
 }
@@ -208,7 +195,7 @@ fn a_killed_forwarder_of_either_node_adopts_its_end_without_a_write() {
     let Some(mesh) = Mesh::up(test, PODS) else { return };
     mesh.client("client", "a", "kernel://plain/nsm0", SHORT);
     mesh.ready(&["client"]);
-    pings(&mesh, "a", GATEWAY);
+    mesh.pings("a", GATEWAY);
     let plans = NODES.map(|node| record_of(&mesh, node).plan);
     let were = NODES.map(|node| end(&mesh, node));
     let pinging = Pinging::start(&mesh, "a", GATEWAY);
@@ -267,7 +254,7 @@ fn both_ends_go_when_the_token_of_a_killed_client_expires() {
     // What it had is free again: there is one pair of addresses.
     mesh.client("client", "a", "kernel://plain/nsm0", &["--once"]);
     mesh.ready(&["client"]);
-    pings(&mesh, "a", GATEWAY);
+    mesh.pings("a", GATEWAY);
     mesh.end("client", Signal::TERM);
     mesh.nothing_is_left(&["a", "gw"]);
 }
@@ -310,7 +297,7 @@ fn a_client_of_a_pod_that_is_gone_on_the_other_node_gets_another() {
         [_] => Ok(()),
         other => Err(format!("{other:?}\n{}", mesh.log("client"))),
     });
-    pings(&mesh, "a", "172.16.2.2");
+    mesh.pings("a", "172.16.2.2");
     eventually("one wire is left", || {
         let records: Vec<PathBuf> = crate::harness::records(&mesh.lab.plan.lab);
         if records.len() == NODES.len() { Ok(()) } else { Err(format!("{records:?}")) }
