@@ -57,7 +57,7 @@ fn main() -> ExitCode {
         Task::Demo { args } => demo(&args),
         Task::Test { all } => test(all),
         Task::Packages => install(&PACKAGES),
-        Task::Bench { args } => nsm(&["bench"], &args),
+        Task::Bench { args } => bench(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -72,6 +72,17 @@ fn demo(args: &[String]) -> Result<()> {
     install(&PACKAGES[..1])?;
     let scenario = root().join("scenarios/secure-intranet.yaml");
     nsm(&["lab", "run", &scenario.to_string_lossy()], args)
+}
+
+/// Results tell of which commit they are: of the tree that is built now.
+fn bench(args: &[String]) -> Result<()> {
+    let describe = ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"];
+    let commit = Command::new("git").args(describe).current_dir(root()).output();
+    // A tree without its history is measured all the same.
+    let commit = commit.ok().filter(|said| said.status.success()).map(|said| said.stdout);
+    let commit = commit.map(|id| String::from_utf8_lossy(&id).trim().to_owned());
+    let told: Vec<_> = commit.iter().flat_map(|id| ["--commit", id]).collect();
+    nsm(&[&["bench"], &told[..]].concat(), args)
 }
 
 fn test(all: bool) -> Result<()> {

@@ -22,16 +22,39 @@ use nsm_lab::process::Supervisor;
 use crate::Error;
 use crate::client::first_ping;
 
-/// Part of the local scenario: a veth pair that is no wire of the mesh.
+/// Part of the local scenario: veth pairs that are no wires of the mesh.
 pub(crate) const CABLES: &str = "cables:\n\
     - - {pod: client, interface: bare, addresses: [10.201.0.1/30]}\n  \
-      - {pod: endpoint, interface: bare, addresses: [10.201.0.2/30]}\n";
-/// The plain device's name and addresses, near and far.
-pub(crate) const INTERFACE: &str = "bare";
-pub(crate) const NEAR: Ipv4Addr = Ipv4Addr::new(10, 201, 0, 1);
-pub(crate) const FAR: Ipv4Addr = Ipv4Addr::new(10, 201, 0, 2);
-/// A network identifier that no forwarder of a fresh lab has come to.
-const VNI: u32 = 0x00ff_fffe;
+      - {pod: endpoint, interface: bare, addresses: [10.201.0.2/30]}\n\
+    - - {pod: client, interface: control, addresses: [10.201.0.5/30]}\n  \
+      - {pod: endpoint, interface: control, addresses: [10.201.0.6/30]}\n";
+
+/// A plain device with an end in each pod.
+pub(crate) struct Plain {
+    /// Its name, at both ends.
+    pub(crate) interface: &'static str,
+    /// The client's address.
+    pub(crate) near: Ipv4Addr,
+    /// The endpoint's.
+    pub(crate) far: Ipv4Addr,
+    /// Where it is a tunnel: a network identifier that no forwarder of a fresh lab has come to.
+    vni: u32,
+}
+
+/// What wires are compared with.
+pub(crate) const BARE: Plain = Plain {
+    interface: "bare",
+    near: Ipv4Addr::new(10, 201, 0, 1),
+    far: Ipv4Addr::new(10, 201, 0, 2),
+    vni: 0x00ff_fffe,
+};
+/// Its equal: how far apart the two are measured is what the machine adds to every comparison.
+pub(crate) const CONTROL: Plain = Plain {
+    interface: "control",
+    near: Ipv4Addr::new(10, 201, 0, 5),
+    far: Ipv4Addr::new(10, 201, 0, 6),
+    vni: 0x00ff_fffc,
+};
 /// RFC 7348.
 const VXLAN_PORT: u16 = 4789;
 
@@ -151,21 +174,21 @@ fn ends(
 
 /// A VXLAN device in each pod, as a person would make them, but without outer checksums, as the mesh's wires (and
 /// VPP's) have none.
-pub(crate) fn hand_made_vxlan(lab: &Lab, mtu: u32) -> Result<(), Error> {
-    let sides = [("node1", "client", NEAR), ("node2", "endpoint", FAR)];
+pub(crate) fn hand_made_vxlan(lab: &Lab, plain: &Plain, mtu: u32) -> Result<(), Error> {
+    let sides = [("node1", "client", plain.near), ("node2", "endpoint", plain.far)];
     let ips = sides.map(|(node, ..)| underlay_ip(lab, node));
     let [Some(ip1), Some(ip2)] = ips else { return Err(Error::Client("finds no underlay".into())) };
     for ((node, pod, address), (local, remote)) in sides.into_iter().zip([(ip1, ip2), (ip2, ip1)]) {
         let (node, pod) = (lab.namespace(node)?, lab.namespace(pod)?);
         let mut link = LinkMessage::default();
         link.attributes = vec![
-            LinkAttribute::IfName(INTERFACE.into()),
+            LinkAttribute::IfName(plain.interface.into()),
             LinkAttribute::Mtu(mtu),
             LinkAttribute::NetNsFd(pod.as_fd().as_raw_fd()),
             LinkAttribute::LinkInfo(vec![
                 LinkInfo::Kind(InfoKind::Vxlan),
                 LinkInfo::Data(InfoData::Vxlan(vec![
-                    InfoVxlan::Id(VNI),
+                    InfoVxlan::Id(plain.vni),
                     InfoVxlan::Port(VXLAN_PORT),
                     InfoVxlan::Learning(false),
                     InfoVxlan::UDPCsum(false),
@@ -178,40 +201,40 @@ pub(crate) fn hand_made_vxlan(lab: &Lab, mtu: u32) -> Result<(), Error> {
         // The socket's namespace is where the tunnel's packets come out.
         commit(node, vec![Request::with(RouteNetlinkMessage::NewLink(link), flags)])?;
         let mut up = LinkMessage::default();
-        up.header.index = index(pod)?;
+        up.header.index = index(pod, plain)?;
         up.header.flags = LinkFlags::Up;
         up.header.change_mask = LinkFlags::Up;
-        let mut plain = AddressMessage::default();
-        plain.header.family = AddressFamily::Inet;
-        plain.header.prefix_len = 30;
-        plain.header.index = up.header.index;
-        plain.attributes =
+        let mut own = AddressMessage::default();
+        own.header.family = AddressFamily::Inet;
+        own.header.prefix_len = 30;
+        own.header.index = up.header.index;
+        own.attributes =
             vec![AddressAttribute::Local(address.into()), AddressAttribute::Address(address.into())];
         let requests = vec![
             Request::new(RouteNetlinkMessage::SetLink(up)),
-            Request::with(RouteNetlinkMessage::NewAddress(plain), flags),
+            Request::with(RouteNetlinkMessage::NewAddress(own), flags),
         ];
         commit(pod, requests)?;
     }
     Ok(())
 }
 
-/// Gives the bare veth pair of the local scenario the MTU of a wire.
-pub(crate) fn set_mtu(lab: &Lab, mtu: u32) -> Result<(), Error> {
+/// Gives a bare veth pair of the local scenario the MTU of a wire.
+pub(crate) fn set_mtu(lab: &Lab, plain: &Plain, mtu: u32) -> Result<(), Error> {
     for pod in ["client", "endpoint"] {
         let pod = lab.namespace(pod)?;
         let mut link = LinkMessage::default();
-        link.header.index = index(pod)?;
+        link.header.index = index(pod, plain)?;
         link.attributes.push(LinkAttribute::Mtu(mtu));
         commit(pod, vec![Request::new(RouteNetlinkMessage::SetLink(link))])?;
     }
     Ok(())
 }
 
-fn index(pod: &Namespace) -> Result<u32, Error> {
+fn index(pod: &Namespace, plain: &Plain) -> Result<u32, Error> {
     let seen = Seen::of(pod)?;
-    let link = seen.links.iter().find(|link| link.name == INTERFACE);
-    link.map(|link| link.index).ok_or_else(|| Error::Client(format!("has no interface {INTERFACE}")))
+    let link = seen.links.iter().find(|link| link.name == plain.interface);
+    link.map(|link| link.index).ok_or_else(|| Error::Client(format!("has no interface {}", plain.interface)))
 }
 
 /// A node's address in the plan of the lab.

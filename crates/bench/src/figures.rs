@@ -43,6 +43,9 @@ pub struct Machine {
     pub build: &'static str,
     /// Version of `nsm`.
     pub version: &'static str,
+    /// The commit that it was built from, as whoever built it says; `-dirty`: and from changes to that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub commit: Option<String>,
 }
 
 /// How much was measured.
@@ -103,16 +106,18 @@ pub enum Value {
         /// Its unit; empty for counts.
         unit: &'static str,
     },
-    /// A wire beside a bare device, measured in turns.
+    /// A wire beside a bare device, measured in turns; or, for control, another bare device.
     #[serde(rename_all = "camelCase")]
     Beside {
-        /// Each measurement of the wire.
-        wire: Vec<f64>,
+        /// What stands beside the bare device.
+        what: &'static str,
+        /// Each measurement of it.
+        measured: Vec<f64>,
         /// The measurement of the bare device that belongs to it.
         bare: Vec<f64>,
         /// Unit of both.
         unit: &'static str,
-        /// Median of the quotients wire ÷ bare.
+        /// Median of the quotients measured ÷ bare.
         ratio: f64,
         /// Smallest and largest quotient.
         spread: (f64, f64),
@@ -191,12 +196,12 @@ impl Value {
     }
 
     /// Compares what was measured in turns; the lists are of the same length.
-    pub(crate) fn beside(wire: Vec<f64>, bare: Vec<f64>, unit: &'static str) -> Self {
-        let mut quotients: Vec<f64> = wire.iter().zip(&bare).map(|(wire, bare)| wire / bare).collect();
+    pub(crate) fn beside(what: &'static str, measured: Vec<f64>, bare: Vec<f64>, unit: &'static str) -> Self {
+        let mut quotients: Vec<f64> = measured.iter().zip(&bare).map(|(one, bare)| one / bare).collect();
         quotients.sort_by(f64::total_cmp);
         let at = |index: usize| quotients.get(index).copied().unwrap_or(f64::NAN);
         let spread = (at(0), at(quotients.len().saturating_sub(1)));
-        Self::Beside { wire, bare, unit, ratio: median(&quotients), spread }
+        Self::Beside { what, measured, bare, unit, ratio: median(&quotients), spread }
     }
 }
 
@@ -207,13 +212,9 @@ impl fmt::Display for Value {
             Self::Times(times) => times.fmt(f),
             Self::Number { value, unit: "" } => write!(f, "{value:.0}"),
             Self::Number { value, unit } => write!(f, "{value:.1} {unit}"),
-            Self::Beside { wire, bare, unit, ratio, spread: (least, most) } => {
-                let (wire, bare) = (median(wire), median(bare));
-                write!(
-                    f,
-                    "{ratio:.3} ({least:.3}–{most:.3})  wire {wire:.digits$}, bare {bare:.digits$} {unit}",
-                    digits = 2
-                )
+            Self::Beside { what, measured, bare, unit, ratio, spread: (least, most) } => {
+                let (measured, bare) = (median(measured), median(bare));
+                write!(f, "{ratio:.3} ({least:.3}–{most:.3})  {what} {measured:.2}, bare {bare:.2} {unit}",)
             }
             Self::Memory { idle, idle_own, loaded, per_wire } => write!(
                 f,
@@ -293,6 +294,7 @@ impl Results {
                 load: read("/proc/loadavg").split(' ').next().unwrap_or_default().to_owned(),
                 build: if is_debug() { "debug" } else { "release" },
                 version: env!("CARGO_PKG_VERSION"),
+                commit: options.commit.clone(),
             },
             amounts: Amounts {
                 wires: options.wires,
@@ -313,9 +315,10 @@ impl Results {
     /// Everything, for people.
     #[must_use]
     pub fn text(&self, format: Format) -> String {
-        let Machine { date, cores, cpu, memory_mib, kernel, load, build, version } = &self.machine;
+        let Machine { date, cores, cpu, memory_mib, kernel, load, build, version, commit } = &self.machine;
+        let commit = commit.as_ref().map(|id| format!(" of {id}")).unwrap_or_default();
         let mut text = format!(
-            "nsm {version} ({build} build) on {cores} × {cpu}, {memory_mib} MiB, Linux {kernel}\n\
+            "nsm {version} ({build} build{commit}) on {cores} × {cpu}, {memory_mib} MiB, Linux {kernel}\n\
              {date}, load {load} at the beginning\n\n"
         );
         let mut table = plain_table(["", "where", "what", "measured", "target"]);
@@ -402,7 +405,7 @@ mod tests {
     #[test]
     fn what_counts_is_the_median_of_the_quotients() {
         // Both get slower in the middle of the run: the quotients do not see it.
-        let value = Value::beside(vec![10.0, 5.0, 9.0, 2.0], vec![10.0, 5.0, 10.0, 4.0], "Gbit/s");
+        let value = Value::beside("wire", vec![10.0, 5.0, 9.0, 2.0], vec![10.0, 5.0, 10.0, 4.0], "Gbit/s");
         let Value::Beside { ratio, spread, .. } = value else { panic!("{value}") };
         assert_eq!((ratio, spread), (0.95, (0.5, 1.0)));
     }

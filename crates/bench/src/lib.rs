@@ -74,12 +74,14 @@ pub struct Options {
     pub wires: usize,
     /// How many wires are asked for at a time; a row for each.
     pub concurrency: Vec<usize>,
-    /// How many pairs of measurements, wire and bare, are compared.
+    /// How many rounds of measurements, wire and bare, are compared.
     pub pairs: usize,
     /// How long one measurement of throughput takes.
     pub duration: Duration,
     /// How many pings one measurement of latency has.
     pub pings: usize,
+    /// The commit that the program was built from, where whoever built it tells.
+    pub commit: Option<String>,
     /// Prefix of the labs' names: two runs beside each other need two.
     pub lab: String,
 }
@@ -92,7 +94,7 @@ struct Standing(Lab);
 impl Topology {
     fn scenario(self, name: &str) -> String {
         let (nodes, far, cables) = match self {
-            // The bare pair stands beside the wire, in the same pods.
+            // The bare pairs stand beside the wire, in the same pods.
             Self::Local => ("node1", "node1", bare::CABLES),
             Self::TwoNodes => ("node1, node2", "node2", ""),
         };

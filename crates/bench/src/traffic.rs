@@ -1,4 +1,5 @@
-//! What packets cost on a wire, beside a plain device of the same kind between the same pods, measured in turns.
+//! What packets cost on a wire, beside a plain device of the same kind between the same pods, measured in turns; and on
+//! a second plain device, whose distance from the first is the noise of all that.
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
@@ -12,9 +13,17 @@ use nsm_lab::probe::Echo;
 use rustix::process::setpriority_process;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
+use crate::bare::{self, BARE, CONTROL, Plain};
 use crate::client::Worker;
 use crate::figures::Target;
-use crate::{Error, Measure, Options, Row, Times, Topology, Value, bare};
+use crate::{Error, Measure, Options, Row, Times, Topology, Value};
+
+/// What is measured beside the plain device.
+const WIRE: &str = "wire";
+/// What is measured beside it for control.
+const EQUAL: &str = "its equal";
+/// What a row of the control is called.
+const NOISE: &str = "  noise: its equal beside the bare device";
 
 /// What one write hands to the kernel.
 const BLOCK: usize = 128 * 1024;
@@ -57,11 +66,13 @@ pub(crate) fn measure(
         link.map(|link| link.mtu).ok_or_else(|| Error::Client(format!("has no interface {interface}")))
     };
     let mtu = mtu_of(&made.interface)?;
-    match topology {
-        Topology::Local => bare::set_mtu(lab, mtu)?,
-        Topology::TwoNodes => bare::hand_made_vxlan(lab, mtu)?,
+    for plain in [&BARE, &CONTROL] {
+        match topology {
+            Topology::Local => bare::set_mtu(lab, plain, mtu)?,
+            Topology::TwoNodes => bare::hand_made_vxlan(lab, plain, mtu)?,
+        }
     }
-    let beside = mtu_of(bare::INTERFACE)?;
+    let beside = mtu_of(BARE.interface)?;
     let note = match topology {
         Topology::Local => format!("beside a bare veth pair; MTU {mtu} and {beside}"),
         Topology::TwoNodes => {
@@ -69,7 +80,8 @@ pub(crate) fn measure(
         }
     };
     let wire = Line { client, endpoint, near: made.near, far: made.far };
-    let plain = Line { client, endpoint, near: bare::NEAR.into(), far: bare::FAR.into() };
+    let plain = |plain: &Plain| Line { client, endpoint, near: plain.near.into(), far: plain.far.into() };
+    let lines = [wire, plain(&CONTROL), plain(&BARE)];
 
     for measure in measures {
         match measure {
@@ -78,36 +90,39 @@ pub(crate) fn measure(
                     (Direction::ToEndpoint, "up", "TCP, one stream, client to endpoint"),
                     (Direction::ToClient, "down", "TCP, one stream, endpoint to client"),
                 ] {
-                    progress(&format!("{topology}: {what}, {} pairs", options.pairs));
-                    let (of_wire, of_plain) = in_turns(options.pairs, lab, |on_wire| {
-                        stream(if on_wire { &wire } else { &plain }, direction, options.duration)
+                    progress(&format!("{topology}: {what}, {} rounds", options.pairs));
+                    let [of_wire, of_control, of_plain] = in_turns(options.pairs, lab, |which| {
+                        stream(&lines[which], direction, options.duration)
                     })?;
-                    let value = Value::beside(of_wire, of_plain, "Gbit/s");
+                    let value = Value::beside(WIRE, of_wire, of_plain.clone(), "Gbit/s");
                     let ratio = if let Value::Beside { ratio, .. } = &value { *ratio } else { f64::NAN };
                     rows.push(
                         Row::new(topology, format!("throughput.{id}"), what, value)
                             .target(Target::at_least(ratio, 0.97, ""))
                             .note(&note),
                     );
+                    let value = Value::beside(EQUAL, of_control, of_plain, "Gbit/s");
+                    rows.push(Row::new(topology, format!("throughput.{id}.control"), NOISE, value));
                 }
             }
             Measure::Latency => {
-                progress(&format!("{topology}: pings, {} pairs", options.pairs));
-                let (of_wire, of_plain) = in_turns(options.pairs, lab, |on_wire| {
-                    pings(if on_wire { &wire } else { &plain }, options.pings)
-                })?;
-                let beside = |figure: fn(Times) -> f64| {
-                    let figures = |rounds: &[Vec<Duration>]| {
+                progress(&format!("{topology}: pings, {} rounds", options.pairs));
+                let [of_wire, of_control, of_plain] =
+                    in_turns(options.pairs, lab, |which| pings(&lines[which], options.pings))?;
+                let figures = [
+                    ("mean", "ping flood, average", (|times: Times| times.mean) as fn(Times) -> f64),
+                    ("p50", "ping flood, p50", |times| times.p50),
+                    ("p99", "ping flood, p99", |times| times.p99),
+                ];
+                for (id, what, figure) in figures {
+                    let of = |rounds: &[Vec<Duration>]| -> Vec<f64> {
                         rounds.iter().map(|times| figure(Times::of(times.iter().copied()))).collect()
                     };
-                    Value::beside(figures(&of_wire), figures(&of_plain), "µs")
-                };
-                let rows_of = [
-                    ("latency.mean", "ping flood, average", beside(|times| times.mean)),
-                    ("latency.p50", "  p50", beside(|times| times.p50)),
-                    ("latency.p99", "  p99", beside(|times| times.p99)),
-                ];
-                rows.extend(rows_of.map(|(id, what, value)| Row::new(topology, id, what, value)));
+                    let beside = |what, rounds| Value::beside(what, of(rounds), of(&of_plain), "µs");
+                    let (wire, control) = (beside(WIRE, &of_wire), beside(EQUAL, &of_control));
+                    rows.push(Row::new(topology, format!("latency.{id}"), what, wire));
+                    rows.push(Row::new(topology, format!("latency.{id}.control"), NOISE, control));
+                }
             }
             Measure::Setup => {}
         }
@@ -118,23 +133,27 @@ pub(crate) fn measure(
 
 // === private helpers ===
 
-/// Measures wire and plain device in turns: whatever else the machine does meets both.
+/// Measures each line in turns: whatever else the machine does meets all.
 fn in_turns<T>(
-    pairs: usize,
+    rounds: usize,
     lab: &Lab,
-    mut once: impl FnMut(bool) -> Result<T, Error>,
-) -> Result<(Vec<T>, Vec<T>), Error> {
-    let (mut wire, mut plain) = (Vec::new(), Vec::new());
-    for pair in 0..pairs {
+    mut once: impl FnMut(usize) -> Result<T, Error>,
+) -> Result<[Vec<T>; 3], Error> {
+    let mut figures = [const { Vec::new() }; 3];
+    for round in 0..rounds {
         lab.supervisor.check()?;
-        // Who comes first changes, so that neither profits from being second.
-        let wire_first = pair % 2 == 0;
-        for on_wire in [wire_first, !wire_first] {
-            let figure = once(on_wire)?;
-            if on_wire { wire.push(figure) } else { plain.push(figure) }
+        for which in order(round) {
+            figures[which].push(once(which)?);
         }
     }
-    Ok((wire, plain))
+    Ok(figures)
+}
+
+/// Every order comes, and any two come first equally often: nobody profits from a place.
+fn order(round: usize) -> [usize; 3] {
+    let (first, second) = (round % 3, (round + 1) % 3);
+    let third = (round + 2) % 3;
+    if round.is_multiple_of(2) { [first, second, third] } else { [third, second, first] }
 }
 
 /// The rate of one TCP stream, in Gbit/s as the receiver sees it.
@@ -241,4 +260,23 @@ fn pings(line: &Line<'_>, count: usize) -> Result<Vec<Duration>, Error> {
             .collect()
     };
     line.client.run(work).map_err(Error::kernel(what()))?.map_err(Error::system(what()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn in_six_rounds_everybody_has_had_every_place_twice() {
+        let rounds: Vec<_> = (0..6).map(order).collect();
+        for which in 0..3 {
+            for place in 0..3 {
+                let times = rounds.iter().filter(|round| round[place] == which).count();
+                assert_eq!(times, 2, "{which} at {place}: {rounds:?}");
+            }
+        }
+        let place = |round: &[usize; 3], which| round.iter().position(|other| *other == which);
+        let wire_first = rounds.iter().filter(|round| place(round, 0) < place(round, 2)).count();
+        assert_eq!(wire_first, 3, "{rounds:?}");
+    }
 }

@@ -58,7 +58,7 @@ struct Amounts {
     /// How many wires to ask for at a time; each is a row of its own
     #[arg(long, global = true, value_delimiter = ',', default_value = "1,16")]
     concurrency: Vec<usize>,
-    /// How many times wire and bare device are compared, in turns
+    /// How many times wire and bare device are compared, in turns, and the bare device with its equal: that is noise
     #[arg(long, global = true, default_value_t = 7)]
     pairs: usize,
     /// How long one measurement of throughput takes
@@ -73,6 +73,9 @@ struct Amounts {
     /// Write the results to bench/results/<date>-<name>.json and .txt
     #[arg(long, global = true, value_name = "NAME", num_args = 0..=1, default_missing_value = "bench")]
     save: Option<String>,
+    /// The commit that this program was built from, for the results; `cargo xtask bench` tells it
+    #[arg(long, global = true, value_name = "ID")]
+    commit: Option<String>,
     /// Prefix of the labs' names: runs beside each other need different ones
     #[arg(long, global = true, default_value = "bench", hide = true)]
     lab: String,
@@ -125,6 +128,7 @@ fn measure(amounts: Amounts, measures: BTreeSet<Measure>, exe: &std::path::Path)
         pairs: amounts.pairs,
         duration: amounts.duration,
         pings: amounts.pings,
+        commit: amounts.commit,
         lab: amounts.lab,
     };
     // Results go to stdout, what is being done to stderr.

@@ -60,9 +60,11 @@ fn all_wires_come_up_and_nothing_is_left() {
     let lab = name("few");
     let amounts =
         ["--wires", "5", "--concurrency", "1,3", "--pairs", "2", "--duration", "20ms", "--pings", "10"];
+    let amounts = [&amounts[..], &["--commit", "0123abc-dirty"]].concat();
     let output = bench(&lab, &amounts).output().expect("start nsm");
     assert!(output.status.success(), "{}", text(&output));
     let results: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(results["machine"]["commit"], "0123abc-dirty");
     for topology in ["local", "two-nodes"] {
         for id in ["setup.1", "setup.3", "request.3", "close.1", "close.3", "kernel.ping"] {
             let times = &row(&results, topology, id)["value"]["times"];
@@ -75,10 +77,16 @@ fn all_wires_come_up_and_nothing_is_left() {
         let note = row(&results, topology, "handshakes")["note"].as_str().expect("a note").to_owned();
         assert!(!note.contains("; 0 before"), "{note}");
         for id in ["throughput.up", "throughput.down", "latency.mean", "latency.p50", "latency.p99"] {
-            let value = &row(&results, topology, id)["value"]["beside"];
-            let all = [&value["wire"], &value["bare"]].map(|list| list.as_array().expect("figures").clone());
-            assert_eq!(all.each_ref().map(Vec::len), [2, 2], "{id}");
-            assert!(all.iter().flatten().all(|figure| figure.as_f64() > Some(0.0)), "{id}: {value}");
+            let [wire, control] = [id.to_owned(), format!("{id}.control")]
+                .map(|id| row(&results, topology, &id)["value"]["beside"].clone());
+            assert_eq!((&wire["what"], &control["what"]), (&"wire".into(), &"its equal".into()));
+            assert_eq!(wire["bare"], control["bare"], "beside the same measurements");
+            assert_ne!(wire["measured"], control["measured"]);
+            for list in [&wire["measured"], &control["measured"], &wire["bare"]] {
+                let figures = list.as_array().expect("figures");
+                assert_eq!(figures.len(), 2, "{id}");
+                assert!(figures.iter().all(|figure| figure.as_f64() > Some(0.0)), "{id}: {list}");
+            }
         }
         assert!(number(&results, topology, "rate.1") > 0.0);
         let memory = &row(&results, topology, "memory.node1/forwarder")["value"]["memory"];
