@@ -96,6 +96,10 @@ impl Mesh {
         let file = PathBuf::from(format!("{test}.yaml"));
         let scenario = Scenario::parse(&text, &file).unwrap_or_else(|e| panic!("{e}\n{text}"));
         let mut plan = Plan::new(&scenario);
+        // Tests that stop somebody in the middle have to know how far a request has come.
+        for process in plan.processes.iter_mut().filter(|process| process.name.ends_with("/forwarder")) {
+            process.env.insert("NSM_LOG_LEVEL".into(), "info,nsm_mesh=debug".into());
+        }
         change(&mut plan);
         let lab = Lab::build(plan, &file, Path::new(NSM), Supervisor::default(), &mut |_| {});
         let lab = lab.unwrap_or_else(|e| panic!("{}", e.chain()));
@@ -172,17 +176,26 @@ impl Mesh {
         });
     }
 
-    /// Freezes an endpoint that is warm, starts a client, and gives its request time to get there: nothing tells
-    /// from outside that it lies in the frozen one's socket, and what the tests claim holds before that too.
+    /// Freezes an endpoint that is warm, starts a client, and waits until the endpoint is asked.
     pub(crate) fn hang(&self, endpoint: &str, client: &str, pod: &str, more: &[&str]) {
         self.signal(endpoint, Signal::STOP);
+        let before = self.asked("node1/forwarder", endpoint);
         self.client(client, pod, "kernel://plain/nsm0", more);
-        eventually(&format!("{client} has an identity"), || {
-            let log = self.log(client);
-            if log.contains("identity") { Ok(()) } else { Err(log) }
-        });
-        std::thread::sleep(Duration::from_millis(300));
+        self.has_asked("node1/forwarder", endpoint, before + 1);
         assert!(!self.is_ready(client));
+    }
+
+    /// How many requests a forwarder has handed on to this endpoint, or to whatever else has that name.
+    pub(crate) fn asked(&self, forwarder: &str, next: &str) -> usize {
+        let (log, next) = (self.log(forwarder), format!("next={next} "));
+        log.lines().filter(|line| line.contains("asking the next hop") && line.contains(&next)).count()
+    }
+
+    /// Waits until a forwarder has handed on that many.
+    pub(crate) fn has_asked(&self, forwarder: &str, next: &str, requests: usize) {
+        eventually(&format!("{forwarder} asks {next}"), || {
+            if self.asked(forwarder, next) >= requests { Ok(()) } else { Err(self.log(forwarder)) }
+        });
     }
 
     /// Waits for the end of a program that ends by itself: its exit status and what it said.
