@@ -1,7 +1,7 @@
 //! Finds the endpoint: by its name, or by what the service's matches say of the client's labels
 //! (spec/control-plane.md 8.2, 8.3).
 
-use std::{collections::HashMap, future::Future, time::SystemTime};
+use std::{collections::HashMap, future::Future, sync::Arc, time::SystemTime};
 
 use async_trait::async_trait;
 use nsm_api::{
@@ -13,29 +13,26 @@ use nsm_api::{
     },
 };
 use nsm_mesh::{Context, Element, Error, Next, NextHop, Result, error::explain};
-use nsm_registry::{Client as Directory, Endpoint};
+use nsm_registry::{Endpoint, LookUp};
 use parking_lot::Mutex;
 use tonic::Code;
 
 /// The element. Candidates are tried in turn, starting with the next one for every new wire of a service.
 #[derive(Debug)]
 pub struct Discover {
-    directory: Directory,
+    directory: Arc<dyn LookUp>,
     turns: Mutex<HashMap<String, usize>>,
 }
 
 impl Discover {
     /// Asks this directory, the manager's.
     #[must_use]
-    pub fn new(directory: Directory) -> Self {
+    pub fn new(directory: Arc<dyn LookUp>) -> Self {
         Self { directory, turns: Mutex::default() }
     }
 
     async fn service(&self, cx: &Context<'_>, name: &str, payload: &str) -> Result<NetworkService> {
-        let query =
-            NetworkService { name: name.into(), payload: payload.into(), ..NetworkService::default() };
-        let found = in_time(cx, self.directory.find_services(query)).await?;
-        found.into_iter().find(|service| service.name == name).ok_or_else(|| {
+        in_time(cx, self.directory.service(name, payload)).await?.ok_or_else(|| {
             Error::not_found(format!("network service {name:?} is not found"))
                 .hint("apply a NetworkService of that name, or start an endpoint that registers it")
         })
@@ -43,7 +40,7 @@ impl Discover {
 
     async fn named(&self, cx: &Context<'_>, name: &str) -> Result<Endpoint> {
         let query = NetworkServiceEndpoint { name: name.into(), ..NetworkServiceEndpoint::default() };
-        let found = in_time(cx, self.directory.find_endpoints(query)).await?;
+        let found = in_time(cx, self.directory.endpoints(query)).await?;
         found.into_iter().find(|endpoint| endpoint.nse.name == name).ok_or_else(|| {
             Error::not_found(format!("network service endpoint {name:?} not found"))
                 .hint("it has not registered, or its registration has expired")
@@ -70,7 +67,7 @@ impl Discover {
             network_service_names: vec![service.name.clone()],
             ..NetworkServiceEndpoint::default()
         };
-        let mut endpoints = in_time(cx, self.directory.find_endpoints(query)).await?;
+        let mut endpoints = in_time(cx, self.directory.endpoints(query)).await?;
         let now = SystemTime::now();
         endpoints.retain(|endpoint| !endpoint.is_expired(now));
         service.payload.clone_into(&mut conn.payload);

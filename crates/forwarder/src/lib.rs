@@ -6,4 +6,4 @@ mod serve;
 pub mod tunnel;
 pub mod wires;
 
-pub use serve::{Config, Forwarder, chain};
+pub use serve::{Config, Forwarder, Running, chain};

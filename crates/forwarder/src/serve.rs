@@ -31,7 +31,7 @@ use nsm_mesh::{
     metrics::Metrics,
     monitor::{Hub, Monitor},
 };
-use nsm_registry::{Client, ClientConfig};
+use nsm_registry::{Client, ClientConfig, LookUp};
 use nsm_transport::{DialUrl, ListenUrl, Pool, PoolConfig, Server};
 use tokio::sync::mpsc;
 
@@ -47,10 +47,6 @@ const SWEEP: Duration = Duration::from_secs(1);
 pub struct Config {
     /// Name in paths and in the registry.
     pub name: String,
-    /// The manager of this node.
-    pub connect_to: DialUrl,
-    /// Where to listen.
-    pub listen_on: ListenUrl,
     /// This node's address for tunnels; `None`: that of the default route's device.
     pub tunnel_ip: Option<IpAddr>,
     /// UDP port of tunnels; 0: 4789.
@@ -126,40 +122,34 @@ impl Forwarder {
         Ok(Self { config, wires, tunnel, watch })
     }
 
-    /// Serves until `shutdown` is done. Wires stay: they outlive this process.
+    /// Serves until `shutdown` is done, for the manager at `connect_to`. Wires stay: they outlive this process.
     ///
     /// # Errors
     /// A socket that cannot be bound, or a manager that refuses the registration.
     pub async fn serve(
         self,
+        connect_to: DialUrl,
+        listen_on: ListenUrl,
         source: Source,
         ready: impl FnOnce(),
         shutdown: impl Future<Output = ()> + Send,
     ) -> Result<()> {
-        let Self { config, wires, tunnel, watch } = self;
         let pool_config =
-            PoolConfig { max_token_lifetime: config.max_token_lifetime, ..PoolConfig::default() };
+            PoolConfig { max_token_lifetime: self.config.max_token_lifetime, ..PoolConfig::default() };
         let pool = Pool::new(source.clone(), pool_config);
-        let client_config = ClientConfig { dial_timeout: config.dial_timeout, ..ClientConfig::default() };
-        let manager = Client::new(pool.clone(), config.connect_to.clone(), client_config);
+        let client_config =
+            ClientConfig { dial_timeout: self.config.dial_timeout, ..ClientConfig::default() };
+        let manager = Client::new(pool.clone(), connect_to.clone(), client_config);
+        let registration = self.registration(&listen_on.to_string());
+        let wires = Arc::clone(&self.wires);
+        let running = self.start(OnlyFrom::Peer(pool.clone(), connect_to), Arc::new(manager.clone()), pool);
 
-        let hub = Arc::new(Hub::default());
-        let chain = chain(
-            Authorize { max_token_lifetime: config.max_token_lifetime },
-            OnlyFrom { pool: pool.clone(), neighbour: config.connect_to.clone().into() },
-            Arc::clone(&hub),
-            Discover::new(manager.clone()),
-            CrossConnect { wires: Arc::clone(&wires), tunnel },
-            Dial::new(pool, &config.name, Arc::clone(&hub), config.dial_timeout)
-                .guarding_namespaces(OwnNamespace { allowed: Arc::new(config.namespace_delegates.clone()) }),
-        );
-        let connections = Connections::serving(&config.name, chain, Arc::clone(&config.metrics));
-
-        let server = Server::bind(source, std::slice::from_ref(&config.listen_on))
+        let server = Server::bind(source, std::slice::from_ref(&listen_on))
             .await
             .map_err(|e| Error::unavailable(explain(&e)))?;
         let mut routes = tonic::service::RoutesBuilder::default();
-        nsm_mesh::server::add(&mut routes, Arc::clone(&connections), Arc::clone(&hub), Arc::default());
+        let (connections, hub) = (Arc::clone(&running.connections), Arc::clone(&running.hub));
+        nsm_mesh::server::add(&mut routes, connections, Arc::clone(&hub), Arc::default());
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         let serving = server.serve(routes.routes(), &nsm_mesh::server::SERVICES, async {
             let _ = stopped.await;
@@ -167,14 +157,11 @@ impl Forwarder {
 
         let beside = async {
             let registration = manager
-                .register_endpoint(registration(&config), PATIENCE)
+                .register_endpoint(registration, PATIENCE)
                 .await
                 .map_err(|e| Error::unavailable(format!("the manager did not take us: {}", explain(&e))))?;
             ready();
-            tokio::select! {
-                () = shutdown => {}
-                () = look_after(Arc::clone(&wires), Arc::clone(&connections), watch) => {}
-            }
+            running.look_after(shutdown).await;
             if let Err(error) = registration.unregister().await {
                 tracing::warn!(error = %explain(&error), "not unregistered; the registration expires");
             }
@@ -186,6 +173,63 @@ impl Forwarder {
         // Deletions under way come to their end; standing wires stay.
         wires.flush().await;
         result
+    }
+
+    /// Starts without listening anywhere: for a manager in the same process.
+    pub fn start(self, only_from: OnlyFrom, directory: Arc<dyn LookUp>, pool: Pool) -> Running {
+        let Self { config, wires, tunnel, watch } = self;
+        let hub = Arc::new(Hub::default());
+        let chain = chain(
+            Authorize { max_token_lifetime: config.max_token_lifetime },
+            only_from,
+            Arc::clone(&hub),
+            Discover::new(directory),
+            CrossConnect { wires: Arc::clone(&wires), tunnel },
+            Dial::new(pool, &config.name, Arc::clone(&hub), config.dial_timeout)
+                .guarding_namespaces(OwnNamespace { allowed: Arc::new(config.namespace_delegates) }),
+        );
+        let connections = Connections::serving(&config.name, chain, config.metrics);
+        Running { connections, hub, wires, watch }
+    }
+
+    /// What services choose this forwarder by.
+    #[must_use]
+    pub fn registration(&self, url: &str) -> NetworkServiceEndpoint {
+        let Config { name, service, labels, .. } = &self.config;
+        NetworkServiceEndpoint {
+            name: name.clone(),
+            network_service_names: vec![service.clone()],
+            network_service_labels: BTreeMap::from([(
+                service.clone(),
+                NetworkServiceLabels { labels: labels.clone() },
+            )]),
+            url: url.into(),
+            ..NetworkServiceEndpoint::default()
+        }
+    }
+}
+
+/// A forwarder that takes requests.
+#[derive(Debug)]
+pub struct Running {
+    /// Its connections.
+    pub connections: Arc<Connections>,
+    /// What becomes of them.
+    pub hub: Arc<Hub>,
+    wires: Arc<Wires>,
+    watch: Watch,
+}
+
+impl Running {
+    /// Removes what nobody wants, until `shutdown` is done: wires whose pod is gone, at once; wires of an earlier
+    /// process that no connection has claimed, when their token has expired. Returns the wires, to be
+    /// [flushed](Wires::flush) when nobody asks any more.
+    pub async fn look_after(self, shutdown: impl Future<Output = ()> + Send) -> Arc<Wires> {
+        tokio::select! {
+            () = shutdown => {}
+            () = look_after(Arc::clone(&self.wires), self.connections, self.watch) => {}
+        }
+        self.wires
     }
 }
 
@@ -203,21 +247,6 @@ fn default_address() -> Result<IpAddr> {
     })
 }
 
-fn registration(config: &Config) -> NetworkServiceEndpoint {
-    NetworkServiceEndpoint {
-        name: config.name.clone(),
-        network_service_names: vec![config.service.clone()],
-        network_service_labels: BTreeMap::from([(
-            config.service.clone(),
-            NetworkServiceLabels { labels: config.labels.clone() },
-        )]),
-        url: config.listen_on.to_string(),
-        ..NetworkServiceEndpoint::default()
-    }
-}
-
-/// Removes what nobody wants: wires whose pod is gone, at once; wires of an earlier process that no connection has
-/// claimed, when their token has expired.
 async fn look_after(wires: Arc<Wires>, connections: Arc<Connections>, watch: Watch) {
     let mut events = watch_events(watch);
     let mut sweep = tokio::time::interval(SWEEP);

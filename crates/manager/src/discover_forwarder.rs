@@ -1,5 +1,7 @@
 //! Chooses the forwarder that builds the wire (spec/control-plane.md 8.1).
 
+use std::borrow::Borrow;
+
 use async_trait::async_trait;
 use nsm_api::{
     matching::Policy,
@@ -7,6 +9,7 @@ use nsm_api::{
     pb::{
         connection::{Connection, State},
         networkservice::NetworkServiceRequest,
+        registry::NetworkServiceEndpoint,
     },
 };
 use nsm_mesh::{Context, Element, Error, Lease, Next, NextHop, Release, Result, error::explain};
@@ -16,7 +19,33 @@ use tonic::Code;
 /// The element: the forwarders of this node that the service's matches admit, tried in turn; the one that serves a
 /// connection keeps it.
 #[derive(Debug)]
-pub struct DiscoverForwarder(pub ManagerRegistry);
+pub struct DiscoverForwarder {
+    /// Who has registered.
+    pub registry: ManagerRegistry,
+    /// The forwarder of this process, if there is one.
+    pub own: Option<Candidate>,
+}
+
+/// A forwarder, and how to reach it.
+#[derive(Debug, Clone)]
+pub struct Candidate {
+    /// As services choose it.
+    pub nse: NetworkServiceEndpoint,
+    /// Whom to ask.
+    pub hop: NextHop,
+}
+
+impl Borrow<NetworkServiceEndpoint> for Candidate {
+    fn borrow(&self) -> &NetworkServiceEndpoint {
+        &self.nse
+    }
+}
+
+impl From<Endpoint> for Candidate {
+    fn from(Endpoint { nse, dial }: Endpoint) -> Self {
+        Self { hop: NextHop::from(dial).called(&nse.name), nse }
+    }
+}
 
 /// The forwarder that serves a connection.
 #[derive(Debug)]
@@ -34,9 +63,15 @@ impl Lease for Chosen {
 }
 
 impl DiscoverForwarder {
-    async fn candidates(&self, cx: &Context<'_>, conn: &Connection) -> Result<Vec<Endpoint>> {
+    /// The forwarders of this node.
+    fn all(&self) -> Vec<Candidate> {
+        let registered = self.registry.forwarders().into_iter().map(Candidate::from);
+        self.own.iter().cloned().chain(registered).collect()
+    }
+
+    async fn candidates(&self, cx: &Context<'_>, conn: &Connection) -> Result<Vec<Candidate>> {
         let name = &conn.network_service;
-        let find = self.0.find_service(name, &conn.payload);
+        let find = self.registry.find_service(name, &conn.payload);
         let service = match tokio::time::timeout_at(cx.deadline, find).await {
             Ok(Ok(service)) => service,
             Ok(Err(error)) => {
@@ -51,13 +86,13 @@ impl DiscoverForwarder {
             Error::not_found(format!("network service {name:?} is not found"))
                 .hint("apply a NetworkService of that name, or start an endpoint that registers it")
         })?;
-        let forwarders = self.0.forwarders();
+        let forwarders = self.all();
         if forwarders.is_empty() {
             return Err(Error::unavailable("no forwarder of this node has registered")
                 .hint("is the forwarder running, with NSM_CONNECT_TO at this manager?"));
         }
         let policy = Policy::lenient(&service);
-        let selection = policy.forwarders(&conn.labels, self.0.forwarder_service(), &forwarders);
+        let selection = policy.forwarders(&conn.labels, self.registry.forwarder_service(), &forwarders);
         if selection.candidates.is_empty() {
             return Err(Error::not_found(format!("no candidates found: {selection}")));
         }
@@ -95,7 +130,7 @@ impl Element for DiscoverForwarder {
         let mut failures = Vec::new();
         let (deadline, mut left) = (cx.deadline, candidates.len());
         for candidate in candidates {
-            cx.next_hop = Some(NextHop::from(candidate.dial.clone()).called(&candidate.nse.name));
+            cx.next_hop = Some(candidate.hop);
             cx.deadline = cx.share(left);
             let answer = next.request(cx, request.clone()).await;
             (cx.deadline, left) = (deadline, left - 1);
@@ -115,8 +150,8 @@ impl Element for DiscoverForwarder {
     async fn close_forgotten(&self, cx: &mut Context<'_>, conn: Connection, next: Next<'_>) -> Result<()> {
         let served_by =
             path::segments(&conn).get(path::index(&conn) + 1).map(|segment| segment.name.as_str());
-        let forwarder = self.0.forwarders().into_iter().find(|f| Some(f.nse.name.as_str()) == served_by);
-        cx.next_hop = forwarder.map(|f| f.dial.into());
+        let forwarder = self.all().into_iter().find(|f| Some(f.nse.name.as_str()) == served_by);
+        cx.next_hop = forwarder.map(|f| f.hop);
         next.close_forgotten(cx, conn).await
     }
 }

@@ -16,10 +16,10 @@ use nsm_mesh::{
     metrics::Metrics,
     monitor::{Hub, Monitor},
 };
-use nsm_registry::{ManagerConfig, ManagerRegistry, node_labels};
-use nsm_transport::{DialUrl, ListenUrl, Pool, PoolConfig, Server};
+use nsm_registry::{Cluster, ManagerConfig, ManagerRegistry, node_labels};
+use nsm_transport::{ListenUrl, Pool, PoolConfig, Server};
 
-pub use discover_forwarder::DiscoverForwarder;
+pub use discover_forwarder::{Candidate, DiscoverForwarder};
 pub use elements::{ClientInfo, ExcludedPrefixes, LocalMechanisms};
 pub use follow_service::{FollowService, News};
 
@@ -30,8 +30,8 @@ pub struct Config {
     pub name: String,
     /// Where to listen; the first TCP one is what others reach us by.
     pub listen_on: Vec<ListenUrl>,
-    /// The cluster's registry; `None`: one in this process.
-    pub registry_url: Option<DialUrl>,
+    /// The cluster's registry.
+    pub registry: Cluster,
     /// How long connecting to anybody may take.
     pub dial_timeout: Duration,
     /// The service that forwarders register under.
@@ -56,6 +56,7 @@ pub fn chain(
     config: &Config,
     registry: ManagerRegistry,
     follow_service: FollowService,
+    own: Option<Candidate>,
     hub: Arc<Hub>,
     pool: Pool,
 ) -> Chain {
@@ -67,58 +68,87 @@ pub fn chain(
         ClientInfo(node_labels().into_iter().collect()),                        // where the client runs
         ExcludedPrefixes(Arc::new(config.excluded_prefixes.clone())), // what is taken in this cluster
         follow_service,                                               // ends what its service leads away
-        DiscoverForwarder(registry),                                  // who builds the wire
+        DiscoverForwarder { registry, own },                          // who builds the wire
         Dial::new(pool, &config.name, hub, config.dial_timeout),      // the forwarder
     ]
 }
 
-/// Serves until `shutdown` is done.
-///
-/// # Errors
-/// A socket that cannot be bound.
-pub async fn serve(
+/// A manager that listens, and takes no requests yet.
+#[derive(Debug)]
+pub struct Manager {
     config: Config,
-    source: Source,
-    ready: impl FnOnce(),
-    shutdown: impl Future<Output = ()> + Send,
-) -> Result<()> {
-    let pool_config = PoolConfig { max_token_lifetime: config.max_token_lifetime, ..PoolConfig::default() };
-    let pool = Pool::new(source.clone(), pool_config);
-    let server =
-        Server::bind(source, &config.listen_on).await.map_err(|e| Error::unavailable(explain(&e)))?;
-    let urls = server.urls();
-    let public = urls.iter().find(|url| matches!(url, ListenUrl::Tcp(_))).or(urls.first());
-    let public = public.map(ToString::to_string).unwrap_or_default();
-    let registry = ManagerRegistry::new(
-        ManagerConfig {
-            forwarder_service: config.forwarder_service.clone(),
-            forwarder_ids: config.forwarder_ids.clone(),
-            max_token_lifetime: config.max_token_lifetime,
-            dial_timeout: config.dial_timeout,
-            ..ManagerConfig::new(config.registry_url.clone(), public.clone())
-        },
-        pool.clone(),
-    );
-    let hub = Arc::new(Hub::default());
-    let (follow_service, news) = FollowService::new();
-    let chain = chain(&config, registry.clone(), follow_service.clone(), Arc::clone(&hub), pool);
-    let connections = Connections::serving(&config.name, chain, Arc::clone(&config.metrics));
-    let beside = follow_service.look_after(news, registry.clone(), Arc::clone(&connections));
-    let mut routes = tonic::service::RoutesBuilder::default();
-    let readers = Arc::new(config.monitor_readers.clone());
-    nsm_mesh::server::add(&mut routes, connections, Arc::clone(&hub), readers);
-    let routes = registry.add_to(routes.routes());
-    tracing::info!(name = %config.name, url = %public, "managing this node");
-    ready();
-    let services = [nsm_mesh::server::SERVICES, nsm_registry::SERVICES].concat();
-    let shutdown = async {
-        shutdown.await;
-        registry.end_watches();
-        hub.end_watches();
-    };
-    tokio::select! {
-        () = server.serve(routes, &services, shutdown) => {}
-        () = beside => {}
+    server: Server,
+    pool: Pool,
+    registry: ManagerRegistry,
+}
+
+impl Manager {
+    /// Listens.
+    ///
+    /// # Errors
+    /// A socket that cannot be bound.
+    pub async fn bind(config: Config, source: Source) -> Result<Self> {
+        let pool_config =
+            PoolConfig { max_token_lifetime: config.max_token_lifetime, ..PoolConfig::default() };
+        let pool = Pool::new(source.clone(), pool_config);
+        let server =
+            Server::bind(source, &config.listen_on).await.map_err(|e| Error::unavailable(explain(&e)))?;
+        let urls = server.urls();
+        let public = urls.iter().find(|url| matches!(url, ListenUrl::Tcp(_))).or(urls.first());
+        let public = public.map(ToString::to_string).unwrap_or_default();
+        tracing::info!(name = %config.name, url = %public, "managing this node");
+        let registry = ManagerRegistry::new(
+            ManagerConfig {
+                forwarder_service: config.forwarder_service.clone(),
+                forwarder_ids: config.forwarder_ids.clone(),
+                max_token_lifetime: config.max_token_lifetime,
+                dial_timeout: config.dial_timeout,
+                ..ManagerConfig::new(config.registry.clone(), public)
+            },
+            pool.clone(),
+        );
+        Ok(Self { config, server, pool, registry })
     }
-    Ok(())
+
+    /// What it knows of services and endpoints.
+    #[must_use]
+    pub fn registry(&self) -> &ManagerRegistry {
+        &self.registry
+    }
+
+    /// Its connections to others.
+    #[must_use]
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// Serves until `shutdown` is done; `own` is the forwarder of this process, if there is one.
+    pub async fn serve(
+        self,
+        own: Option<Candidate>,
+        ready: impl FnOnce(),
+        shutdown: impl Future<Output = ()> + Send,
+    ) {
+        let Self { config, server, pool, registry } = self;
+        let hub = Arc::new(Hub::default());
+        let (follow_service, news) = FollowService::new();
+        let chain = chain(&config, registry.clone(), follow_service.clone(), own, Arc::clone(&hub), pool);
+        let connections = Connections::serving(&config.name, chain, Arc::clone(&config.metrics));
+        let beside = follow_service.look_after(news, registry.clone(), Arc::clone(&connections));
+        let mut routes = tonic::service::RoutesBuilder::default();
+        let readers = Arc::new(config.monitor_readers.clone());
+        nsm_mesh::server::add(&mut routes, connections, Arc::clone(&hub), readers);
+        let routes = registry.add_to(routes.routes());
+        ready();
+        let services = [nsm_mesh::server::SERVICES, nsm_registry::SERVICES].concat();
+        let shutdown = async {
+            shutdown.await;
+            registry.end_watches();
+            hub.end_watches();
+        };
+        tokio::select! {
+            () = server.serve(routes, &services, shutdown) => {}
+            () = beside => {}
+        }
+    }
 }

@@ -19,7 +19,7 @@ use nsm_api::{
 use nsm_identity::{Source, ca::Authority};
 use nsm_manager::{Config, FollowService};
 use nsm_mesh::{Connections, metrics::Metrics, monitor::Hub};
-use nsm_registry::{ManagerConfig, ManagerRegistry};
+use nsm_registry::{Cluster, ManagerConfig, ManagerRegistry};
 use nsm_transport::{DialUrl, ListenUrl, Pool, PoolConfig, Server};
 use tonic::{Code, Status, service::RoutesBuilder};
 
@@ -57,7 +57,7 @@ impl Node {
         let config = Config {
             name: "manager".into(),
             listen_on,
-            registry_url: None,
+            registry: Cluster::Alone,
             dial_timeout: PATIENCE,
             forwarder_service: "forwarder".into(),
             forwarder_ids: BTreeSet::new(),
@@ -70,7 +70,8 @@ impl Node {
         let pool = Pool::new(own, PoolConfig::default());
         let registry = ManagerRegistry::new(ManagerConfig::new(None, urls[1].to_string()), pool.clone());
         let hub = Arc::new(Hub::default());
-        let chain = nsm_manager::chain(&config, registry, FollowService::new().0, Arc::clone(&hub), pool);
+        let chain =
+            nsm_manager::chain(&config, registry, FollowService::new().0, None, Arc::clone(&hub), pool);
         let connections = Connections::serving("manager", chain, Arc::new(Metrics::default()));
         let mut routes = RoutesBuilder::default();
         nsm_mesh::server::add(&mut routes, connections, hub, Arc::default());

@@ -10,13 +10,12 @@ use std::{
 use async_trait::async_trait;
 use nsm_api::{mechanism::InodeUrl, path, pb::connection::Connection};
 use nsm_identity::{SpiffeId, policy, token};
-use nsm_transport::{Peer, Pool};
+use nsm_transport::{DialUrl, Peer, Pool};
 use tokio::time::Instant;
 
 use crate::{
     chain::{Caller, Context, Element},
     error::{Error, Result},
-    hop::NextHop,
 };
 
 /// Writes the caller's token into its segment and our own, addressed to the caller, into ours; then makes the
@@ -160,11 +159,11 @@ impl Element for OwnNamespace {
 /// Takes calls from one neighbour only: a forwarder builds what its manager asks for, because it is the manager that
 /// looks at workloads.
 #[derive(Debug)]
-pub struct OnlyFrom {
-    /// Knows who that neighbour is at present.
-    pub pool: Pool,
-    /// The neighbour.
-    pub neighbour: NextHop,
+pub enum OnlyFrom {
+    /// Whoever listens there; the pool knows who that is at present.
+    Peer(Pool, DialUrl),
+    /// This process: nobody else has a way to this hop.
+    Inside,
 }
 
 #[async_trait]
@@ -174,14 +173,10 @@ impl Element for OnlyFrom {
     }
 
     async fn admit(&self, cx: &mut Context<'_>, _: &mut Connection) -> Result<()> {
-        let Some(Caller { peer, .. }) = &cx.caller else { return Ok(()) };
+        let (Some(Caller { peer, .. }), Self::Peer(pool, url)) = (&cx.caller, self) else { return Ok(()) };
         let left = cx.deadline.saturating_duration_since(Instant::now());
-        let neighbour = self.pool.get(self.neighbour.target().clone(), left).await.map_err(|e| {
-            Error::unavailable(format!(
-                "whether {} may ask cannot be told: {} is away: {e}",
-                peer.id(),
-                self.neighbour
-            ))
+        let neighbour = pool.get(url, left).await.map_err(|e| {
+            Error::unavailable(format!("whether {} may ask cannot be told: {url} is away: {e}", peer.id(),))
         })?;
         if neighbour.peer().id() == peer.id() {
             return Ok(());

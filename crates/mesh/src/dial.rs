@@ -8,11 +8,13 @@ use std::{
 };
 
 use async_trait::async_trait;
+use futures::{StreamExt as _, TryStreamExt as _, stream::BoxStream};
 use nsm_api::{
     limits, path,
     pb::{
         connection::{
-            Connection, MonitorScopeSelector, PathSegment, monitor_connection_client::MonitorConnectionClient,
+            Connection, ConnectionEvent, MonitorScopeSelector, PathSegment,
+            monitor_connection_client::MonitorConnectionClient,
         },
         networkservice::{NetworkServiceRequest, network_service_client::NetworkServiceClient},
     },
@@ -20,6 +22,7 @@ use nsm_api::{
 use nsm_transport::{Connection as Channel, Peer, Pool};
 use parking_lot::Mutex;
 use tokio::time::Instant;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
 
 use crate::{
@@ -27,8 +30,9 @@ use crate::{
     chain::{Caller, Context, Element, Next},
     error::{Error, Result},
     fds::{self, Fds},
-    hop::NextHop,
-    monitor::{self, Hub},
+    hop::{NextHop, Way},
+    inside::Inside,
+    monitor::{self, Hub, Viewer},
     scope::{Lease, Reason, Release},
 };
 
@@ -67,10 +71,8 @@ impl Dial {
         self
     }
 
-    async fn channel(&self, target: &NextHop, deadline: Instant) -> Result<Channel> {
-        let left = deadline.saturating_duration_since(Instant::now());
-        self.pool
-            .get(target.target().clone(), self.dial_timeout.min(left))
+    async fn reach(&self, target: &NextHop, deadline: Instant) -> Result<Reached> {
+        reach(&self.pool, target, self.dial_timeout, deadline)
             .await
             .map_err(|e| Error::unavailable(format!("the next hop {target} cannot be reached: {e}")))
     }
@@ -81,19 +83,16 @@ impl Dial {
         target: &NextHop,
         request: NetworkServiceRequest,
     ) -> Result<Connection> {
-        let channel = self.channel(target, cx.deadline).await?;
+        let hop = self.reach(target, cx.deadline).await?;
         let asked = request.connection.clone().unwrap_or_default();
-        for mechanism in fds::mechanisms(&request) {
-            cx.fds.send(channel.peer(), mechanism);
-        }
-        let result = self.exchange(cx, target, &channel, &asked, request).await;
+        let result = self.exchange(cx, target, &hop, &asked, request).await;
         // Whoever answered may have made something, also when the answer was lost or is of no use: it undoes that when
         // it is told to close. What stood there before this request is not ours to decide about.
         let made =
             |e: &Error| e.hop.is_none() || e.code == Code::DeadlineExceeded || e.code == Code::Cancelled;
         let stands = cx.scope.get::<Dialed>().is_some_and(|before| before.target == *target);
         if !stands && result.as_ref().is_err_and(|e| made(e) || e.code == Code::Unavailable) {
-            tokio::spawn(close(channel, asked, Instant::now() + Release::TIME));
+            tokio::spawn(async move { hop.close(asked, Instant::now() + Release::TIME).await });
         }
         result
     }
@@ -103,34 +102,16 @@ impl Dial {
         &self,
         cx: &mut Context<'_>,
         target: &NextHop,
-        channel: &Channel,
+        hop: &Reached,
         asked: &Connection,
         request: NetworkServiceRequest,
     ) -> Result<Connection> {
-        let peer = channel.peer();
-        let mut call = tonic::Request::new(request);
-        // Who waits for us shall hear from us which hop was silent. So we stop waiting before our time is over, and
-        // the next hop is told a time that makes it stop before us.
-        let left = cx.deadline.saturating_duration_since(Instant::now());
-        let margin = (left / 10).min(LONGEST_MARGIN);
-        call.set_timeout(left.saturating_sub(margin / 2));
-        let until = cx.deadline.checked_sub(margin).unwrap_or(cx.deadline);
-        let mut client = NetworkServiceClient::new(channel.clone());
-        tracing::debug!(next = %target, connection = asked.id, "asking the next hop");
-        let answered = tokio::time::timeout_at(until, client.request(call)).await;
-        let mut answer = match answered {
-            Ok(answer) => answer?.into_inner(),
-            Err(_) => {
-                return Err(Error::new(
-                    Code::DeadlineExceeded,
-                    format!("{target} ({}) did not answer in time", peer.id()),
-                ));
-            }
-        };
+        let mut answer = hop.request(cx, target, request).await?;
         let useless =
             |e: String| Error::new(Code::Unknown, format!("the answer of {target} is of no use: {e}"));
         limits::check_connection(&answer).map_err(|e| useless(e.to_string()))?;
         path::graft(&mut answer, asked).map_err(|e| useless(e.to_string()))?;
+        let peer = hop.peer();
         if self.check_answers {
             auth::check_answer(&answer, peer, SystemTime::now())?;
         }
@@ -138,7 +119,7 @@ impl Dial {
         if let Some(Caller { peer: caller, .. }) = &cx.caller {
             auth::sign_for_caller(&mut answer, caller, peer)?;
         }
-        self.follower.follow(target, channel, &answer.id);
+        self.follower.follow(target, hop, &answer.id);
         Ok(answer)
     }
 }
@@ -194,10 +175,105 @@ impl Element for Dial {
     async fn close_forgotten(&self, cx: &mut Context<'_>, conn: Connection, _: Next<'_>) -> Result<()> {
         // Nobody above found out where it went: what is there ends with its token.
         let Some(target) = cx.next_hop.clone() else { return Ok(()) };
-        let channel = self.channel(&target, cx.deadline).await?;
-        close(channel, conn, cx.deadline).await
+        self.reach(&target, cx.deadline).await?.close(conn, cx.deadline).await
     }
 }
+
+/// A next hop that can be asked now.
+#[derive(Clone)]
+enum Reached {
+    /// Over this channel.
+    Channel(Channel),
+    /// In this process, as this peer.
+    Inside(Arc<Inside>, Peer),
+}
+
+async fn reach(
+    pool: &Pool,
+    target: &NextHop,
+    dial_timeout: std::time::Duration,
+    deadline: Instant,
+) -> std::result::Result<Reached, nsm_transport::DialError> {
+    match target.way() {
+        Way::Inside(hop) => Ok(Reached::Inside(Arc::clone(hop), hop.peer())),
+        Way::Dial(target) => {
+            let left = deadline.saturating_duration_since(Instant::now());
+            pool.get(target.clone(), dial_timeout.min(left)).await.map(Reached::Channel)
+        }
+    }
+}
+
+impl Reached {
+    fn peer(&self) -> &Peer {
+        match self {
+            Self::Channel(channel) => channel.peer(),
+            Self::Inside(_, peer) => peer,
+        }
+    }
+
+    async fn request(
+        &self,
+        cx: &mut Context<'_>,
+        target: &NextHop,
+        request: NetworkServiceRequest,
+    ) -> Result<Connection> {
+        // Who waits for us shall hear from us which hop was silent. So we stop waiting before our time is over, and
+        // the next hop is told a time that makes it stop before us.
+        let left = cx.deadline.saturating_duration_since(Instant::now());
+        let margin = (left / 10).min(LONGEST_MARGIN);
+        let channel = match self {
+            Self::Channel(channel) => channel,
+            Self::Inside(hop, peer) => {
+                let deadline = cx.deadline.checked_sub(margin / 2).unwrap_or(cx.deadline);
+                let answer = hop.request(peer, cx.fds.clone(), deadline, request).await?;
+                cx.fds.extend(answer.fds);
+                return Ok(answer.connection);
+            }
+        };
+        for mechanism in fds::mechanisms(&request) {
+            cx.fds.send(channel.peer(), mechanism);
+        }
+        let mut call = tonic::Request::new(request);
+        call.set_timeout(left.saturating_sub(margin / 2));
+        let until = cx.deadline.checked_sub(margin).unwrap_or(cx.deadline);
+        match tokio::time::timeout_at(until, NetworkServiceClient::new(channel.clone()).request(call)).await {
+            Ok(answer) => Ok(answer?.into_inner()),
+            Err(_) => Err(Error::new(
+                Code::DeadlineExceeded,
+                format!("{target} ({}) did not answer in time", channel.peer().id()),
+            )),
+        }
+    }
+
+    async fn close(self, conn: Connection, deadline: Instant) -> Result<()> {
+        let channel = match self {
+            Self::Channel(channel) => channel,
+            Self::Inside(hop, peer) => return hop.close(&peer, deadline, conn).await,
+        };
+        let mut call = tonic::Request::new(conn);
+        call.set_timeout(deadline.saturating_duration_since(Instant::now()));
+        match tokio::time::timeout_at(deadline, NetworkServiceClient::new(channel).close(call)).await {
+            Ok(answer) => answer.map(drop).map_err(Error::from),
+            Err(_) => Err(Error::new(Code::DeadlineExceeded, "the next hop did not close in time")),
+        }
+    }
+
+    /// What it tells of its connections.
+    async fn events(&self, selector: MonitorScopeSelector) -> Result<Events, tonic::Status> {
+        match self {
+            Self::Channel(channel) => {
+                let mut client = MonitorConnectionClient::new(channel.clone());
+                let events = client.monitor_connections(selector).await?.into_inner();
+                Ok(events.map_ok(Arc::new).boxed())
+            }
+            Self::Inside(hop, _) => {
+                Ok(ReceiverStream::new(hop.hub().watch(selector, Viewer::All)?).map(Ok).boxed())
+            }
+        }
+    }
+}
+
+type Events = BoxStream<'static, Result<Arc<ConnectionEvent>, tonic::Status>>;
 
 /// The next hop has state for this connection.
 #[derive(Debug)]
@@ -226,13 +302,10 @@ impl Lease for Dialed {
         if let Some(fresh) = &cx.close {
             freshen(&mut conn, fresh);
         }
-        let left = cx.deadline.saturating_duration_since(Instant::now());
-        let channel = self
-            .pool
-            .get(self.target.target().clone(), self.dial_timeout.min(left))
+        let hop = reach(&self.pool, &self.target, self.dial_timeout, cx.deadline)
             .await
             .map_err(|e| Error::unavailable(format!("{} cannot be told to close: {e}", self.target)))?;
-        close(channel, conn, cx.deadline).await
+        hop.close(conn, cx.deadline).await
     }
 }
 
@@ -247,15 +320,6 @@ fn freshen(conn: &mut Connection, fresh: &Connection) {
     }
 }
 
-async fn close(channel: Channel, conn: Connection, deadline: Instant) -> Result<()> {
-    let mut call = tonic::Request::new(conn);
-    call.set_timeout(deadline.saturating_duration_since(Instant::now()));
-    match tokio::time::timeout_at(deadline, NetworkServiceClient::new(channel).close(call)).await {
-        Ok(answer) => answer.map(drop).map_err(Error::from),
-        Err(_) => Err(Error::new(Code::DeadlineExceeded, "the next hop did not close in time")),
-    }
-}
-
 /// One monitor stream per neighbour, however many connections go there.
 #[derive(Debug)]
 struct Follower {
@@ -266,16 +330,16 @@ struct Follower {
 
 impl Follower {
     /// Follows the connection with this id (ours) at that neighbour.
-    fn follow(self: &Arc<Self>, target: &NextHop, channel: &Channel, id: &str) {
+    fn follow(self: &Arc<Self>, target: &NextHop, hop: &Reached, id: &str) {
         let mut streams = self.streams.lock();
         if let Some(ids) = streams.get_mut(target) {
             ids.insert(id.to_owned());
             return;
         }
         streams.insert(target.clone(), BTreeSet::from([id.to_owned()]));
-        let (this, target, channel) = (Arc::clone(self), target.clone(), channel.clone());
+        let (this, target, hop) = (Arc::clone(self), target.clone(), hop.clone());
         tokio::spawn(async move {
-            if let Err(status) = this.stream(&target, channel).await {
+            if let Err(status) = this.stream(&target, hop).await {
                 tracing::info!(next = %target, %status, "the next hop's events ended");
             }
             // Together: who follows this neighbour anew right now must not be told of the old stream's end.
@@ -284,12 +348,11 @@ impl Follower {
         });
     }
 
-    async fn stream(&self, target: &NextHop, channel: Channel) -> Result<(), tonic::Status> {
+    async fn stream(&self, target: &NextHop, hop: Reached) -> Result<(), tonic::Status> {
         let own = PathSegment { name: self.me.clone(), ..PathSegment::default() };
         let selector = MonitorScopeSelector { path_segments: vec![own], ..MonitorScopeSelector::default() };
-        let mut events =
-            MonitorConnectionClient::new(channel).monitor_connections(selector).await?.into_inner();
-        while let Some(event) = events.message().await? {
+        let mut events = hop.events(selector).await?;
+        while let Some(event) = events.try_next().await? {
             // A neighbour speaks for the connections that we have with it, and no others.
             let ours: BTreeSet<String> = {
                 let streams = self.streams.lock();

@@ -4,21 +4,38 @@ use std::{fmt, sync::Arc};
 
 use nsm_transport::{DialTarget, DialUrl, FileId};
 
-/// A neighbour: how to dial it, and what tells it from others.
+use crate::inside::Inside;
+
+/// A neighbour: how to reach it, and what tells it from others.
 #[derive(Debug, Clone)]
 pub struct NextHop {
-    target: DialTarget,
+    way: Way,
     /// What tells it from others.
     name: Arc<str>,
     /// What people call it.
     called: Option<Arc<str>>,
 }
 
+/// How a neighbour is reached.
+#[derive(Debug, Clone)]
+pub(crate) enum Way {
+    /// It is dialled.
+    Dial(DialTarget),
+    /// It is in this process.
+    Inside(Arc<Inside>),
+}
+
 impl NextHop {
-    /// How to dial it.
+    /// A hop of this process.
     #[must_use]
-    pub fn target(&self) -> &DialTarget {
-        &self.target
+    pub fn inside(hop: Arc<Inside>) -> Self {
+        let name = format!("{} in this process", hop.name());
+        Self { way: Way::Inside(hop), name: name.into(), called: None }
+    }
+
+    /// How to reach it.
+    pub(crate) fn way(&self) -> &Way {
+        &self.way
     }
 
     /// Tells people who is meant: an address alone seldom does.
@@ -31,7 +48,10 @@ impl NextHop {
     /// Whether it is on this node: descriptors can be handed over, and wires need no tunnel.
     #[must_use]
     pub fn is_local(&self) -> bool {
-        matches!(self.target, DialTarget::Socket(_) | DialTarget::Url(DialUrl::Unix(_)))
+        match &self.way {
+            Way::Dial(target) => matches!(target, DialTarget::Socket(_) | DialTarget::Url(DialUrl::Unix(_))),
+            Way::Inside(_) => true,
+        }
     }
 }
 
@@ -46,7 +66,7 @@ impl<T: Into<DialTarget>> From<T> for NextHop {
                 |id| format!("socket inode://{}/{}", id.dev, id.ino),
             ),
         };
-        Self { target, name: name.into(), called: None }
+        Self { way: Way::Dial(target), name: name.into(), called: None }
     }
 }
 

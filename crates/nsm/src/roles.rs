@@ -8,6 +8,7 @@ use ipnet::IpNet;
 use nsm_api::nsurl::NsUrl;
 use nsm_cnf::{filter::Unfiltered, rules::Rules, works::Role};
 use nsm_identity::{Source, SpiffeId};
+use nsm_registry::Cluster;
 use nsm_sdk::{
     client::{Client as SdkClient, ClientConfig},
     endpoint::EndpointConfig,
@@ -136,14 +137,14 @@ pub(crate) struct Manager {
 impl Manager {
     pub(crate) async fn serve(self) -> Result<()> {
         let shutdown = Shutdown::on_signals()?;
-        let registry_url = match self.registry_url.as_str() {
-            "" => None,
-            url => Some(url.parse::<DialUrl>().context("NSM_REGISTRY_URL")?),
+        let registry = match self.registry_url.as_str() {
+            "" => Cluster::Alone,
+            url => Cluster::At(url.parse().context("NSM_REGISTRY_URL")?),
         };
         let config = nsm_manager::Config {
             name: self.name,
             listen_on: self.listen_on,
-            registry_url,
+            registry,
             dial_timeout: self.dial_timeout,
             forwarder_service: self.forwarder_network_service_name,
             forwarder_ids: self.forwarder_ids.into_iter().collect(),
@@ -153,7 +154,8 @@ impl Manager {
             max_token_lifetime: self.tokens.max_token_lifetime,
             metrics: self.measured.start().await?,
         };
-        nsm_manager::serve(config, identity().await?, ready, shutdown.wait()).await?;
+        let manager = nsm_manager::Manager::bind(config, identity().await?).await?;
+        manager.serve(None, ready, shutdown.wait()).await;
         Ok(())
     }
 }
@@ -210,8 +212,6 @@ impl Forwarder {
         let shutdown = Shutdown::on_signals()?;
         let config = nsm_forwarder::Config {
             name: self.name,
-            connect_to: self.connect_to,
-            listen_on: self.listen_on,
             tunnel_ip: self.tunnel_ip,
             vxlan_port: self.vxlan_port,
             state_dir: self.state_dir,
@@ -224,7 +224,8 @@ impl Forwarder {
         };
         // The kernel is asked before anything is waited for: a missing capability is said at once.
         let forwarder = nsm_forwarder::Forwarder::prepare(config)?;
-        forwarder.serve(identity().await?, ready, shutdown.wait()).await?;
+        let source = identity().await?;
+        forwarder.serve(self.connect_to, self.listen_on, source, ready, shutdown.wait()).await?;
         Ok(())
     }
 }

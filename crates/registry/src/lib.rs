@@ -16,6 +16,7 @@ mod client;
 pub mod expiry;
 mod lanes;
 pub mod limits;
+mod lookup;
 mod manager;
 mod memory;
 pub mod path;
@@ -29,8 +30,9 @@ use nsm_transport::{DialError, FdError, UrlError};
 use tonic::{Code, Status};
 
 pub use client::{Client, ClientConfig, Endpoint, EndpointEvent, Listed, Registration, State};
-pub use manager::{Local, ManagerConfig, ManagerRegistry, node_labels};
-pub use server::{Config, Registry, SERVICES, WatchLimit};
+pub use lookup::LookUp;
+pub use manager::{Cluster, Local, ManagerConfig, ManagerRegistry, node_labels};
+pub use server::{Config, Directories, Registry, SERVICES, WatchLimit};
 
 /// Why a registration or a look-up fails.
 #[derive(Debug, Clone, thiserror::Error)]

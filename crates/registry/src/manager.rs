@@ -42,15 +42,32 @@ use crate::{
     memory::{Endpoints, Services},
     path::RegistrationPath,
     rpc::{CALL, Upstream},
-    server::{Context, Directory, Events, Front, WatchLimit},
+    server::{Context, Directories, Directory, Events, Front, WatchLimit},
     store::Item,
 };
+
+/// Where a manager finds what others of its cluster have registered.
+#[derive(Debug, Clone)]
+pub enum Cluster {
+    /// At a registry.
+    At(DialUrl),
+    /// At the registry of this process.
+    Inside(Directories),
+    /// There are no others: this manager keeps everything itself.
+    Alone,
+}
+
+impl From<Option<DialUrl>> for Cluster {
+    fn from(url: Option<DialUrl>) -> Self {
+        url.map_or(Self::Alone, Self::At)
+    }
+}
 
 /// How a manager's registry behaves.
 #[derive(Debug, Clone)]
 pub struct ManagerConfig {
-    /// The cluster's registry; `None` keeps everything in this process.
-    pub registry: Option<DialUrl>,
+    /// The cluster's registry.
+    pub registry: Cluster,
     /// The URL under which managers of other nodes reach this one; it stands for all endpoints of
     /// this node.
     pub public_url: String,
@@ -74,9 +91,9 @@ pub struct ManagerConfig {
 impl ManagerConfig {
     /// Upstream's defaults for everything but the URLs.
     #[must_use]
-    pub fn new(registry: Option<DialUrl>, public_url: impl Into<String>) -> Self {
+    pub fn new(registry: impl Into<Cluster>, public_url: impl Into<String>) -> Self {
         Self {
-            registry,
+            registry: registry.into(),
             public_url: public_url.into(),
             labels: node_labels(),
             forwarder_service: "forwarder".to_owned(),
@@ -175,12 +192,19 @@ impl ManagerRegistry {
     /// runtime. The network namespace of the calling thread is the one that forwarders register from.
     #[must_use]
     pub fn new(config: ManagerConfig, pool: Pool) -> Self {
-        let upstream = config.registry.clone().map(|url| Upstream { pool, url, dial: config.dial_timeout });
-        let (services, endpoints): (Arc<dyn Directory<_>>, Arc<dyn Directory<_>>) = match upstream {
-            Some(upstream) => {
-                (Arc::new(Cached::new(Arc::new(upstream.clone()))), Arc::new(Cached::new(Arc::new(upstream))))
+        let Directories { services, endpoints } = match config.registry.clone() {
+            Cluster::At(url) => {
+                let upstream = Arc::new(Upstream { pool, url, dial: config.dial_timeout });
+                Directories {
+                    services: Arc::new(Cached::new(upstream.clone())),
+                    endpoints: Arc::new(Cached::new(upstream)),
+                }
             }
-            None => (Arc::new(Services::default()), Arc::new(Endpoints::new(config.lifetime))),
+            Cluster::Inside(directories) => directories,
+            Cluster::Alone => Directories {
+                services: Arc::new(Services::default()),
+                endpoints: Arc::new(Endpoints::new(config.lifetime)),
+            },
         };
         let inner = Arc::new(Inner {
             services,

@@ -7,6 +7,7 @@
 
 use std::{
     collections::HashMap,
+    fmt,
     pin::Pin,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -82,8 +83,22 @@ impl Default for Config {
 #[derive(Debug)]
 pub struct Registry {
     server: Server,
+    directories: Directories,
     services: Front<NetworkService>,
     endpoints: Front<NetworkServiceEndpoint>,
+}
+
+/// What a registry knows, for a manager in the same process.
+#[derive(Clone)]
+pub struct Directories {
+    pub(crate) services: Arc<dyn Directory<NetworkService>>,
+    pub(crate) endpoints: Arc<dyn Directory<NetworkServiceEndpoint>>,
+}
+
+impl fmt::Debug for Directories {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Directories").finish_non_exhaustive()
+    }
 }
 
 impl Registry {
@@ -95,11 +110,23 @@ impl Registry {
         let server = Server::bind(source, &config.listen_on).await?;
         // A manager's watches all share one connection.
         let server = server.with_limits(Limits { calls: 65_536, ..Limits::default() });
-        let services =
-            Front::new(Arc::new(Services::new(config.services)), &config.watches, config.max_token_lifetime);
-        let endpoints =
-            Front::new(Arc::new(Endpoints::new(config.lifetime)), &config.watches, config.max_token_lifetime);
-        Ok(Self { server, services, endpoints })
+        let directories = Directories {
+            services: Arc::new(Services::new(config.services)),
+            endpoints: Arc::new(Endpoints::new(config.lifetime)),
+        };
+        let (watches, lifetime) = (&config.watches, config.max_token_lifetime);
+        Ok(Self {
+            services: Front::new(directories.services.clone(), watches, lifetime),
+            endpoints: Front::new(directories.endpoints.clone(), watches, lifetime),
+            server,
+            directories,
+        })
+    }
+
+    /// What it knows, for a manager in the same process: [`crate::Cluster::Inside`].
+    #[must_use]
+    pub fn directories(&self) -> Directories {
+        self.directories.clone()
     }
 
     /// The URLs as they were bound.

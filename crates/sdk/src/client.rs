@@ -28,7 +28,7 @@ use nsm_mesh::{
     monitor::{Hub, Monitor, Viewer},
     refresh,
 };
-use nsm_transport::Pool;
+use nsm_transport::{DialTarget, Pool};
 use tokio::{task::AbortHandle, time::Instant};
 
 use crate::own_end::{ClientEnd, OwnNamespace};
@@ -44,7 +44,7 @@ pub struct ClientConfig {
     /// Name in the path, and prefix of connection ids: unique in the mesh.
     pub name: String,
     /// The manager of this node.
-    pub connect_to: NextHop,
+    pub connect_to: DialTarget,
     /// How long connecting to the manager may take.
     pub dial_timeout: Duration,
     /// How long one try of a request may take.
@@ -102,7 +102,7 @@ impl Client {
         let chain = chain![
             Monitor { hub: Arc::clone(&hub), terminates: false }, // what the mesh tells of our wires
             ClientEnd(namespace),                                 // where they end
-            To(config.connect_to.clone()),                        // the manager of this node
+            To(config.connect_to.clone().into()),                 // the manager of this node
             dial,
         ];
         let connections = Connections::asking(&config.name, chain, Arc::new(Metrics::default()));
@@ -179,7 +179,7 @@ impl Client {
     }
 
     async fn connections_at_manager(&self) -> Result<BTreeMap<String, Connection>> {
-        let target = self.config.connect_to.target().clone();
+        let target = self.config.connect_to.clone();
         let channel = self
             .pool
             .get(target, self.config.dial_timeout)

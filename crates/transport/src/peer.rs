@@ -85,6 +85,14 @@ impl Peer {
         self.0.minter.mint(self.0.identity.svid(), &self.0.leaf, max_lifetime, now)
     }
 
+    /// This process as its own peer, for roles that share one: what is said between them travels over no connection.
+    #[must_use]
+    pub fn this_process(identity: Arc<Identity>) -> Self {
+        let leaf = identity.svid().leaf().clone();
+        let address = "this process".to_owned();
+        Self(Arc::new(Inner { leaf, identity, address, unix: None, minter: Minter::default() }))
+    }
+
     /// Reads the peer of an established TLS connection.
     pub(crate) fn new(
         connection: &rustls::CommonState,
