@@ -84,6 +84,8 @@ pub struct Options {
     pub commit: Option<String>,
     /// Prefix of the labs' names: two runs beside each other need two.
     pub lab: String,
+    /// All daemons of a node in one process: `nsm node`.
+    pub together: bool,
 }
 
 /// A lab that comes down whatever happens.
@@ -92,7 +94,8 @@ struct Standing(Lab);
 // === impl Topology ===
 
 impl Topology {
-    fn scenario(self, name: &str) -> String {
+    fn scenario(self, name: &str, together: bool) -> String {
+        let daemons = if together { "together" } else { "separate" };
         let (nodes, far, cables) = match self {
             // The bare pairs stand beside the wire, in the same pods.
             Self::Local => ("node1", "node1", bare::CABLES),
@@ -106,6 +109,7 @@ impl Topology {
                metadata: {{name: {SERVICE}}}\n  \
                spec: {{payload: ETHERNET}}\n\
              nodes: [{nodes}]\n\
+             daemons: {daemons}\n\
              pods:\n\
              - {{name: client, node: node1}}\n\
              - {{name: endpoint, node: {far}, endpoint: {{services: [{SERVICE}], cidrPrefix: [10.200.0.0/16]}}}}\n\
@@ -178,7 +182,7 @@ fn measure(
     };
     let before = Snapshot::take()?;
     let path = Path::new("nsm bench");
-    let mut plan = Plan::new(&Scenario::parse(&topology.scenario(&name), path)?);
+    let mut plan = Plan::new(&Scenario::parse(&topology.scenario(&name, options.together), path)?);
     for process in &mut plan.processes {
         // Handshakes are counted in the logs.
         process.env.insert("NSM_LOG_LEVEL".into(), "info".into());

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use ipnet::{IpNet, Ipv4Net};
 use serde::Serialize;
 
-use crate::scenario::{CableEnd, Pod, Scenario};
+use crate::scenario::{CableEnd, Daemons, Pod, Scenario};
 
 /// Directory of all labs; a lab has `<ROOT>/<lab>/`.
 pub const ROOT: &str = "/run/nsm/lab";
@@ -187,14 +187,20 @@ impl Plan {
             client: false,
         };
         let mut files = Vec::new();
-        let mut registry_args = strings(&["registry", "--name", "registry", "--listen-on", &registry]);
+        let mut services = Vec::new();
         if !scenario.network_services.is_empty() {
             let path = at.root.join("network-services.yaml");
-            registry_args.extend(strings(&["--network-services", &path.to_string_lossy()]));
+            services = strings(&["--network-services", &path.to_string_lossy()]);
             files.push(PlannedFile { path, content: scenario.network_services.join("---\n") });
         }
-        if let Some(first) = scenario.nodes.first() {
-            processes.push(daemon("registry", first, registry_args, strings(&["identity"])));
+        if let (Some(first), Daemons::Separate) = (scenario.nodes.first(), scenario.daemons) {
+            let args = strings(&["registry", "--name", "registry", "--listen-on", &registry]);
+            processes.push(daemon(
+                "registry",
+                first,
+                [args, services.clone()].concat(),
+                strings(&["identity"]),
+            ));
         }
         for (index, node) in scenario.nodes.iter().enumerate() {
             let ip = node_ip(index);
@@ -214,18 +220,38 @@ impl Plan {
                     bridged: true,
                 },
             });
-            let (manager, forwarder) = (format!("{node}/manager"), format!("{node}/forwarder"));
             let manager_socket = at.url(node, "nsm.io.sock");
             let listen = format!("{manager_socket},tcp://{ip}:{MANAGER_PORT}");
-            let args = ["manager", "--name", &format!("manager-{node}"), "--listen-on", &listen];
-            let args = [&args[..], &["--registry-url", &registry]].concat();
-            processes.push(daemon(&manager, node, strings(&args), strings(&["registry"])));
-            let (socket, state) = (at.url(node, "forwarder.sock"), at.node(node).join("forwarder"));
-            let args = ["forwarder", "--name", &format!("forwarder-{node}"), "--connect-to", &manager_socket];
-            let tunnel = ip.to_string();
-            let more =
-                ["--listen-on", &socket, "--tunnel-ip", &tunnel, "--state-dir", &state.to_string_lossy()];
-            processes.push(daemon(&forwarder, node, strings(&[&args[..], &more].concat()), vec![manager]));
+            let (manager_name, forwarder_name) = (format!("manager-{node}"), format!("forwarder-{node}"));
+            let managing = strings(&["--name", &manager_name, "--listen-on", &listen]);
+            let cluster = strings(&["--registry-url", &registry]);
+            let state = at.node(node).join("forwarder");
+            let forwarding =
+                strings(&["--tunnel-ip", &ip.to_string(), "--state-dir", &state.to_string_lossy()]);
+            match (scenario.daemons, &scenario.daemons.of(node)[..]) {
+                (Daemons::Separate, [manager, forwarder]) => {
+                    let args = [strings(&["manager"]), managing, cluster].concat();
+                    processes.push(daemon(manager, node, args, strings(&["registry"])));
+                    let socket = at.url(node, "forwarder.sock");
+                    let args = ["forwarder", "--name", &forwarder_name, "--connect-to", &manager_socket];
+                    let args = [&args[..], &["--listen-on", &socket]].concat();
+                    let args = [strings(&args), forwarding].concat();
+                    processes.push(daemon(forwarder, node, args, vec![manager.clone()]));
+                }
+                (_, names) => {
+                    let mut args = [strings(&["node"]), managing, forwarding].concat();
+                    args.extend(strings(&["--forwarder-name", &forwarder_name]));
+                    let after = if index == 0 {
+                        args.extend(strings(&["--registry-listen-on", &registry]));
+                        args.append(&mut services);
+                        "identity".to_owned()
+                    } else {
+                        args.extend(cluster);
+                        scenario.daemons.of(&scenario.nodes[0]).concat()
+                    };
+                    processes.push(daemon(&names.concat(), node, args, vec![after]));
+                }
+            }
         }
 
         // Serving pods wait for their own node only; clients wait for everybody, because discovery does not wait
@@ -233,7 +259,7 @@ impl Plan {
         let (clients, others): (Vec<_>, Vec<_>) =
             scenario.pods.iter().partition(|pod| pod.wanted_services().is_some());
         for pod in others {
-            let after = vec![format!("{}/forwarder", pod.node)];
+            let after = scenario.daemons.of(&pod.node).pop().into_iter().collect();
             processes.extend(pod_process(pod, &at, after, &mut files));
         }
         let everybody: Vec<String> = processes.iter().map(|process| process.name.clone()).collect();

@@ -57,6 +57,8 @@ pub struct Scenario {
     pub network_services: Vec<String>,
     /// Names of the nodes; the first one runs the registry.
     pub nodes: Vec<String>,
+    /// How the daemons of a node are divided into processes.
+    pub daemons: Daemons,
     /// The pods in the order of the file.
     pub pods: Vec<Pod>,
     /// Plain cables between pods (not network service wires): what lies behind a gateway.
@@ -65,6 +67,28 @@ pub struct Scenario {
     pub expect: Vec<Expectation>,
     /// What is valid but may not mean what its author thinks.
     pub warnings: Vec<String>,
+}
+
+/// How the daemons of a node are divided into processes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Daemons {
+    /// Each role is a process: `registry`, `node1/manager`, `node1/forwarder`, …
+    #[default]
+    Separate,
+    /// All of a node are one (`nsm node`): `node1/node`, …; the first one is the registry too.
+    Together,
+}
+
+impl Daemons {
+    /// The names of the processes of a node, in the order in which they start.
+    #[must_use]
+    pub fn of(self, node: &str) -> Vec<String> {
+        match self {
+            Self::Separate => vec![format!("{node}/manager"), format!("{node}/forwarder")],
+            Self::Together => vec![format!("{node}/node")],
+        }
+    }
 }
 
 /// A pod: a network namespace on a node, at most one program of the mesh, and servers.
@@ -544,10 +568,11 @@ impl Scenario {
 
     /// Names of the processes that a fault can name.
     fn processes(&self) -> BTreeSet<String> {
-        let daemons =
-            self.nodes.iter().flat_map(|node| [format!("{node}/manager"), format!("{node}/forwarder")]);
+        let registry = (self.daemons == Daemons::Separate).then_some("registry");
+        let alone = ["identity"].into_iter().chain(registry).map(str::to_owned);
+        let daemons = self.nodes.iter().flat_map(|node| self.daemons.of(node));
         let pods = self.pods.iter().filter(|pod| pod.has_program()).map(|pod| pod.name.clone());
-        ["identity".to_owned(), "registry".to_owned()].into_iter().chain(daemons).chain(pods).collect()
+        alone.chain(daemons).chain(pods).collect()
     }
 }
 
@@ -639,6 +664,8 @@ struct File {
     network_services: Vec<Spanned<IgnoredAny>>,
     nodes: Vec<String>,
     #[serde(default)]
+    daemons: Daemons,
+    #[serde(default)]
     pods: Vec<Spanned<Pod>>,
     #[serde(default)]
     cables: Vec<Spanned<[CableEnd; 2]>>,
@@ -677,6 +704,7 @@ impl File {
             network_services: documents.collect::<Result<_, _>>()?,
             name: self.name,
             nodes: self.nodes,
+            daemons: self.daemons,
             pods: self.pods.into_iter().map(|item| item.value).collect(),
             cables: self.cables.into_iter().map(|item| item.value).collect(),
             expect: self.expect.into_iter().map(|item| item.value).collect(),

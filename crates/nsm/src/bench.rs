@@ -58,6 +58,9 @@ struct Amounts {
     /// How many wires to ask for at a time; each is a row of its own
     #[arg(long, global = true, value_delimiter = ',', default_value = "1,16")]
     concurrency: Vec<usize>,
+    /// Measure `nsm node`: manager, forwarder and registry of a node in one process
+    #[arg(long, global = true)]
+    together: bool,
     /// How many times wire and bare device are compared, in turns, and the bare device with its equal: that is noise
     #[arg(long, global = true, default_value_t = 7)]
     pairs: usize,
@@ -130,6 +133,7 @@ fn measure(amounts: Amounts, measures: BTreeSet<Measure>, exe: &std::path::Path)
         pings: amounts.pings,
         commit: amounts.commit,
         lab: amounts.lab,
+        together: amounts.together,
     };
     // Results go to stdout, what is being done to stderr.
     let mut progress = |text: &str| {

@@ -1,6 +1,6 @@
 //! Flags and environment of every role, and the call that starts it.
 
-use std::{net::IpAddr, path::PathBuf, time::Duration};
+use std::{net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result};
 use clap::Args;
@@ -8,6 +8,8 @@ use ipnet::IpNet;
 use nsm_api::nsurl::NsUrl;
 use nsm_cnf::{filter::Unfiltered, rules::Rules, works::Role};
 use nsm_identity::{Source, SpiffeId};
+use nsm_manager::Candidate;
+use nsm_mesh::{Inside, NextHop, auth::OnlyFrom, metrics::Metrics};
 use nsm_registry::Cluster;
 use nsm_sdk::{
     client::{Client as SdkClient, ClientConfig},
@@ -102,58 +104,89 @@ pub(crate) struct Manager {
     /// Name in the path of connections; unique in the mesh
     #[arg(long, env = "NSM_NAME", default_value = "nsmgr")]
     name: String,
+    #[command(flatten)]
+    managing: Managing,
+    #[command(flatten)]
+    hop: Hop,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+/// Flags of whatever manages a node.
+#[derive(Debug, Args)]
+pub(crate) struct Managing {
     /// Where to listen; the first tcp:// one is what other nodes reach us by
     #[arg(long, env = "NSM_LISTEN_ON", default_value = MANAGER_SOCKET, value_delimiter = ',')]
     listen_on: Vec<ListenUrl>,
-    /// The cluster's registry; empty: one in this process
+    /// The cluster's registry; empty: there is none, this manager keeps everything itself
     #[arg(long, env = "NSM_REGISTRY_URL", default_value = "tcp://localhost:5002")]
     registry_url: String,
-    /// How long connecting to registry, forwarders and other managers may take
-    #[arg(long, env = "NSM_DIAL_TIMEOUT", default_value = "750ms", value_parser = duration)]
-    dial_timeout: Duration,
     /// The service under which forwarders register
     #[arg(long, env = "NSM_FORWARDER_NETWORK_SERVICE_NAME", default_value = "forwarder")]
     forwarder_network_service_name: String,
     /// SPIFFE IDs that may register forwarders from another network namespace than the manager's, or over TCP
     #[arg(long, env = "NSM_FORWARDER_IDS", value_delimiter = ',', value_name = "SPIFFE_ID")]
     forwarder_ids: Vec<SpiffeId>,
-    /// SPIFFE IDs that may ask for wires into namespaces other than their own
-    #[arg(long, env = "NSM_NAMESPACE_DELEGATES", value_delimiter = ',', value_name = "SPIFFE_ID")]
-    namespace_delegates: Vec<SpiffeId>,
     /// SPIFFE IDs that may watch every connection; others see those that they asked for
     #[arg(long, env = "NSM_MONITOR_READERS", value_delimiter = ',', value_name = "SPIFFE_ID")]
     monitor_readers: Vec<SpiffeId>,
     /// Prefixes that endpoints must not hand out on this node
     #[arg(long, env = "NSM_EXCLUDED_PREFIXES", value_delimiter = ',', value_parser = prefix, value_name = "PREFIX")]
     excluded_prefixes: Vec<IpNet>,
+}
+
+/// Flags of every hop of a node.
+#[derive(Debug, Args)]
+pub(crate) struct Hop {
+    /// SPIFFE IDs that may name namespaces other than their own, in requests and in answers
+    #[arg(long, env = "NSM_NAMESPACE_DELEGATES", value_delimiter = ',', value_name = "SPIFFE_ID")]
+    namespace_delegates: Vec<SpiffeId>,
+    /// How long connecting to the next hop may take
+    #[arg(long, env = "NSM_DIAL_TIMEOUT", default_value = "750ms", value_parser = duration)]
+    dial_timeout: Duration,
     #[command(flatten)]
     measured: Measured,
     #[command(flatten)]
     tokens: Tokens,
-    #[command(flatten)]
-    pub(crate) common: Common,
+}
+
+impl Managing {
+    fn cluster(&self) -> Result<Cluster> {
+        Ok(match self.registry_url.as_str() {
+            "" => Cluster::Alone,
+            url => Cluster::At(url.parse().context("NSM_REGISTRY_URL")?),
+        })
+    }
+
+    fn config(
+        self,
+        name: String,
+        registry: Cluster,
+        hop: &Hop,
+        metrics: Arc<Metrics>,
+    ) -> nsm_manager::Config {
+        nsm_manager::Config {
+            name,
+            listen_on: self.listen_on,
+            registry,
+            dial_timeout: hop.dial_timeout,
+            forwarder_service: self.forwarder_network_service_name,
+            forwarder_ids: self.forwarder_ids.into_iter().collect(),
+            namespace_delegates: hop.namespace_delegates.iter().cloned().collect(),
+            excluded_prefixes: self.excluded_prefixes,
+            monitor_readers: self.monitor_readers.into_iter().collect(),
+            max_token_lifetime: hop.tokens.max_token_lifetime,
+            metrics,
+        }
+    }
 }
 
 impl Manager {
     pub(crate) async fn serve(self) -> Result<()> {
         let shutdown = Shutdown::on_signals()?;
-        let registry = match self.registry_url.as_str() {
-            "" => Cluster::Alone,
-            url => Cluster::At(url.parse().context("NSM_REGISTRY_URL")?),
-        };
-        let config = nsm_manager::Config {
-            name: self.name,
-            listen_on: self.listen_on,
-            registry,
-            dial_timeout: self.dial_timeout,
-            forwarder_service: self.forwarder_network_service_name,
-            forwarder_ids: self.forwarder_ids.into_iter().collect(),
-            namespace_delegates: self.namespace_delegates.into_iter().collect(),
-            excluded_prefixes: self.excluded_prefixes,
-            monitor_readers: self.monitor_readers.into_iter().collect(),
-            max_token_lifetime: self.tokens.max_token_lifetime,
-            metrics: self.measured.start().await?,
-        };
+        let cluster = self.managing.cluster()?;
+        let metrics = self.hop.measured.start().await?;
+        let config = self.managing.config(self.name, cluster, &self.hop, metrics);
         let manager = nsm_manager::Manager::bind(config, identity().await?).await?;
         manager.serve(None, ready, shutdown.wait()).await;
         Ok(())
@@ -178,6 +211,20 @@ pub(crate) struct Forwarder {
     /// Where to listen
     #[arg(long, env = "NSM_LISTEN_ON", default_value = "unix:///run/nsm/forwarder.sock")]
     listen_on: ListenUrl,
+    /// The service under which forwarders register
+    #[arg(long, env = "NSM_NSNAME", default_value = "forwarder")]
+    nsname: String,
+    #[command(flatten)]
+    forwarding: Forwarding,
+    #[command(flatten)]
+    hop: Hop,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+/// Flags of whatever makes wires.
+#[derive(Debug, Args)]
+pub(crate) struct Forwarding {
     /// This node's address for tunnels; without one: that of the default route's device
     #[arg(long, env = "NSM_TUNNEL_IP")]
     tunnel_ip: Option<IpAddr>,
@@ -190,42 +237,127 @@ pub(crate) struct Forwarder {
     /// Capabilities that services choose forwarders by
     #[arg(long, env = "NSM_LABELS", default_value = "p2p:true", value_delimiter = ',', value_parser = label)]
     labels: Vec<(String, String)>,
-    /// The service under which forwarders register
-    #[arg(long, env = "NSM_NSNAME", default_value = "forwarder")]
-    nsname: String,
-    /// SPIFFE IDs of endpoints that may answer with namespaces other than their own
-    #[arg(long, env = "NSM_NAMESPACE_DELEGATES", value_delimiter = ',', value_name = "SPIFFE_ID")]
-    namespace_delegates: Vec<SpiffeId>,
-    /// How long connecting to endpoints and managers may take
-    #[arg(long, env = "NSM_DIAL_TIMEOUT", default_value = "750ms", value_parser = duration)]
-    dial_timeout: Duration,
-    #[command(flatten)]
-    measured: Measured,
-    #[command(flatten)]
-    tokens: Tokens,
-    #[command(flatten)]
-    pub(crate) common: Common,
+}
+
+impl Forwarding {
+    fn config(
+        self,
+        name: String,
+        service: String,
+        hop: &Hop,
+        metrics: Arc<Metrics>,
+    ) -> nsm_forwarder::Config {
+        nsm_forwarder::Config {
+            name,
+            tunnel_ip: self.tunnel_ip,
+            vxlan_port: self.vxlan_port,
+            state_dir: self.state_dir,
+            labels: self.labels.into_iter().collect(),
+            service,
+            namespace_delegates: hop.namespace_delegates.iter().cloned().collect(),
+            dial_timeout: hop.dial_timeout,
+            max_token_lifetime: hop.tokens.max_token_lifetime,
+            metrics,
+        }
+    }
 }
 
 impl Forwarder {
     pub(crate) async fn serve(self) -> Result<()> {
         let shutdown = Shutdown::on_signals()?;
-        let config = nsm_forwarder::Config {
-            name: self.name,
-            tunnel_ip: self.tunnel_ip,
-            vxlan_port: self.vxlan_port,
-            state_dir: self.state_dir,
-            labels: self.labels.into_iter().collect(),
-            service: self.nsname,
-            namespace_delegates: self.namespace_delegates.into_iter().collect(),
-            dial_timeout: self.dial_timeout,
-            max_token_lifetime: self.tokens.max_token_lifetime,
-            metrics: self.measured.start().await?,
-        };
+        let metrics = self.hop.measured.start().await?;
+        let config = self.forwarding.config(self.name, self.nsname, &self.hop, metrics);
         // The kernel is asked before anything is waited for: a missing capability is said at once.
         let forwarder = nsm_forwarder::Forwarder::prepare(config)?;
         let source = identity().await?;
         forwarder.serve(self.connect_to, self.listen_on, source, ready, shutdown.wait()).await?;
+        Ok(())
+    }
+}
+
+/// Manager and forwarder of a node in one process, and the registry where asked: what most nodes run
+///
+/// Requests go from one to the other without a connection, a handshake or a message; paths show both all the same, and
+/// forwarders in processes of their own may register beside. Needs CAP_NET_ADMIN and CAP_SYS_ADMIN.
+///
+/// Example: nsm node --name node1 --listen-on unix:///run/nsm/nsm.io.sock,tcp://10.0.0.1:5001 --registry-listen-on tcp://10.0.0.1:5002
+#[derive(Debug, Args)]
+pub(crate) struct Node {
+    /// Name of the manager in the path of connections; unique in the mesh
+    #[arg(long, env = "NSM_NAME", default_value = "nsmgr")]
+    name: String,
+    /// Name of the forwarder in the path of connections; without one: forwarder-NAME
+    #[arg(long, env = "NSM_FORWARDER_NAME")]
+    forwarder_name: Option<String>,
+    /// Serve the cluster's registry here, in this process, instead of asking the one at --registry-url
+    #[arg(long, env = "NSM_REGISTRY_LISTEN_ON", value_delimiter = ',', value_name = "URL")]
+    registry_listen_on: Vec<ListenUrl>,
+    /// For the registry here: YAML files with NetworkService resources to start with
+    #[arg(
+        long,
+        env = "NSM_NETWORK_SERVICE_FILES",
+        value_delimiter = ',',
+        value_name = "FILE",
+        requires = "registry_listen_on"
+    )]
+    network_services: Vec<PathBuf>,
+    #[command(flatten)]
+    managing: Managing,
+    #[command(flatten)]
+    forwarding: Forwarding,
+    #[command(flatten)]
+    hop: Hop,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+impl Node {
+    pub(crate) async fn serve(self) -> Result<()> {
+        let shutdown = Shutdown::on_signals()?;
+        let services = read_services(&self.network_services)?;
+        let metrics = self.hop.measured.start().await?;
+        let service = self.managing.forwarder_network_service_name.clone();
+        let name = self.forwarder_name.unwrap_or_else(|| format!("forwarder-{}", self.name));
+        let config = self.forwarding.config(name, service, &self.hop, Arc::clone(&metrics));
+        // The kernel is asked before anything is waited for: a missing capability is said at once.
+        let forwarder = nsm_forwarder::Forwarder::prepare(config)?;
+        let source = identity().await?;
+
+        let (registry, cluster) = if self.registry_listen_on.is_empty() {
+            (None, self.managing.cluster()?)
+        } else {
+            let config = nsm_registry::Config {
+                listen_on: self.registry_listen_on,
+                services,
+                max_token_lifetime: self.hop.tokens.max_token_lifetime,
+                ..nsm_registry::Config::default()
+            };
+            let registry = nsm_registry::Registry::bind(config, source.clone()).await?;
+            let known = registry.directories();
+            (Some(registry), Cluster::Inside(known))
+        };
+        let config = self.managing.config(self.name, cluster, &self.hop, metrics);
+        let manager = nsm_manager::Manager::bind(config, source.clone()).await?;
+
+        let registration = forwarder.registration("");
+        let directory = Arc::new(manager.registry().clone());
+        let forwarder = forwarder.start(OnlyFrom::Inside, directory, manager.pool().clone());
+        let (connections, hub) = (Arc::clone(&forwarder.connections), Arc::clone(&forwarder.hub));
+        let hop = Inside::new(connections, hub, source, self.hop.tokens.max_token_lifetime);
+        let own = Candidate { nse: registration, hop: NextHop::inside(Arc::new(hop)) };
+
+        let open = async {
+            if let Some(registry) = registry {
+                registry.serve(shutdown.clone().wait()).await;
+            }
+        };
+        let (wires, (), ()) = tokio::join!(
+            forwarder.look_after(shutdown.clone().wait()),
+            manager.serve(Some(own), ready, shutdown.clone().wait()),
+            open,
+        );
+        // Deletions under way come to their end; standing wires stay.
+        wires.flush().await;
         Ok(())
     }
 }
