@@ -40,6 +40,7 @@ scenarios! {
     dual_stack: "dual-stack",
     kernel2kernel: "kernel2kernel",
     kernel2vxlan2kernel: "kernel2vxlan2kernel",
+    one_process: "one-process",
     secure_intranet: "secure-intranet",
     secure_intranet_ethernet: "secure-intranet-ethernet",
     two_services: "two-services",

@@ -17,6 +17,7 @@ use nsm_lab::{
     plan::Paths,
     probe::{Echo, Row},
     process::{Condition, Program, Supervisor},
+    scenario::Daemons,
 };
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -84,8 +85,17 @@ impl Mesh {
         Self::up_with(test, pods, |_| {})
     }
 
+    /// As [`Mesh::up`], with all daemons of a node in one process.
+    pub(crate) fn up_together(test: &str, pods: &str) -> Option<Self> {
+        Self::up_as(test, Daemons::Together, pods, |_| {})
+    }
+
     /// As [`Mesh::up`], with another plan.
     pub(crate) fn up_with(test: &str, pods: &str, change: impl FnOnce(&mut Plan)) -> Option<Self> {
+        Self::up_as(test, Daemons::Separate, pods, change)
+    }
+
+    fn up_as(test: &str, daemons: Daemons, pods: &str, change: impl FnOnce(&mut Plan)) -> Option<Self> {
         if may_not(test) {
             return None;
         }
@@ -94,7 +104,8 @@ impl Mesh {
         let nodes = if pods.contains("node: node2") { "node1, node2" } else { "node1" };
         let text = format!("name: {name}\n{SERVICES}nodes: [{nodes}]\npods:\n{pods}");
         let file = PathBuf::from(format!("{test}.yaml"));
-        let scenario = Scenario::parse(&text, &file).unwrap_or_else(|e| panic!("{e}\n{text}"));
+        let mut scenario = Scenario::parse(&text, &file).unwrap_or_else(|e| panic!("{e}\n{text}"));
+        scenario.daemons = daemons;
         let mut plan = Plan::new(&scenario);
         // Tests that stop somebody in the middle have to know how far a request has come.
         for process in plan.processes.iter_mut().filter(|process| process.name.ends_with("/forwarder")) {

@@ -11,6 +11,7 @@ mod config;
 mod functions;
 mod harness;
 mod killed;
+mod node;
 mod raw;
 mod selection;
 mod state;
@@ -27,6 +28,7 @@ fn inside() {
         "idle" => raw::wait_until_idle(&lab, &[]),
         // A manager remembers the connection of a wire that broke until its token expires: the client may choose anew.
         "idle wires" => raw::wait_until_idle(&lab, &["nsm.io.sock"]),
+        "whole path" => node::whole_path(&lab),
         "bad requests" => wire::bad_requests(&lab),
         "bad tokens" => wire::bad_tokens(&lab),
         "bad namespaces" => wire::bad_namespaces(&lab),
