@@ -106,6 +106,7 @@ impl Dial {
         asked: &Connection,
         request: NetworkServiceRequest,
     ) -> Result<Connection> {
+        tracing::debug!(next = %target, connection = asked.id, "asking the next hop");
         let mut answer = hop.request(cx, target, request).await?;
         let useless =
             |e: String| Error::new(Code::Unknown, format!("the answer of {target} is of no use: {e}"));
