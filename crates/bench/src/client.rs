@@ -235,6 +235,7 @@ pub async fn client(options: ClientOptions, source: Source) -> Result<(), Error>
         dial_timeout: Duration::from_secs(5),
         request_timeout: Duration::from_secs(15),
         labels: std::collections::BTreeMap::new(),
+        awareness_groups: nsm_sdk::prefixes::AwarenessGroups::default(),
     };
     let client = Client::new(config, Pool::new(source, PoolConfig::default()), namespace);
     let mut orders = orders()?;

@@ -211,8 +211,14 @@ fn end(fds: &Fds, side: Side, m: &Mechanism, conn: &Connection) -> Result<EndPla
         end.mtu = Some(context.mtu).filter(|mtu| *mtu != 0);
         return Ok(end);
     }
-    end.with_context(side, &ip_context(&context.ip_context.unwrap_or_default(), context.mtu))
-        .map_err(|e| Error::invalid(format!("the {} side: {e}", whose(side))))
+    let invalid = |e: nsm_kernel::plan::Invalid| Error::invalid(format!("the {} side: {e}", whose(side)));
+    let ethernet = context.ethernet_context.unwrap_or_default();
+    let mac = match side {
+        Side::Near => ethernet.src_mac,
+        Side::Far => ethernet.dst_mac,
+    };
+    end.mac = (!mac.is_empty()).then(|| mac.parse()).transpose().map_err(invalid)?;
+    end.with_context(side, &ip_context(&context.ip_context.unwrap_or_default(), context.mtu)).map_err(invalid)
 }
 
 enum Unjoined {

@@ -8,7 +8,6 @@
 
 mod attest;
 mod authority;
-mod watch_file;
 
 use std::{
     collections::BTreeSet,
@@ -36,10 +35,9 @@ use tracing::{debug, info, warn};
 
 pub use attest::{Entry, Selectors};
 pub use authority::Authority;
-use watch_file::FileWatch;
 
 use crate::{
-    Error, SpiffeId, TrustDomain, UnixPeer, UnixSocket,
+    Error, FileWatch, SpiffeId, TrustDomain, UnixPeer, UnixSocket,
     pb::{
         self,
         spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer},

@@ -16,6 +16,7 @@ mod source;
 mod svid;
 pub mod token;
 pub mod unix;
+mod watch_file;
 
 use std::{io, path::PathBuf, sync::Arc};
 
@@ -25,6 +26,7 @@ pub use source::{ENDPOINT_VARIABLE, Source};
 pub use svid::{Bundles, CertificateError, Identity, Leaf, Svid};
 pub use token::{Claims, Token};
 pub use unix::{FileId, UnixPeer, UnixSocket};
+pub use watch_file::FileWatch;
 
 /// The Workload API on the wire.
 #[allow(missing_docs, missing_debug_implementations, unreachable_pub, clippy::all)]

@@ -1,9 +1,8 @@
-//! The manager's own elements: who this node is, which forwarder builds the wire, what addresses are taken.
+//! The manager's small elements: who this node is, and what its workloads may ask for.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::collections::BTreeMap;
 
 use async_trait::async_trait;
-use ipnet::IpNet;
 use nsm_api::{
     mechanism::LOCAL,
     pb::{
@@ -79,35 +78,6 @@ impl Element for ClientInfo {
         let labels = &mut request.connection.get_or_insert_default().labels;
         for (key, value) in &self.0 {
             labels.entry(key.clone()).or_insert_with(|| value.clone());
-        }
-        next.request(cx, request).await
-    }
-}
-
-/// Adds the prefixes that endpoints must not hand out on this cluster, and makes sure that the contexts which
-/// upstream's endpoints read without asking are there.
-#[derive(Debug, Default)]
-pub struct ExcludedPrefixes(pub Arc<Vec<IpNet>>);
-
-#[async_trait]
-impl Element for ExcludedPrefixes {
-    fn name(&self) -> &'static str {
-        "excluded-prefixes"
-    }
-
-    async fn request(
-        &self,
-        cx: &mut Context<'_>,
-        mut request: NetworkServiceRequest,
-        next: Next<'_>,
-    ) -> Result<Connection> {
-        let context = request.connection.get_or_insert_default().context.get_or_insert_default();
-        context.dns_context.get_or_insert_default();
-        let ip = context.ip_context.get_or_insert_default();
-        for prefix in self.0.iter().map(IpNet::to_string) {
-            if !ip.excluded_prefixes.contains(&prefix) {
-                ip.excluded_prefixes.push(prefix);
-            }
         }
         next.request(cx, request).await
     }

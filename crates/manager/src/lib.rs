@@ -2,11 +2,11 @@
 
 mod discover_forwarder;
 mod elements;
+mod excluded_prefixes;
 mod follow_service;
 
 use std::{collections::BTreeSet, future::Future, sync::Arc, time::Duration};
 
-use ipnet::IpNet;
 use nsm_identity::{Source, SpiffeId};
 use nsm_mesh::{
     Chain, Connections, Error, Result,
@@ -20,7 +20,8 @@ use nsm_registry::{Cluster, ManagerConfig, ManagerRegistry, node_labels};
 use nsm_transport::{ListenUrl, Pool, PoolConfig, Server};
 
 pub use discover_forwarder::{Candidate, DiscoverForwarder};
-pub use elements::{ClientInfo, ExcludedPrefixes, LocalMechanisms};
+pub use elements::{ClientInfo, LocalMechanisms};
+pub use excluded_prefixes::ExcludedPrefixes;
 pub use follow_service::{FollowService, News};
 
 /// What a manager is told from outside.
@@ -43,7 +44,7 @@ pub struct Config {
     /// Who may watch every connection, not only those that it asked for.
     pub monitor_readers: BTreeSet<SpiffeId>,
     /// Prefixes that endpoints must not hand out on this node.
-    pub excluded_prefixes: Vec<IpNet>,
+    pub excluded_prefixes: ExcludedPrefixes,
     /// How long our tokens live.
     pub max_token_lifetime: Duration,
     /// Where we count.
@@ -66,10 +67,10 @@ pub fn chain(
         OwnNamespace { allowed: Arc::new(config.namespace_delegates.clone()) }, // a workload speaks for itself
         LocalMechanisms,                                                        // … and does not aim tunnels
         ClientInfo(node_labels().into_iter().collect()),                        // where the client runs
-        ExcludedPrefixes(Arc::new(config.excluded_prefixes.clone())), // what is taken in this cluster
-        follow_service,                                               // ends what its service leads away
-        DiscoverForwarder { registry, own },                          // who builds the wire
-        Dial::new(pool, &config.name, hub, config.dial_timeout),      // the forwarder
+        config.excluded_prefixes.clone(), // what is taken in this cluster
+        follow_service,                   // ends what its service leads away
+        DiscoverForwarder { registry, own }, // who builds the wire
+        Dial::new(pool, &config.name, hub, config.dial_timeout), // the forwarder
     ]
 }
 

@@ -62,7 +62,7 @@ impl Node {
             forwarder_service: "forwarder".into(),
             forwarder_ids: BTreeSet::new(),
             namespace_delegates: ["spiffe://test.lab/cni".parse().unwrap()].into(),
-            excluded_prefixes: Vec::new(),
+            excluded_prefixes: nsm_manager::ExcludedPrefixes::default(),
             max_token_lifetime: Duration::from_secs(600),
             metrics: Arc::default(),
             monitor_readers: BTreeSet::new(),

@@ -9,6 +9,7 @@ pub mod chain;
 pub mod dial;
 pub mod error;
 pub mod fds;
+pub mod from_file;
 pub mod hop;
 pub mod inside;
 pub mod metrics;

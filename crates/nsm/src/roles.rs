@@ -8,14 +8,20 @@ use ipnet::IpNet;
 use nsm_api::nsurl::NsUrl;
 use nsm_cnf::{filter::Unfiltered, rules::Rules, works::Role};
 use nsm_identity::{Source, SpiffeId};
+<<<<<<< HEAD
 use nsm_manager::Candidate;
 use nsm_mesh::{Inside, NextHop, auth::OnlyFrom, metrics::Metrics};
 use nsm_registry::Cluster;
+=======
+use nsm_manager::ExcludedPrefixes;
+>>>>>>> 2eb7795 (Contexts: excluded prefixes on both sides, policy routes, DNS servers, hardware addresses; refresh on request)
 use nsm_sdk::{
     client::{Client as SdkClient, ClientConfig},
-    endpoint::EndpointConfig,
+    endpoint::{EndpointConfig, Provides},
     ipam::{IpamPolicy, PrefixGroups},
     own_end::OwnNamespace,
+    prefixes::AwarenessGroups,
+    provides::{DnsConfigs, PolicyRoutes},
 };
 use nsm_transport::{DialUrl, ListenUrl, Pool, PoolConfig};
 use tokio::signal::unix::{SignalKind, signal};
@@ -133,6 +139,7 @@ pub(crate) struct Managing {
     /// Prefixes that endpoints must not hand out on this node
     #[arg(long, env = "NSM_EXCLUDED_PREFIXES", value_delimiter = ',', value_parser = prefix, value_name = "PREFIX")]
     excluded_prefixes: Vec<IpNet>,
+<<<<<<< HEAD
 }
 
 /// Flags of every hop of a node.
@@ -144,6 +151,11 @@ pub(crate) struct Hop {
     /// How long connecting to the next hop may take
     #[arg(long, env = "NSM_DIAL_TIMEOUT", default_value = "750ms", value_parser = duration)]
     dial_timeout: Duration,
+=======
+    /// A file with more of them (YAML, `prefixes: [10.96.0.0/12, …]`), read again whenever it changes; empty: none
+    #[arg(long, env = "NSM_EXCLUDED_PREFIXES_FILE", default_value = ExcludedPrefixes::FILE, value_name = "FILE")]
+    excluded_prefixes_file: PathBuf,
+>>>>>>> 2eb7795 (Contexts: excluded prefixes on both sides, policy routes, DNS servers, hardware addresses; refresh on request)
     #[command(flatten)]
     measured: Measured,
     #[command(flatten)]
@@ -184,11 +196,33 @@ impl Managing {
 impl Manager {
     pub(crate) async fn serve(self) -> Result<()> {
         let shutdown = Shutdown::on_signals()?;
+<<<<<<< HEAD
         let cluster = self.managing.cluster()?;
         let metrics = self.hop.measured.start().await?;
         let config = self.managing.config(self.name, cluster, &self.hop, metrics);
         let manager = nsm_manager::Manager::bind(config, identity().await?).await?;
         manager.serve(None, ready, shutdown.wait()).await;
+=======
+        let registry_url = match self.registry_url.as_str() {
+            "" => None,
+            url => Some(url.parse::<DialUrl>().context("NSM_REGISTRY_URL")?),
+        };
+        let config = nsm_manager::Config {
+            name: self.name,
+            listen_on: self.listen_on,
+            registry_url,
+            dial_timeout: self.dial_timeout,
+            forwarder_service: self.forwarder_network_service_name,
+            forwarder_ids: self.forwarder_ids.into_iter().collect(),
+            namespace_delegates: self.namespace_delegates.into_iter().collect(),
+            excluded_prefixes: ExcludedPrefixes::open(self.excluded_prefixes, self.excluded_prefixes_file)
+                .context("NSM_EXCLUDED_PREFIXES_FILE")?,
+            monitor_readers: self.monitor_readers.into_iter().collect(),
+            max_token_lifetime: self.tokens.max_token_lifetime,
+            metrics: self.measured.start().await?,
+        };
+        nsm_manager::serve(config, identity().await?, ready, shutdown.wait()).await?;
+>>>>>>> 2eb7795 (Contexts: excluded prefixes on both sides, policy routes, DNS servers, hardware addresses; refresh on request)
         Ok(())
     }
 }
@@ -382,6 +416,16 @@ pub(crate) struct Client {
     /// Labels of every request, beside those of the URL
     #[arg(long, env = "NSM_LABELS", value_delimiter = ',', value_parser = label, value_name = "KEY:VALUE")]
     labels: Vec<(String, String)>,
+    /// Services whose wires may have overlapping addresses, because their endpoints know of each other: groups of
+    /// network-service URLs, `[URL,URL],[URL]`. Other wires are kept from overlapping
+    #[arg(
+        long,
+        env = "NSM_AWARENESS_GROUPS",
+        default_value = "",
+        hide_default_value = true,
+        value_name = "GROUPS"
+    )]
+    awareness_groups: AwarenessGroups,
     /// How long connecting to the manager may take
     #[arg(long, env = "NSM_DIAL_TIMEOUT", default_value = "5s", value_parser = duration)]
     dial_timeout: Duration,
@@ -408,6 +452,7 @@ impl Client {
             dial_timeout: self.dial_timeout,
             request_timeout: self.request_timeout,
             labels: self.labels.into_iter().collect(),
+            awareness_groups: self.awareness_groups,
         };
         let namespace = OwnNamespace::open().context("our own network namespace cannot be opened")?;
         let pool_config =
@@ -516,6 +561,14 @@ pub(crate) struct Endpoint {
     /// Prefixes behind this endpoint: its clients get routes to them
     #[arg(long, env = "NSM_ROUTES", value_delimiter = ',', value_parser = prefix, value_name = "PREFIX")]
     routes: Vec<IpNet>,
+    /// A file with policy routes of the clients (YAML, a list of {from, proto, srcport, dstport, routes}), read again
+    /// whenever it changes: packets that match take these routes
+    #[arg(long, env = "NSM_PBR_CONFIG_PATH", default_value = PolicyRoutes::FILE, value_name = "FILE")]
+    pbr_config_path: PathBuf,
+    /// DNS servers that clients shall ask, and for which domains: JSON,
+    /// [{"dns_server_ips": ["172.16.1.2"], "search_domains": ["my.domain"]}]
+    #[arg(long, env = "NSM_DNS_CONFIGS", default_value = "[]", value_name = "JSON")]
+    dns_configs: DnsConfigs,
     /// Payload of the services, where they are registered by us: IP or ETHERNET
     #[arg(long, env = "NSM_PAYLOAD", default_value = "ETHERNET", value_parser = ["ETHERNET", "IP"])]
     payload: String,
@@ -531,17 +584,15 @@ impl Endpoint {
         let shutdown = Shutdown::on_signals()?;
         let mut config = self.serving.config(self.service_names).await?;
         config.register_payload = self.register_service.then_some(self.payload);
+        let provides = Provides {
+            prefixes: self.cidr_prefix,
+            policy: self.ipam_policy,
+            behind: self.routes,
+            policy_routes: PolicyRoutes::open(self.pbr_config_path).context("NSM_PBR_CONFIG_PATH")?,
+            dns: self.dns_configs,
+        };
         let source = identity().await?;
-        nsm_sdk::endpoint::serve_addresses(
-            config,
-            &self.cidr_prefix,
-            self.ipam_policy,
-            self.routes,
-            source,
-            ready,
-            shutdown.wait(),
-        )
-        .await?;
+        nsm_sdk::endpoint::serve_addresses(config, provides, source, ready, shutdown.wait()).await?;
         Ok(())
     }
 }

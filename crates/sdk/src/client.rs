@@ -31,7 +31,10 @@ use nsm_mesh::{
 use nsm_transport::{DialTarget, Pool};
 use tokio::{task::AbortHandle, time::Instant};
 
-use crate::own_end::{ClientEnd, OwnNamespace};
+use crate::{
+    own_end::{ClientEnd, OwnNamespace},
+    prefixes::{AwarenessGroups, OwnPrefixes},
+};
 
 /// How long a wire that the mesh calls down is asked for as it was, before another endpoint may take its place.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -51,6 +54,8 @@ pub struct ClientConfig {
     pub request_timeout: Duration,
     /// Labels of every request, beside those of the URL.
     pub labels: BTreeMap<String, String>,
+    /// Services whose wires may have overlapping addresses.
+    pub awareness_groups: AwarenessGroups,
 }
 
 /// An edge client. Its chain is a list that one can read: see [`Client::new`].
@@ -61,6 +66,7 @@ pub struct Client {
     hub: Arc<Hub>,
     pool: Pool,
     namespace: InodeUrl,
+    prefixes: OwnPrefixes,
     /// What an earlier process of our name left at the manager, by id; `None`: not asked yet.
     left: tokio::sync::Mutex<Option<BTreeMap<String, Connection>>>,
 }
@@ -99,14 +105,24 @@ impl Client {
         let inode = namespace.url();
         let dial =
             Dial::new(pool.clone(), &config.name, Arc::clone(&hub), config.dial_timeout).checking_answers();
+        let prefixes = OwnPrefixes::new(config.awareness_groups.clone());
         let chain = chain![
             Monitor { hub: Arc::clone(&hub), terminates: false }, // what the mesh tells of our wires
+            prefixes.clone(),                                     // what our other wires use already
             ClientEnd(namespace),                                 // where they end
             To(config.connect_to.clone().into()),                 // the manager of this node
             dial,
         ];
         let connections = Connections::asking(&config.name, chain, Arc::new(Metrics::default()));
-        Arc::new(Self { config, connections, hub, pool, namespace: inode, left: Default::default() })
+        Arc::new(Self {
+            config,
+            connections,
+            hub,
+            pool,
+            namespace: inode,
+            prefixes,
+            left: Default::default(),
+        })
     }
 
     /// Asks for a wire once.
@@ -115,6 +131,7 @@ impl Client {
     /// What the mesh says; nothing is left then.
     pub async fn request(self: &Arc<Self>, index: usize, url: &NsUrl) -> Result<Wire> {
         let id = format!("{}-{index}", self.config.name);
+        self.prefixes.asked_for(&id, url);
         let mut request = self.first_request(&id, url);
         if let Some(left) = self.left_behind(&id, url).await {
             tracing::info!(connection = %id, "going on with the wire of an earlier process");
@@ -288,7 +305,7 @@ async fn keep(
             let wait = refresh::wait(&tell.borrow(), SystemTime::now()).unwrap_or(Duration::from_secs(10));
             tokio::select! {
                 () = tokio::time::sleep(wait) => {}
-                () = goes_down(&client.hub, &selector, &id, &mut events) => {
+                () = wants_a_request(&client.hub, &selector, &id, &mut events) => {
                     let pause;
                     (pause, falls) = after_fall(up_since.elapsed(), falls, rand::random());
                     tokio::time::sleep(pause).await;
@@ -347,8 +364,9 @@ fn after_fall(up_for: Duration, falls: u32, jitter: f64) -> (Duration, u32) {
     }
 }
 
-/// Returns when the mesh says that the connection is down.
-async fn goes_down(
+/// Returns when the mesh says that the connection is down, or that its endpoint wants it asked for again
+/// (spec/control-plane.md 10.2). Both are answered alike: the wire is asked for as it is.
+async fn wants_a_request(
     hub: &Hub,
     selector: &MonitorScopeSelector,
     id: &str,
@@ -360,7 +378,14 @@ async fn goes_down(
         }
         let Some(receiver) = events else { return std::future::pending().await };
         match receiver.recv().await {
-            Some(event) if event.connections.get(id).is_some_and(|c| c.state() == State::Down) => return,
+            Some(event)
+                if event
+                    .connections
+                    .get(id)
+                    .is_some_and(|c| matches!(c.state(), State::Down | State::RefreshRequested)) =>
+            {
+                return;
+            }
             Some(_) => {}
             None => *events = None,
         }
@@ -369,7 +394,30 @@ async fn goes_down(
 
 #[cfg(test)]
 mod tests {
+    use futures::FutureExt as _;
+
     use super::*;
+
+    #[tokio::test]
+    async fn a_wire_is_asked_for_when_it_is_down_or_its_endpoint_wants_it() {
+        let hub = Hub::default();
+        let conn = |state: State| {
+            let segment = PathSegment { name: "nsc".into(), id: "nsc-0".into(), ..PathSegment::default() };
+            let path = Some(Path { index: 0, path_segments: vec![segment] });
+            Connection { id: "nsc-0".into(), path, state: state.into(), ..Connection::default() }
+        };
+        for state in [State::Down, State::RefreshRequested] {
+            let mut events = None;
+            hub.update(conn(State::Up), None);
+            let selector = MonitorScopeSelector::default();
+            let mut wants = Box::pin(wants_a_request(&hub, &selector, "nsc-0", &mut events));
+            assert!((&mut wants).now_or_never().is_none(), "it is up");
+            hub.update(conn(State::Up), None);
+            assert!((&mut wants).now_or_never().is_none(), "and changed");
+            hub.update(conn(state), None);
+            wants.await;
+        }
+    }
 
     #[test]
     fn a_wire_that_falls_at_once_is_asked_for_in_growing_bounded_pauses() {

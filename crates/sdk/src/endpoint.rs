@@ -2,17 +2,11 @@
 
 use std::{collections::BTreeMap, future::Future, path::PathBuf, sync::Arc, time::Duration};
 
-use async_trait::async_trait;
 use ipnet::IpNet;
-use nsm_api::pb::{
-    connection::Connection,
-    connectioncontext::Route,
-    networkservice::NetworkServiceRequest,
-    registry::{NetworkService, NetworkServiceEndpoint, NetworkServiceLabels},
-};
+use nsm_api::pb::registry::{NetworkService, NetworkServiceEndpoint, NetworkServiceLabels};
 use nsm_identity::Source;
 use nsm_mesh::{
-    Chain, Connections, Context, Element, Error, Next, Reason, Result,
+    Chain, Connections, Error, Reason, Result,
     auth::Authorize,
     chain,
     error::explain,
@@ -25,51 +19,35 @@ use nsm_transport::{DialUrl, ListenUrl, Pool, PoolConfig, Server};
 use crate::{
     ipam::{Ipam, IpamPolicy, PrefixGroups},
     own_end::{OwnNamespace, ServerEnd},
+    provides::{DnsConfigs, PolicyRoutes, RoutesBehind},
 };
 
-/// Prefixes that lie behind the endpoint: its clients get routes to them through the wire.
-#[derive(Debug)]
-pub struct RoutesBehind(pub Vec<IpNet>);
-
-#[async_trait]
-impl Element for RoutesBehind {
-    fn name(&self) -> &'static str {
-        "routes-behind"
-    }
-
-    async fn request(
-        &self,
-        cx: &mut Context<'_>,
-        mut request: NetworkServiceRequest,
-        next: Next<'_>,
-    ) -> Result<Connection> {
-        let context = request.connection.get_or_insert_default().context.get_or_insert_default();
-        let routes = &mut context.ip_context.get_or_insert_default().src_routes;
-        for prefix in self.0.iter().map(|net| net.trunc().to_string()) {
-            if !routes.iter().any(|r| r.prefix == prefix) {
-                routes.push(Route { prefix, next_hop: String::new() });
-            }
-        }
-        next.request(cx, request).await
-    }
+/// What `nsm endpoint` gives its clients.
+#[derive(Debug, Clone)]
+pub struct Provides {
+    /// Where their addresses come from.
+    pub prefixes: PrefixGroups,
+    /// What becomes of addresses and routes that they bring.
+    pub policy: IpamPolicy,
+    /// Prefixes that they get routes to.
+    pub behind: Vec<IpNet>,
+    /// Policy routes.
+    pub policy_routes: PolicyRoutes,
+    /// DNS servers.
+    pub dns: DnsConfigs,
 }
 
 /// The chain of `nsm endpoint`.
 #[must_use]
-pub fn endpoint(
-    authorize: Authorize,
-    hub: Arc<Hub>,
-    prefixes: &PrefixGroups,
-    policy: IpamPolicy,
-    behind: Vec<IpNet>,
-    namespace: OwnNamespace,
-) -> Chain {
+pub fn endpoint(authorize: Authorize, hub: Arc<Hub>, provides: Provides, namespace: OwnNamespace) -> Chain {
     chain![
-        authorize,                                  // who asks, before anything is taken
-        Monitor { hub, terminates: true },          // what becomes of each wire
-        Ipam::new(prefixes, policy),                // addresses for both ends
-        RoutesBehind(behind),                       // what else is reached through us
-        ServerEnd { namespace, unnumbered: false }, // where our end appears
+        authorize,                                      // who asks, before anything is taken
+        Monitor { hub, terminates: true },              // what becomes of each wire
+        Ipam::new(&provides.prefixes, provides.policy), // addresses for both ends
+        RoutesBehind(provides.behind),                  // what else is reached through us
+        provides.policy_routes,                         // which packets take other routes
+        provides.dns,                                   // who resolves names
+        ServerEnd { namespace, unnumbered: false },     // where our end appears
     ]
 }
 
@@ -120,9 +98,7 @@ impl EndpointConfig {
 /// As [`serve`].
 pub async fn serve_addresses(
     config: EndpointConfig,
-    prefixes: &PrefixGroups,
-    policy: IpamPolicy,
-    behind: Vec<IpNet>,
+    provides: Provides,
     source: Source,
     ready: impl FnOnce(),
     shutdown: impl Future<Output = ()> + Send,
@@ -130,7 +106,7 @@ pub async fn serve_addresses(
     let namespace = OwnNamespace::open()
         .map_err(|e| Error::internal(format!("our own network namespace cannot be opened: {e}")))?;
     let hub = Arc::new(Hub::default());
-    let chain = endpoint(config.authorize(), Arc::clone(&hub), prefixes, policy, behind, namespace);
+    let chain = endpoint(config.authorize(), Arc::clone(&hub), provides, namespace);
     let pool = config.pool(source.clone());
     serve(config, chain, hub, source, pool, ready, shutdown).await
 }

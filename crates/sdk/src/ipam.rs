@@ -220,13 +220,14 @@ impl Pools {
 /// The chain element of an endpoint.
 pub struct Ipam {
     pools: Arc<Mutex<Pools>>,
+    policy: IpamPolicy,
 }
 
 impl Ipam {
     /// Over these prefixes. Elements after it may add to the context what the endpoint itself wants there.
     #[must_use]
     pub fn new(groups: &PrefixGroups, policy: IpamPolicy) -> Self {
-        Self { pools: Arc::new(Mutex::new(Pools::new(groups, policy))) }
+        Self { pools: Arc::new(Mutex::new(Pools::new(groups, policy))), policy }
     }
 }
 
@@ -268,7 +269,14 @@ impl Element for Ipam {
     ) -> Result<Connection> {
         let conn = request.connection.get_or_insert_default();
         let id = conn.id.clone();
-        let ip = conn.context.get_or_insert_default().ip_context.get_or_insert_default();
+        let context = conn.context.get_or_insert_default();
+        if self.policy == IpamPolicy::Strict
+            && let Some(ethernet) = &mut context.ethernet_context
+        {
+            // The hardware address of our end is ours to say, too.
+            ethernet.dst_mac.clear();
+        }
+        let ip = context.ip_context.get_or_insert_default();
         self.pools.lock().assign(&id, ip).map_err(|e| {
             Error::new(tonic::Code::ResourceExhausted, e.to_string())
                 .hint("give the endpoint a larger NSM_CIDR_PREFIX, or start another endpoint of the service")

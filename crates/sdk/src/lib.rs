@@ -4,3 +4,5 @@ pub mod client;
 pub mod endpoint;
 pub mod ipam;
 pub mod own_end;
+pub mod prefixes;
+pub mod provides;

@@ -8,6 +8,7 @@ mod answers;
 #[path = "../common/mod.rs"]
 mod common;
 mod config;
+mod context;
 mod functions;
 mod harness;
 mod killed;
@@ -34,6 +35,7 @@ fn inside() {
         "bad namespaces" => wire::bad_namespaces(&lab),
         "evil" => answers::evil(&lab),
         "leaving" => wire::leaving(&lab),
+        "hardware addresses" => context::hardware_addresses(&lab),
         job if job.starts_with("steer ") => steering::steer(&lab, &job["steer ".len()..]),
         other => panic!("no such job: {other}"),
     }

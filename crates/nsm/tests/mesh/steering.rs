@@ -41,7 +41,7 @@ fn a_wire_that_its_service_leads_away_goes_to_another_endpoint() {
     let wired = |x: usize, y: usize| {
         eventually(&format!("{x} wires at x and {y} at y"), || {
             let at = ["x", "y", "a", "b"].map(|pod| mesh.links(pod).len());
-            if at == [x, y, 1, 1] { Ok(()) } else { Err(format!("{at:?}\n{}", mesh.log("manager-node1"))) }
+            if at == [x, y, 1, 1] { Ok(()) } else { Err(format!("{at:?}\n{}", mesh.log("node1/manager"))) }
         });
     };
     wired(2, 0);

@@ -14,11 +14,13 @@ use tracing::debug;
 const LOOK: Duration = Duration::from_secs(1);
 
 /// Watches a file's directory by inotify, because editors and operators replace files.
-pub(super) struct FileWatch(Option<AsyncFd<OwnedFd>>);
+#[derive(Debug)]
+pub struct FileWatch(Option<AsyncFd<OwnedFd>>);
 
 impl FileWatch {
     /// Needs a runtime.
-    pub(super) fn new(file: &Path) -> Self {
+    #[must_use]
+    pub fn new(file: &Path) -> Self {
         let dir = match file.parent() {
             Some(dir) if !dir.as_os_str().is_empty() => dir,
             _ => Path::new("."),
@@ -27,7 +29,7 @@ impl FileWatch {
     }
 
     /// Ends when the file may have changed. May be dropped.
-    pub(super) async fn maybe_changed(&self) {
+    pub async fn maybe_changed(&self) {
         let Some(inotify) = &self.0 else { return sleep(LOOK).await };
         let Ok(mut ready) = inotify.readable().await else { return sleep(LOOK).await };
         // The caller compares the file itself; the events are only drained.
@@ -39,7 +41,8 @@ impl FileWatch {
 
 fn watch(dir: &Path) -> io::Result<AsyncFd<OwnedFd>> {
     let fd = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
-    inotify::add_watch(&fd, dir, WatchFlags::CLOSE_WRITE | WatchFlags::MOVED_TO)?;
+    let gone = WatchFlags::MOVED_FROM | WatchFlags::DELETE;
+    inotify::add_watch(&fd, dir, WatchFlags::CLOSE_WRITE | WatchFlags::MOVED_TO | gone)?;
     // SAFETY: an `OwnedFd` names the same open descriptor for as long as it lives, and the `AsyncFd` owns it.
     let registered = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
     registered.map_err(Into::into)

@@ -1,0 +1,349 @@
+//! Keeps a client's wires from overlapping: what one of them uses, endpoints of the others must not hand out
+//! (spec/control-plane.md 11.1). Wires of one awareness group may overlap: their endpoints know of each other.
+//!
+//! [`InUse`] is pure; [`OwnPrefixes`] is the chain element.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    str::FromStr,
+    sync::Arc,
+};
+
+use async_trait::async_trait;
+use ipnet::IpNet;
+use nsm_api::{
+    nsurl::NsUrl,
+    pb::{connection::Connection, connectioncontext::IpContext, networkservice::NetworkServiceRequest},
+};
+use nsm_mesh::{Context, Element, Error, Lease, Next, Release, Result};
+use parking_lot::Mutex;
+
+/// Groups of network services whose endpoints know of each other (`NSM_AWARENESS_GROUPS`).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct AwarenessGroups(pub Vec<Vec<NsUrl>>);
+
+/// Not a list of awareness groups.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "awareness groups {text:?}: {problem}; expected for example [kernel://a/nsm-1,kernel://b/nsm-2],[kernel://c]"
+)]
+pub struct BadAwarenessGroups {
+    /// The text as given.
+    pub text: String,
+    /// What about it cannot be used.
+    pub problem: String,
+}
+
+impl FromStr for AwarenessGroups {
+    type Err = BadAwarenessGroups;
+
+    /// `[url,url],[url]`; blanks do not count, an empty text is no group (spec/kubernetes.md 1.6).
+    fn from_str(text: &str) -> Result<Self, BadAwarenessGroups> {
+        let bad = |problem: String| BadAwarenessGroups { text: text.into(), problem };
+        let compact: String = text.chars().filter(|c| !c.is_whitespace()).collect();
+        let mut groups = Vec::new();
+        let mut rest = compact.as_str();
+        while !rest.is_empty() {
+            let inner = rest.strip_prefix('[').ok_or_else(|| bad("a group begins with a bracket".into()))?;
+            let close = inner.find(']').ok_or_else(|| bad("a bracket is not closed".into()))?;
+            let members = &inner[..close];
+            if members.contains('[') {
+                return Err(bad("a bracket stands within a group".into()));
+            }
+            groups.push(
+                members
+                    .split(',')
+                    .map(str::parse)
+                    .collect::<Result<_, nsm_api::nsurl::BadNsUrl>>()
+                    .map_err(|e| bad(e.to_string()))?,
+            );
+            rest = match &inner[close + 1..] {
+                "" => "",
+                more => match more.strip_prefix(',') {
+                    Some(next) if next.starts_with('[') => next,
+                    _ => return Err(bad("after a group comes a comma and the next one".into())),
+                },
+            };
+        }
+        Ok(Self(groups))
+    }
+}
+
+/// What the wires of one client use.
+#[derive(Debug, Default)]
+pub struct InUse {
+    groups: Vec<Vec<NsUrl>>,
+    group_of: BTreeMap<String, usize>,
+    wires: BTreeMap<String, BTreeSet<String>>,
+}
+
+/// What an endpoint was asked not to hand out.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Excluded {
+    all: Vec<String>,
+    /// The part of it that other wires use.
+    added: Vec<String>,
+}
+
+/// An endpoint has handed out what it was asked not to.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the endpoint gave this wire {address}, which another wire of this client uses ({prefix})")]
+pub struct Overlap {
+    /// What it handed out.
+    pub address: String,
+    /// What was excluded.
+    pub prefix: String,
+}
+
+impl InUse {
+    /// Nothing is in use yet.
+    #[must_use]
+    pub fn new(groups: AwarenessGroups) -> Self {
+        Self { groups: groups.0, ..Self::default() }
+    }
+
+    /// Connection `id` is for this URL: the first group that lists it is its group. The URL itself is compared, without
+    /// the labels that a client adds to every request.
+    pub fn asked_for(&mut self, id: &str, url: &NsUrl) {
+        match self.groups.iter().position(|group| group.contains(url)) {
+            Some(group) => self.group_of.insert(id.to_owned(), group),
+            None => self.group_of.remove(id),
+        };
+    }
+
+    /// Adds to `ip` what the other wires use, but for those of the same group and the wire's own addresses.
+    pub fn exclude(&self, id: &str, ip: &mut IpContext) -> Excluded {
+        let group = self.group_of.get(id);
+        let others = self
+            .wires
+            .iter()
+            .filter(|(other, _)| *other != id && (group.is_none() || self.group_of.get(*other) != group));
+        let own: BTreeSet<&String> = ip.src_ip_addrs.iter().chain(&ip.dst_ip_addrs).collect();
+        let listed: BTreeSet<&String> = ip.excluded_prefixes.iter().collect();
+        let used: BTreeSet<&String> = others.flat_map(|(_, prefixes)| prefixes).collect();
+        let added: Vec<String> =
+            used.into_iter().filter(|p| !own.contains(p) && !listed.contains(p)).cloned().collect();
+        ip.excluded_prefixes.extend(added.iter().cloned());
+        Excluded { all: ip.excluded_prefixes.clone(), added }
+    }
+
+    /// Notes what an answer uses: addresses, routes to single hosts and, outside of groups, what it excludes on its
+    /// own account. Takes what was added to the request out of the answer again.
+    ///
+    /// # Errors
+    /// An address that was to be left out. Nothing is noted then.
+    pub fn note(&mut self, id: &str, ip: &mut IpContext, asked: &Excluded) -> Result<(), Overlap> {
+        let hosts: Vec<(&String, IpNet)> =
+            asked.all.iter().filter_map(|text| Some((text, host(text)?))).collect();
+        for address in ip.src_ip_addrs.iter().chain(&ip.dst_ip_addrs) {
+            // What is no address is nobody's; whoever builds the wire says so.
+            let Ok(net) = address.parse::<IpNet>() else { continue };
+            if let Some((prefix, _)) = hosts.iter().find(|(_, host)| host.addr() == net.addr()) {
+                return Err(Overlap { address: address.clone(), prefix: (*prefix).clone() });
+            }
+        }
+        ip.excluded_prefixes.retain(|prefix| !asked.added.contains(prefix));
+        let routes = ip.src_routes.iter().chain(&ip.dst_routes).map(|route| &route.prefix);
+        let mut uses: BTreeSet<String> = ip.src_ip_addrs.iter().chain(&ip.dst_ip_addrs).cloned().collect();
+        uses.extend(routes.filter(|prefix| host(prefix).is_some()).cloned());
+        if !self.group_of.contains_key(id) {
+            uses.extend(ip.excluded_prefixes.iter().cloned());
+        }
+        self.wires.insert(id.to_owned(), uses);
+        Ok(())
+    }
+
+    /// The wire is gone.
+    pub fn forget(&mut self, id: &str) {
+        self.wires.remove(id);
+    }
+}
+
+/// A prefix of a single host.
+fn host(text: &str) -> Option<IpNet> {
+    text.parse::<IpNet>().ok().filter(|net| net.prefix_len() == net.max_prefix_len())
+}
+
+/// The element: all wires of a client share one.
+#[derive(Debug, Clone, Default)]
+pub struct OwnPrefixes(Arc<Mutex<InUse>>);
+
+impl OwnPrefixes {
+    /// With these groups.
+    #[must_use]
+    pub fn new(groups: AwarenessGroups) -> Self {
+        Self(Arc::new(Mutex::new(InUse::new(groups))))
+    }
+
+    /// See [`InUse::asked_for`].
+    pub fn asked_for(&self, id: &str, url: &NsUrl) {
+        self.0.lock().asked_for(id, url);
+    }
+}
+
+#[derive(Debug)]
+struct Noted {
+    of: OwnPrefixes,
+    id: String,
+}
+
+#[async_trait]
+impl Lease for Noted {
+    fn name(&self) -> &'static str {
+        "own-prefixes"
+    }
+
+    async fn release(self: Box<Self>, _: &Release) -> Result<()> {
+        self.of.0.lock().forget(&self.id);
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Element for OwnPrefixes {
+    fn name(&self) -> &'static str {
+        "own-prefixes"
+    }
+
+    async fn request(
+        &self,
+        cx: &mut Context<'_>,
+        mut request: NetworkServiceRequest,
+        next: Next<'_>,
+    ) -> Result<Connection> {
+        let conn = request.connection.get_or_insert_default();
+        let id = conn.id.clone();
+        let ip = conn.context.get_or_insert_default().ip_context.get_or_insert_default();
+        let asked = self.0.lock().exclude(&id, ip);
+        let mut answer = next.request(cx, request).await?;
+        let ip = answer.context.get_or_insert_default().ip_context.get_or_insert_default();
+        self.0.lock().note(&id, ip, &asked).map_err(|overlap| {
+            Error::new(tonic::Code::FailedPrecondition, overlap.to_string()).hint(
+                "give the endpoints prefixes that do not overlap, or list both services in one group of NSM_AWARENESS_GROUPS",
+            )
+        })?;
+        if cx.scope.get::<Noted>().is_none() {
+            cx.scope.lease(Noted { of: self.clone(), id });
+        }
+        Ok(answer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nsm_api::pb::connectioncontext::Route;
+
+    use super::*;
+
+    fn pair(src: &str, dst: &str, excluded: &[&str]) -> IpContext {
+        let route = |prefix: &str| Route { prefix: prefix.into(), next_hop: String::new() };
+        IpContext {
+            src_ip_addrs: vec![src.into()],
+            dst_ip_addrs: vec![dst.into()],
+            src_routes: vec![route(dst), route("10.0.0.0/8"), route("no prefix at all")],
+            dst_routes: vec![route(src)],
+            excluded_prefixes: excluded.iter().map(|p| (*p).to_owned()).collect(),
+            ..IpContext::default()
+        }
+    }
+
+    fn excluded(used: &InUse, id: &str, mut ip: IpContext) -> Vec<String> {
+        used.exclude(id, &mut ip);
+        ip.excluded_prefixes
+    }
+
+    #[test]
+    fn what_one_wire_uses_the_others_exclude() {
+        let mut used = InUse::default();
+        let mut first = pair("172.16.1.97/32", "172.16.1.96/32", &["10.96.0.0/12"]);
+        used.note("c-0", &mut first, &Excluded::default()).unwrap();
+        let own = ["172.16.1.96/32", "172.16.1.97/32"];
+        assert_eq!(
+            excluded(&used, "c-1", IpContext::default()),
+            ["10.96.0.0/12", own[0], own[1]],
+            "addresses, and what the first request learned"
+        );
+        assert_eq!(
+            excluded(&used, "c-0", first.clone()),
+            ["10.96.0.0/12"],
+            "not its own, when it is refreshed"
+        );
+        let mut second = IpContext::default();
+        let asked = used.exclude("c-1", &mut second);
+        let mut answer = pair("172.16.1.99/32", "172.16.1.98/32", &["10.96.0.0/12", own[0], own[1]]);
+        used.note("c-1", &mut answer, &asked).unwrap();
+        assert!(answer.excluded_prefixes.is_empty(), "what was added is worked out anew each time");
+        used.forget("c-0");
+        assert_eq!(excluded(&used, "c-2", IpContext::default()), ["172.16.1.98/32", "172.16.1.99/32"]);
+        used.forget("c-1");
+        assert!(excluded(&used, "c-2", IpContext::default()).is_empty());
+    }
+
+    #[test]
+    fn an_endpoint_that_hands_out_what_is_in_use_is_refused() {
+        let mut used = InUse::default();
+        used.note("c-0", &mut pair("172.16.1.97/32", "172.16.1.96/32", &[]), &Excluded::default()).unwrap();
+        let mut request = IpContext::default();
+        let asked = used.exclude("c-1", &mut request);
+        // Whatever it says that it left out.
+        let mut answer = pair("172.16.1.97/24", "172.16.1.98/32", &[]);
+        let overlap = used.note("c-1", &mut answer, &asked).unwrap_err();
+        assert_eq!((overlap.address.as_str(), overlap.prefix.as_str()), ("172.16.1.97/24", "172.16.1.97/32"));
+        // Only single hosts are held against it: an endpoint may own a part of an excluded network.
+        let mut request = IpContext { excluded_prefixes: vec!["10.0.0.0/8".into()], ..IpContext::default() };
+        let asked = used.exclude("c-1", &mut request);
+        used.note("c-1", &mut pair("10.1.0.1/32", "10.1.0.2/32", &["10.0.0.0/8"]), &asked).unwrap();
+        // What cannot be read harms nobody (section 18, 13).
+        let mut strange = pair("nonsense", "10.9.0.2/32", &["neither/this"]);
+        used.note("c-2", &mut strange, &Excluded::default()).unwrap();
+    }
+
+    #[test]
+    fn wires_of_one_group_may_overlap_and_others_may_not() {
+        let url = |text: &str| text.parse::<NsUrl>().unwrap();
+        let groups = "[kernel://a/nsm-1?color=red, kernel://b/nsm-2], [kernel://c]".parse().unwrap();
+        let mut used = InUse::new(groups);
+        for (id, text) in [
+            ("0", "kernel://a/nsm-1?color=red"),
+            ("1", "kernel://b/nsm-2"),
+            ("2", "kernel://c"),
+            ("3", "kernel://a/nsm-1"),
+            ("4", "kernel://d"),
+        ] {
+            used.asked_for(id, &url(text));
+        }
+        used.note("0", &mut pair("10.0.0.1/32", "10.0.0.0/32", &["192.0.2.0/24"]), &Excluded::default())
+            .unwrap();
+        let of = |id| excluded(&used, id, IpContext::default());
+        assert!(of("1").is_empty(), "its endpoints know of each other");
+        for other in ["2", "3", "4"] {
+            assert_eq!(
+                of(other),
+                ["10.0.0.0/32", "10.0.0.1/32"],
+                "{other}: not what a group's wire excludes"
+            );
+        }
+    }
+
+    #[test]
+    fn groups_are_read_as_upstream_writes_them() {
+        let read = |text: &str| text.parse::<AwarenessGroups>();
+        assert_eq!(read("").unwrap().0.len(), 0);
+        assert_eq!(read(" [kernel://a/x, kernel://b] ,[kernel://c]").unwrap().0.len(), 2);
+        for (bad, says) in [
+            ("[", "not closed"),
+            ("kernel://a", "begins with a bracket"),
+            ("[kernel://a", "not closed"),
+            ("[[kernel://a]]", "within"),
+            ("[kernel://a]x", "comma"),
+            ("[kernel://a],", "comma"),
+            ("[kernel://a],kernel://b", "comma"),
+            ("[]", "empty"),
+            ("[kernel://a,]", "empty"),
+            ("[nonsense]", "MECHANISM"),
+        ] {
+            let error = read(bad).unwrap_err().to_string();
+            assert!(error.contains(says), "{bad}: {error}");
+        }
+    }
+}
