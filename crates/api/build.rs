@@ -5,7 +5,7 @@ use std::{env, fs, path::PathBuf};
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
     println!("cargo:rerun-if-changed=proto");
-    let files = ["networkservice.proto", "registry.proto"];
+    let files = ["networkservice.proto", "registry.proto", "ipam.proto"];
     let set = protox::compile(files, ["proto"])?;
     // Reflection serves the same descriptors that the types came from.
     fs::write(out.join("descriptors.bin"), prost_bytes(&set))?;

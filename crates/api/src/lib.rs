@@ -18,6 +18,9 @@ pub mod pb {
     pub mod registry {
         tonic::include_proto!("registry");
     }
+    pub mod ipam {
+        tonic::include_proto!("ipam");
+    }
 }
 
 pub mod limits;

@@ -41,6 +41,7 @@ enum Nsm {
     Endpoint(roles::Endpoint),
     Firewall(roles::Firewall),
     Passthrough(roles::Passthrough),
+    Ipam(roles::Ipam),
     Identity(roles::Identity),
     Lab(lab::Lab),
     /// Measures what a wire costs on this machine, beside what the kernel alone can do
@@ -63,6 +64,7 @@ fn main() -> ExitCode {
         Nsm::Endpoint(role) => common::run(&role.common.clone(), role.serve()),
         Nsm::Firewall(role) => common::run(&role.common.clone(), role.serve()),
         Nsm::Passthrough(role) => common::run(&role.common.clone(), role.serve()),
+        Nsm::Ipam(role) => common::run(&role.common.clone(), role.serve()),
         Nsm::Identity(role) => common::run(&role.common.clone(), role.serve()),
         Nsm::Lab(lab) => match lab::run(lab) {
             Ok(code) => return code,

@@ -20,6 +20,7 @@ use nsm_sdk::{
     endpoint::{EndpointConfig, Provides},
     ipam::{IpamPolicy, PrefixGroups},
     own_end::OwnNamespace,
+    prefix_server::{PrefixServer, PrefixServerConfig},
     prefixes::AwarenessGroups,
     provides::{DnsConfigs, PolicyRoutes},
 };
@@ -700,6 +701,48 @@ impl Identity {
         });
         ready();
         ca.serve(shutdown.wait()).await?;
+        Ok(())
+    }
+}
+
+/// Hands out parts of one prefix to endpoints that share a network over several nodes
+///
+/// The prefix server of upstream's protocol (`ipam.IPAM/ManagePrefixes`), as upstream's cmd-ipam-vl3. A part belongs to
+/// the stream that it was allocated on; when that ends it is kept for a minute for whoever names it, and with a state
+/// file over a restart of this server, too.
+///
+/// Example: nsm ipam --listen-on tcp://10.0.0.1:5006 --prefix 172.16.0.0/16 --state-file /run/nsm/ipam.leases
+#[derive(Debug, Args)]
+pub(crate) struct Ipam {
+    /// Where to listen: tcp://host:port or unix:///path, several separated by commas
+    #[arg(long, env = "NSM_LISTEN_ON", default_value = "tcp://:5006", value_delimiter = ',')]
+    listen_on: Vec<ListenUrl>,
+    /// What is handed out in parts
+    #[arg(long, env = "NSM_PREFIX", default_value = "169.254.0.0/16", value_parser = prefix)]
+    prefix: IpNet,
+    /// Mask length of the parts
+    #[arg(long, env = "NSM_CLIENT_PREFIX_LEN", default_value_t = 24, value_name = "LENGTH")]
+    client_prefix_len: u8,
+    /// Where leases are kept for the next process, one prefix a line; without it nowhere
+    #[arg(long, env = "NSM_STATE_FILE", value_name = "FILE")]
+    state_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+impl Ipam {
+    pub(crate) async fn serve(self) -> Result<()> {
+        let shutdown = Shutdown::on_signals()?;
+        let config = PrefixServerConfig {
+            listen_on: self.listen_on,
+            prefix: self.prefix,
+            client_prefix_length: self.client_prefix_len,
+            state_file: self.state_file,
+        };
+        config.check()?;
+        let server = PrefixServer::bind(config, identity().await?).await?;
+        ready();
+        server.serve(shutdown.wait()).await;
         Ok(())
     }
 }

@@ -4,5 +4,7 @@ pub mod client;
 pub mod endpoint;
 pub mod ipam;
 pub mod own_end;
+pub mod prefix_client;
+pub mod prefix_server;
 pub mod prefixes;
 pub mod provides;
