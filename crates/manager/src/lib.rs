@@ -67,8 +67,8 @@ pub fn chain(
         OwnNamespace { allowed: Arc::new(config.namespace_delegates.clone()) }, // a workload speaks for itself
         LocalMechanisms,                                                        // … and does not aim tunnels
         ClientInfo(node_labels().into_iter().collect()),                        // where the client runs
-        config.excluded_prefixes.clone(), // what is taken in this cluster
-        follow_service,                   // ends what its service leads away
+        config.excluded_prefixes.clone(),    // what is taken in this cluster
+        follow_service,                      // ends what its service leads away
         DiscoverForwarder { registry, own }, // who builds the wire
         Dial::new(pool, &config.name, hub, config.dial_timeout), // the forwarder
     ]

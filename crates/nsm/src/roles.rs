@@ -8,13 +8,9 @@ use ipnet::IpNet;
 use nsm_api::nsurl::NsUrl;
 use nsm_cnf::{filter::Unfiltered, rules::Rules, works::Role};
 use nsm_identity::{Source, SpiffeId};
-<<<<<<< HEAD
-use nsm_manager::Candidate;
+use nsm_manager::{Candidate, ExcludedPrefixes};
 use nsm_mesh::{Inside, NextHop, auth::OnlyFrom, metrics::Metrics};
 use nsm_registry::Cluster;
-=======
-use nsm_manager::ExcludedPrefixes;
->>>>>>> 2eb7795 (Contexts: excluded prefixes on both sides, policy routes, DNS servers, hardware addresses; refresh on request)
 use nsm_sdk::{
     client::{Client as SdkClient, ClientConfig},
     endpoint::{EndpointConfig, Provides},
@@ -140,7 +136,9 @@ pub(crate) struct Managing {
     /// Prefixes that endpoints must not hand out on this node
     #[arg(long, env = "NSM_EXCLUDED_PREFIXES", value_delimiter = ',', value_parser = prefix, value_name = "PREFIX")]
     excluded_prefixes: Vec<IpNet>,
-<<<<<<< HEAD
+    /// A file with more of them (YAML, `prefixes: [10.96.0.0/12, …]`), read again whenever it changes; empty: none
+    #[arg(long, env = "NSM_EXCLUDED_PREFIXES_FILE", default_value = ExcludedPrefixes::FILE, value_name = "FILE")]
+    excluded_prefixes_file: PathBuf,
 }
 
 /// Flags of every hop of a node.
@@ -152,11 +150,6 @@ pub(crate) struct Hop {
     /// How long connecting to the next hop may take
     #[arg(long, env = "NSM_DIAL_TIMEOUT", default_value = "750ms", value_parser = duration)]
     dial_timeout: Duration,
-=======
-    /// A file with more of them (YAML, `prefixes: [10.96.0.0/12, …]`), read again whenever it changes; empty: none
-    #[arg(long, env = "NSM_EXCLUDED_PREFIXES_FILE", default_value = ExcludedPrefixes::FILE, value_name = "FILE")]
-    excluded_prefixes_file: PathBuf,
->>>>>>> 2eb7795 (Contexts: excluded prefixes on both sides, policy routes, DNS servers, hardware addresses; refresh on request)
     #[command(flatten)]
     measured: Measured,
     #[command(flatten)]
@@ -177,8 +170,8 @@ impl Managing {
         registry: Cluster,
         hop: &Hop,
         metrics: Arc<Metrics>,
-    ) -> nsm_manager::Config {
-        nsm_manager::Config {
+    ) -> Result<nsm_manager::Config> {
+        Ok(nsm_manager::Config {
             name,
             listen_on: self.listen_on,
             registry,
@@ -186,44 +179,23 @@ impl Managing {
             forwarder_service: self.forwarder_network_service_name,
             forwarder_ids: self.forwarder_ids.into_iter().collect(),
             namespace_delegates: hop.namespace_delegates.iter().cloned().collect(),
-            excluded_prefixes: self.excluded_prefixes,
+            excluded_prefixes: ExcludedPrefixes::open(self.excluded_prefixes, self.excluded_prefixes_file)
+                .context("NSM_EXCLUDED_PREFIXES_FILE")?,
             monitor_readers: self.monitor_readers.into_iter().collect(),
             max_token_lifetime: hop.tokens.max_token_lifetime,
             metrics,
-        }
+        })
     }
 }
 
 impl Manager {
     pub(crate) async fn serve(self) -> Result<()> {
         let shutdown = Shutdown::on_signals()?;
-<<<<<<< HEAD
         let cluster = self.managing.cluster()?;
         let metrics = self.hop.measured.start().await?;
-        let config = self.managing.config(self.name, cluster, &self.hop, metrics);
+        let config = self.managing.config(self.name, cluster, &self.hop, metrics)?;
         let manager = nsm_manager::Manager::bind(config, identity().await?).await?;
         manager.serve(None, ready, shutdown.wait()).await;
-=======
-        let registry_url = match self.registry_url.as_str() {
-            "" => None,
-            url => Some(url.parse::<DialUrl>().context("NSM_REGISTRY_URL")?),
-        };
-        let config = nsm_manager::Config {
-            name: self.name,
-            listen_on: self.listen_on,
-            registry_url,
-            dial_timeout: self.dial_timeout,
-            forwarder_service: self.forwarder_network_service_name,
-            forwarder_ids: self.forwarder_ids.into_iter().collect(),
-            namespace_delegates: self.namespace_delegates.into_iter().collect(),
-            excluded_prefixes: ExcludedPrefixes::open(self.excluded_prefixes, self.excluded_prefixes_file)
-                .context("NSM_EXCLUDED_PREFIXES_FILE")?,
-            monitor_readers: self.monitor_readers.into_iter().collect(),
-            max_token_lifetime: self.tokens.max_token_lifetime,
-            metrics: self.measured.start().await?,
-        };
-        nsm_manager::serve(config, identity().await?, ready, shutdown.wait()).await?;
->>>>>>> 2eb7795 (Contexts: excluded prefixes on both sides, policy routes, DNS servers, hardware addresses; refresh on request)
         Ok(())
     }
 }
@@ -371,7 +343,7 @@ impl Node {
             let known = registry.directories();
             (Some(registry), Cluster::Inside(known))
         };
-        let config = self.managing.config(self.name, cluster, &self.hop, metrics);
+        let config = self.managing.config(self.name, cluster, &self.hop, metrics)?;
         let manager = nsm_manager::Manager::bind(config, source.clone()).await?;
 
         let registration = forwarder.registration("");
