@@ -30,6 +30,8 @@ use crate::{
 
 /// Events that a watcher may lag behind before it is cut off: it is not buffered for without end.
 const LAG: usize = 256;
+/// Connections in one event: a few hundred kilobytes, below what a gRPC message may hold (4 MiB).
+const TOGETHER: usize = 128;
 /// Watchers of one process.
 const MAX_WATCHERS: usize = 65_536;
 /// Watchers of one identity: upstream's neighbours open one for each of their connections.
@@ -171,16 +173,33 @@ impl Hub {
                 format!("{MAX_WATCHERS} streams watch this process already"),
             ));
         }
-        let connections = state
+        let seen: Vec<&Known> = state
             .connections
-            .iter()
-            .filter(|(_, known)| viewer.sees(known) && matches(&selector, &known.conn))
-            .map(|(id, known)| (id.clone(), known.conn.clone()))
+            .values()
+            .filter(|known| viewer.sees(known) && matches(&selector, &known.conn))
             .collect();
-        let initial =
-            ConnectionEvent { r#type: ConnectionEventType::InitialStateTransfer.into(), connections };
-        // The channel is new and empty.
-        let _ = events.try_send(Arc::new(initial));
+        // One event, as upstream has it, but for one that no gRPC message could hold.
+        let mut parts: Vec<&[&Known]> = seen.chunks(TOGETHER).collect();
+        if parts.is_empty() {
+            parts.push(&[]);
+        }
+        if parts.len() > LAG {
+            return Err(Error::new(
+                tonic::Code::ResourceExhausted,
+                format!(
+                    "{} connections are in the selector's scope, more than one stream can tell",
+                    seen.len()
+                ),
+            )
+            .hint("name path segments or network services in the selector"));
+        }
+        for part in parts {
+            let connections = part.iter().map(|known| (known.conn.id.clone(), known.conn.clone())).collect();
+            let initial =
+                ConnectionEvent { r#type: ConnectionEventType::InitialStateTransfer.into(), connections };
+            // The channel is new and empty.
+            let _ = events.try_send(Arc::new(initial));
+        }
         state.watchers.push(Watcher { selector, viewer, events });
         Ok(receiver)
     }
@@ -192,59 +211,69 @@ impl Hub {
 
     /// A connection is new or has changed; `owner` asked for it.
     pub fn update(&self, conn: Connection, owner: Option<SpiffeId>) {
-        self.state.lock().update(Known { conn, owner });
+        self.state.lock().update(vec![Known { conn, owner }]);
     }
 
     /// A connection is gone.
     pub fn delete(&self, id: &str) {
         let mut state = self.state.lock();
         if let Some(known) = state.connections.remove(id) {
-            state.tell(ConnectionEventType::Delete, &known);
+            state.tell(ConnectionEventType::Delete, &[known]);
         }
     }
 
     /// A next hop told something; `ours` are those of our connections that it may speak for.
     pub fn followed(&self, event: &ConnectionEvent, ours: &BTreeSet<String>) {
         let mut state = self.state.lock();
+        let mut news = Vec::new();
         for theirs in event.connections.values() {
             for id in followable(theirs).filter(|id| ours.contains(*id)) {
                 let Some(known) = state.connections.get(id) else { continue };
                 if let Some(conn) = follow(&known.conn, theirs, event.r#type()) {
-                    let owner = known.owner.clone();
-                    state.update(Known { conn, owner });
+                    news.push(Known { conn, owner: known.owner.clone() });
                 }
             }
         }
+        state.update(news);
     }
 
     /// The next hop of these connections is lost: DOWN travels hop by hop towards the clients.
     pub fn lost<'a>(&self, ids: impl IntoIterator<Item = &'a String>) {
         let mut state = self.state.lock();
-        for id in ids {
-            let Some(known) = state.connections.get(id) else { continue };
-            if known.conn.state() != State::Down {
-                let mut news = known.clone();
-                news.conn.set_state(State::Down);
-                state.update(news);
-            }
-        }
+        let known = ids.into_iter().filter_map(|id| state.connections.get(id));
+        let mut fell: Vec<Known> = known.filter(|known| known.conn.state() != State::Down).cloned().collect();
+        fell.iter_mut().for_each(|known| known.conn.set_state(State::Down));
+        state.update(fell);
     }
 }
 
 impl HubState {
-    fn update(&mut self, known: Known) {
-        self.tell(ConnectionEventType::Update, &known);
-        self.connections.insert(known.conn.id.clone(), known);
+    fn update(&mut self, news: Vec<Known>) {
+        // Together: what falls at once is few events, and cuts off nobody who reads at all.
+        for some in news.chunks(TOGETHER) {
+            self.tell(ConnectionEventType::Update, some);
+        }
+        self.connections.extend(news.into_iter().map(|known| (known.conn.id.clone(), known)));
     }
 
-    fn tell(&mut self, kind: ConnectionEventType, known: &Known) {
-        let connections = BTreeMap::from([(known.conn.id.clone(), known.conn.clone())]);
-        let event = Arc::new(ConnectionEvent { r#type: kind.into(), connections });
+    /// Tells every watcher what it sees of this.
+    fn tell(&mut self, kind: ConnectionEventType, news: &[Known]) {
+        let event = |connections| Arc::new(ConnectionEvent { r#type: kind.into(), connections });
+        let entry = |known: &Known| (known.conn.id.clone(), known.conn.clone());
+        // Most see all of it, and share it.
+        let mut whole = None;
         self.watchers.retain(|watcher| {
+            let sees = |known: &&Known| watcher.viewer.sees(known) && matches(&watcher.selector, &known.conn);
+            let seen: Vec<&Known> = news.iter().filter(sees).collect();
+            let event = match seen.len() {
+                0 => return true,
+                all if all == news.len() => {
+                    Arc::clone(whole.get_or_insert_with(|| event(news.iter().map(entry).collect())))
+                }
+                _ => event(seen.into_iter().map(entry).collect::<BTreeMap<_, _>>()),
+            };
             // Full: the watcher reads too slowly and is cut off; it comes back and gets the state anew.
-            !watcher.viewer.sees(known)
-                || !matches(&watcher.selector, &known.conn)
-                || watcher.events.try_send(Arc::clone(&event)).is_ok()
+            watcher.events.try_send(event).is_ok()
         });
     }
 }
@@ -400,6 +429,37 @@ mod tests {
             seen += 1;
         }
         assert_eq!(seen, LAG, "what was buffered, then the end");
+    }
+
+    #[tokio::test]
+    async fn the_fall_of_many_wires_cuts_off_nobody_and_names_each() {
+        let hub = Hub::default();
+        let ids: Vec<String> = (0..20 * LAG).map(|i| format!("u{i}")).collect();
+        for id in &ids {
+            hub.update(conn(1, &[("nsc", "nsc-0"), ("mgr", id)]), None);
+        }
+        let selector_of_one = selector(&[("mgr", "u7")], &[]);
+        let (mut all, mut one) = (
+            hub.watch(selector(&[], &[]), Viewer::All).unwrap(),
+            hub.watch(selector_of_one, Viewer::All).unwrap(),
+        );
+        let (mut known, mut fell) = (BTreeSet::new(), BTreeSet::new());
+        while known.len() < ids.len() {
+            let event = all.recv().await.unwrap();
+            assert_eq!(event.r#type(), ConnectionEventType::InitialStateTransfer);
+            known.extend(event.connections.keys().cloned());
+        }
+        hub.lost(&ids);
+        hub.end_watches();
+        while let Some(event) = all.recv().await {
+            assert!(event.connections.len() <= TOGETHER);
+            assert!(event.connections.values().all(|conn| conn.state() == State::Down));
+            fell.extend(event.connections.keys().cloned());
+        }
+        assert_eq!((known.len(), fell.len()), (ids.len(), ids.len()));
+        one.recv().await.unwrap();
+        assert_eq!(one.recv().await.unwrap().connections.keys().collect::<Vec<_>>(), ["u7"]);
+        assert!(one.recv().await.is_none());
     }
 
     #[test]

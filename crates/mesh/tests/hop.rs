@@ -1,0 +1,553 @@
+//! A hop between a caller and a next hop that say what they like, over real mTLS on real sockets: what upstream's
+//! programs rely on, and what they may do wrong without harming us (spec/control-plane.md sections 17 and 18).
+#![allow(clippy::unwrap_used, reason = "a test program")]
+
+use std::{
+    collections::BTreeMap,
+    pin::Pin,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use async_trait::async_trait;
+use nsm_api::{
+    mechanism::{LOCAL, REMOTE, key},
+    path,
+    pb::{
+        connection::{
+            Connection, ConnectionEvent, ConnectionEventType, Mechanism, MonitorScopeSelector, Path,
+            PathSegment, State,
+            monitor_connection_client::MonitorConnectionClient,
+            monitor_connection_server::{MonitorConnection, MonitorConnectionServer},
+        },
+        connectioncontext::{
+            ConnectionContext, DnsConfig, DnsContext, EthernetContext, ExtraPrefixRequest, IpContext,
+            IpFamily, IpNeighbor, PolicyRoute, Route,
+        },
+        networkservice::{
+            NetworkServiceRequest,
+            network_service_client::NetworkServiceClient,
+            network_service_server::{NetworkService, NetworkServiceServer},
+        },
+    },
+};
+use nsm_identity::{Source, ca::Authority, token};
+use nsm_mesh::{
+    Connections, Context, Element, Next, NextHop, Result,
+    auth::Authorize,
+    chain,
+    dial::Dial,
+    metrics::Metrics,
+    monitor::{Hub, Monitor},
+    server,
+};
+use nsm_transport::{DialUrl, ListenUrl, Pool, PoolConfig, Server};
+use parking_lot::Mutex;
+use tokio::sync::mpsc;
+use tokio_stream::{Stream, StreamExt as _, wrappers::UnboundedReceiverStream};
+use tonic::{Code, Request, Response, Status, metadata::MetadataMap, service::RoutesBuilder};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+type Answer = std::result::Result<Connection, Status>;
+type Event = std::result::Result<ConnectionEvent, Status>;
+
+/// The next hop: what it was asked, and what it answers.
+#[derive(Clone)]
+struct Peer {
+    asked: Arc<Mutex<Vec<NetworkServiceRequest>>>,
+    closed: Arc<Mutex<Vec<Connection>>>,
+    /// How many of each key came with each call.
+    tokens: Arc<Mutex<Vec<(usize, usize)>>>,
+    spoil: Arc<Mutex<Box<dyn Fn(&mut Connection) + Send>>>,
+    streams: Arc<Mutex<Vec<mpsc::UnboundedSender<Event>>>>,
+}
+
+impl Peer {
+    fn new() -> Self {
+        Self {
+            asked: Arc::default(),
+            closed: Arc::default(),
+            tokens: Arc::default(),
+            spoil: Arc::new(Mutex::new(Box::new(|_| {}))),
+            streams: Arc::default(),
+        }
+    }
+
+    fn note(&self, metadata: &MetadataMap) {
+        let count = |key| metadata.get_all(key).iter().count();
+        self.tokens.lock().push((count("nsm-client-token"), count("nsm-client-token-expires")));
+    }
+
+    fn answers(&self, spoil: impl Fn(&mut Connection) + Send + 'static) {
+        *self.spoil.lock() = Box::new(spoil);
+    }
+
+    /// Sends this on every stream that is open; `None` ends them.
+    fn tell(&self, event: Option<Event>) {
+        match event {
+            Some(event) => self.streams.lock().iter().for_each(|stream| drop(stream.send(event.clone()))),
+            None => self.streams.lock().clear(),
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl NetworkService for Peer {
+    async fn request(
+        &self,
+        request: Request<NetworkServiceRequest>,
+    ) -> std::result::Result<Response<Connection>, Status> {
+        self.note(request.metadata());
+        let request = request.into_inner();
+        self.asked.lock().push(request.clone());
+        // As an endpoint of upstream does it.
+        let mut conn = request.connection.unwrap();
+        let asker = path::step(&mut conn, "nse", nsm_mesh::chain::new_id).unwrap();
+        let own = path::current_mut(&mut conn).unwrap();
+        own.token = "nse's".into();
+        own.expires = Some(path::to_timestamp(SystemTime::now() + Duration::from_secs(600)));
+        if conn.mechanism.is_none() {
+            conn.mechanism = request.mechanism_preferences.into_iter().next();
+        }
+        path::restore(&mut conn, asker).unwrap();
+        (self.spoil.lock())(&mut conn);
+        Ok(Response::new(conn))
+    }
+
+    async fn close(&self, request: Request<Connection>) -> std::result::Result<Response<()>, Status> {
+        self.note(request.metadata());
+        self.closed.lock().push(request.into_inner());
+        Ok(Response::new(()))
+    }
+}
+
+#[tonic::async_trait]
+impl MonitorConnection for Peer {
+    type MonitorConnectionsStream = Pin<Box<dyn Stream<Item = Event> + Send>>;
+
+    async fn monitor_connections(
+        &self,
+        request: Request<MonitorScopeSelector>,
+    ) -> std::result::Result<Response<Self::MonitorConnectionsStream>, Status> {
+        self.note(request.metadata());
+        let (tell, events) = mpsc::unbounded_channel();
+        tell.send(Ok(ConnectionEvent::default())).unwrap();
+        self.streams.lock().push(tell);
+        Ok(Response::new(Box::pin(UnboundedReceiverStream::new(events))))
+    }
+}
+
+/// Where every request goes.
+#[derive(Debug)]
+struct To(NextHop);
+
+#[async_trait]
+impl Element for To {
+    fn name(&self) -> &'static str {
+        "to"
+    }
+
+    async fn request(
+        &self,
+        cx: &mut Context<'_>,
+        request: NetworkServiceRequest,
+        next: Next<'_>,
+    ) -> Result<Connection> {
+        cx.next_hop = Some(self.0.clone());
+        next.request(cx, request).await
+    }
+}
+
+/// A hop of ours in the middle.
+struct Mesh {
+    authority: Authority,
+    _directory: tempfile::TempDir,
+    url: DialUrl,
+    next: Peer,
+    hub: Arc<Hub>,
+    served: Vec<tokio::task::JoinHandle<()>>,
+}
+
+impl Drop for Mesh {
+    fn drop(&mut self) {
+        self.served.iter().for_each(tokio::task::JoinHandle::abort);
+    }
+}
+
+impl Mesh {
+    async fn start() -> Self {
+        let authority = Authority::new("test.lab".parse().unwrap(), SystemTime::now()).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let source = |name: &str| {
+            let id = format!("spiffe://test.lab/{name}").parse().unwrap();
+            Source::fixed(authority.identity(&id, Duration::from_secs(3600), SystemTime::now()).unwrap())
+        };
+        let listen = |name: &str| ListenUrl::Unix(directory.path().join(name));
+        let dial = |name: &str| -> DialUrl {
+            format!("unix://{}", directory.path().join(name).display()).parse().unwrap()
+        };
+        let next = Peer::new();
+        let server = Server::bind(source("nse"), &[listen("nse.sock")]).await.unwrap();
+        let mut routes = RoutesBuilder::default();
+        routes
+            .add_service(NetworkServiceServer::new(next.clone()))
+            .add_service(MonitorConnectionServer::new(next.clone()));
+        let mut served = vec![tokio::spawn(server.serve(routes.routes(), &[], std::future::pending()))];
+
+        let hub = Arc::new(Hub::default());
+        let pool = Pool::new(source("mgr"), PoolConfig::default());
+        let chain = chain![
+            Authorize { max_token_lifetime: Duration::from_secs(600) },
+            Monitor { hub: Arc::clone(&hub), terminates: false },
+            To(dial("nse.sock").into()),
+            Dial::new(pool, "mgr", Arc::clone(&hub), PATIENCE),
+        ];
+        let connections = Connections::serving("mgr", chain, Arc::new(Metrics::default()));
+        let server = Server::bind(source("mgr"), &[listen("mgr.sock")]).await.unwrap();
+        let mut routes = RoutesBuilder::default();
+        server::add(&mut routes, connections, Arc::clone(&hub), Arc::default());
+        served.push(tokio::spawn(server.serve(routes.routes(), &[], std::future::pending())));
+        let url = dial("mgr.sock");
+        Self { authority, _directory: directory, url, next, hub, served }
+    }
+
+    async fn channel(&self) -> nsm_transport::Connection {
+        let id = "spiffe://test.lab/nsc".parse().unwrap();
+        let identity = self.authority.identity(&id, Duration::from_secs(3600), SystemTime::now()).unwrap();
+        Pool::new(Source::fixed(identity), PoolConfig::default()).get(&self.url, PATIENCE).await.unwrap()
+    }
+
+    async fn ask(&self, request: NetworkServiceRequest) -> Answer {
+        NetworkServiceClient::new(self.channel().await).request(request).await.map(Response::into_inner)
+    }
+
+    async fn watch(&self) -> tonic::Streaming<ConnectionEvent> {
+        let own = PathSegment { name: "nsc".into(), id: "nsc-0".into(), ..PathSegment::default() };
+        let selector = MonitorScopeSelector { path_segments: vec![own], ..MonitorScopeSelector::default() };
+        let client = MonitorConnectionClient::new(self.channel().await).monitor_connections(selector).await;
+        client.unwrap().into_inner()
+    }
+}
+
+fn request() -> NetworkServiceRequest {
+    let segment = PathSegment { name: "nsc".into(), id: "nsc-0".into(), ..PathSegment::default() };
+    NetworkServiceRequest {
+        connection: Some(Connection {
+            id: "nsc-0".into(),
+            network_service: "svc".into(),
+            path: Some(Path { index: 0, path_segments: vec![segment] }),
+            ..Connection::default()
+        }),
+        mechanism_preferences: vec![Mechanism::kernel("nsm0", None)],
+    }
+}
+
+fn again(answer: &Connection) -> NetworkServiceRequest {
+    NetworkServiceRequest { connection: Some(answer.clone()), ..request() }
+}
+
+fn map(of: &[(&str, &str)]) -> BTreeMap<String, String> {
+    of.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
+}
+
+/// Mechanisms of sections 3.2, 3.7, 3.8, 6.5 and 6.6, and of nobody.
+fn strange_mechanisms() -> Vec<Mechanism> {
+    let m = |cls: &str, kind: &str, parameters: &[(&str, &str)]| Mechanism {
+        cls: cls.into(),
+        r#type: kind.into(),
+        parameters: map(parameters),
+    };
+    vec![
+        m(
+            LOCAL,
+            "VFIO",
+            &[("cgroupDir", "/x"), ("iommuGroup", "7"), ("tokenID", "sriov-1"), ("vfioMajor", "10")],
+        ),
+        m(
+            LOCAL,
+            "KERNEL",
+            &[
+                ("tokenID", "sriov-2"),
+                ("pciAddress", "0000:01:00.0"),
+                ("supportsVlan", "true"),
+                ("vlan", "0012"),
+                ("routeLocalNet", "T"),
+                ("IPTables4NatTemplate", "-A {{ .NsmInterfaceName }};-B"),
+            ],
+        ),
+        m(LOCAL, "MEMIF", &[("socketfile", "@/tmp/memif/1/memif.socket"), ("inodeURL", "")]),
+        m(REMOTE, "NOOP", &[]),
+        m(
+            REMOTE,
+            "WIREGUARD",
+            &[("src_public_key", "AAAA="), ("src_port", "not a port"), (key::ORIG_SRC_IP, "")],
+        ),
+        m(REMOTE, "SRV6", &[("src_bsid", "fd00::1"), ("src_hw_addr", "02:00:00:00:00:01")]),
+        m(REMOTE, "VLAN", &[("vlan-id", "4095")]),
+        m("NEITHER", "CARRIER-PIGEON", &[("", "no name"), ("wings", "2"), ("ключ", "значение")]),
+    ]
+}
+
+fn strange_context() -> ConnectionContext {
+    let route = |prefix: &str, hop: &str| Route { prefix: prefix.into(), next_hop: hop.into() };
+    ConnectionContext {
+        ip_context: Some(IpContext {
+            src_ip_addrs: vec!["10.0.0.2/24".into(), "fd00::2/64".into()],
+            dst_ip_addrs: vec!["10.0.0.1/24".into()],
+            src_ip_required: true,
+            dst_ip_required: true,
+            src_routes: vec![route("10.9.0.0/16", "10.0.0.1")],
+            dst_routes: vec![route("10.8.0.0/16", "")],
+            excluded_prefixes: vec!["10.96.0.0/12".into(), "10.96.0.0/12".into()],
+            ip_neighbors: vec![IpNeighbor { ip: "10.0.0.9".into(), hardware_address: "02::9".into() }],
+            extra_prefix_request: vec![ExtraPrefixRequest {
+                addr_family: Some(IpFamily { family: 1 }),
+                prefix_len: 200,
+                required_number: 0,
+                requested_number: 7,
+            }],
+            extra_prefixes: vec!["172.31.0.0/24".into(), "anything".into()],
+            policies: vec![PolicyRoute { proto: "17".into(), ..PolicyRoute::default() }],
+        }),
+        dns_context: Some(DnsContext {
+            configs: vec![DnsConfig {
+                dns_server_ips: vec!["10.0.0.53".into()],
+                search_domains: vec!["a.b".into(), String::new()],
+            }],
+        }),
+        ethernet_context: Some(EthernetContext {
+            src_mac: "02:00:00:00:00:01".into(),
+            dst_mac: String::new(),
+            vlan_tag: -5,
+        }),
+        extra_context: map(&[("vl3", "x"), ("", "")]),
+        mtu: 1234,
+    }
+}
+
+#[tokio::test]
+async fn what_this_mesh_does_not_know_passes_through_unharmed() {
+    let mesh = Mesh::start().await;
+    let mut request = request();
+    request.mechanism_preferences = strange_mechanisms();
+    let conn = request.connection.as_mut().unwrap();
+    conn.context = Some(strange_context());
+    conn.labels =
+        map(&[("sriovToken", "worker.domain/10G"), ("serviceDomain", "d"), ("via", "gw"), ("x", "{{.y}}")]);
+    conn.payload = "MPLS".into();
+    conn.path.as_mut().unwrap().path_segments[0].metrics =
+        map(&[("client_interface", "KERNEL/nsm0"), ("client_drops", "-1")]);
+    // What the next hop adds comes back as it is, too.
+    let added = || Mechanism {
+        parameters: map(&[("deviceMajor", "1"), ("new in v9", "yes")]),
+        ..strange_mechanisms()[0].clone()
+    };
+    mesh.next.answers(move |conn| {
+        conn.mechanism = Some(added());
+        conn.context.as_mut().unwrap().extra_context.insert("added".into(), "there".into());
+        conn.path.as_mut().unwrap().path_segments[2].metrics =
+            map(&[("server_interface", "VFIO/x"), ("new", "1")]);
+    });
+    let answer = mesh.ask(request.clone()).await.unwrap();
+
+    let asked = mesh.next.asked.lock()[0].clone();
+    assert_eq!(asked.mechanism_preferences, request.mechanism_preferences, "all of them, in order");
+    let (sent, got) = (request.connection.unwrap(), asked.connection.unwrap());
+    let known = |conn: &Connection| Connection { id: String::new(), path: None, ..conn.clone() };
+    assert_eq!(known(&got), known(&sent));
+    assert_eq!(path::segments(&got)[0].metrics, path::segments(&sent)[0].metrics);
+    let mut expected = known(&sent);
+    expected.mechanism = Some(added());
+    expected.context.as_mut().unwrap().extra_context.insert("added".into(), "there".into());
+    assert_eq!(known(&answer), expected);
+    assert_eq!(path::segments(&answer)[2].metrics, map(&[("server_interface", "VFIO/x"), ("new", "1")]));
+    // A chosen mechanism goes on beside the preferences, which keep their order.
+    mesh.ask(NetworkServiceRequest { connection: Some(answer), mechanism_preferences: strange_mechanisms() })
+        .await
+        .unwrap();
+    let asked = mesh.next.asked.lock()[1].clone();
+    assert_eq!(asked.connection.unwrap().mechanism, Some(added()));
+    assert_eq!(asked.mechanism_preferences, strange_mechanisms());
+}
+
+#[tokio::test]
+async fn an_answer_is_the_askers_complete_signed_and_up() {
+    let mesh = Mesh::start().await;
+    // Whatever the next hop makes of them.
+    mesh.next.answers(|conn| {
+        conn.set_state(State::Down);
+        conn.id = "somebody".into();
+        conn.path.as_mut().unwrap().index = 2;
+    });
+    let answer = mesh.ask(request()).await.unwrap();
+    assert_eq!((answer.id.as_str(), path::index(&answer), answer.state()), ("nsc-0", 0, State::Up));
+    let names: Vec<_> = path::segments(&answer).iter().map(|s| s.name.as_str()).collect();
+    assert_eq!(names, ["nsc", "mgr", "nse"]);
+    for segment in &path::segments(&answer)[..2] {
+        assert!(segment.expires.is_some(), "{}", segment.name);
+        let claims = token::claims(&segment.token).unwrap();
+        assert_eq!(claims.subject, format!("spiffe://test.lab/{}", segment.name));
+        assert!(claims.expires.is_some());
+    }
+    // The token is an array's, as the policies of upstream iterate over it.
+    let chained = [("nsc", "mgr"), ("mgr", "nse")];
+    for (segment, (_, audience)) in path::segments(&answer).iter().zip(chained) {
+        let claims = token::claims(&segment.token).unwrap();
+        assert_eq!(claims.audience, [format!("spiffe://test.lab/{audience}")]);
+    }
+    // A refresh keeps the ids; a new one is a UUID.
+    let refreshed = mesh.ask(again(&answer)).await.unwrap();
+    let ids = |conn: &Connection| path::segments(conn).iter().map(|s| s.id.clone()).collect::<Vec<_>>();
+    assert_eq!(ids(&refreshed), ids(&answer));
+    assert!(uuid::Uuid::parse_str(&ids(&answer)[1]).is_ok(), "{:?}", ids(&answer));
+    NetworkServiceClient::new(mesh.channel().await).close(refreshed).await.unwrap();
+    let closed = mesh.next.closed.lock()[0].clone();
+    assert_eq!((path::index(&closed), closed.id.as_str()), (1, ids(&answer)[1].as_str()));
+    assert!(!mesh.next.tokens.lock().is_empty());
+    assert!(mesh.next.tokens.lock().iter().all(|counts| *counts == (1, 1)), "one token with every call");
+}
+
+/// A way in which an answer may be wrong, how, and the error (`None`: it is good enough).
+type Defect = (&'static str, fn(&mut Connection), Option<&'static str>);
+
+#[tokio::test]
+async fn what_peers_do_wrong_is_survived() {
+    let mesh = Mesh::start().await;
+    let cases: Vec<Defect> = vec![
+        ("no path", |c| c.path = None, Some("is of no use")),
+        ("a path without us", |c| c.path.as_mut().unwrap().path_segments.truncate(1), Some("is of no use")),
+        ("its own segment missing", |c| c.path.as_mut().unwrap().path_segments.truncate(2), None),
+        ("no expiry", |c| c.path.as_mut().unwrap().path_segments[2].expires = None, None),
+        (
+            "an expiry at the beginning of time",
+            |c| c.path.as_mut().unwrap().path_segments[2].expires = Some(Default::default()),
+            None,
+        ),
+        ("no token", |c| c.path.as_mut().unwrap().path_segments[2].token.clear(), None),
+        ("an index past the end", |c| c.path.as_mut().unwrap().index = 77, None),
+        ("another's id", |c| c.id = "u9".into(), None),
+        ("a state that nobody knows", |c| c.state = 99, None),
+        (
+            "a route that is none (defect 13)",
+            |c| {
+                let routes = vec![Route { prefix: "nowhere".into(), next_hop: String::new() }];
+                let ip = IpContext { src_routes: routes, ..IpContext::default() };
+                c.context = Some(ConnectionContext { ip_context: Some(ip), ..ConnectionContext::default() });
+            },
+            Some("\"nowhere\""),
+        ),
+        (
+            "empty tunnel addresses (defect 15) and VNI 0 (defect 16)",
+            |c| {
+                c.mechanism = Some(Mechanism {
+                    cls: REMOTE.into(),
+                    r#type: "VXLAN".into(),
+                    parameters: map(&[(key::ORIG_SRC_IP, ""), (key::SRC_IP, ""), (key::VNI, "0")]),
+                });
+            },
+            None,
+        ),
+        ("no payload (defect 20)", |c| c.payload.clear(), None),
+        ("no mechanism", |c| c.mechanism = None, None),
+    ];
+    for (what, spoil, error) in cases {
+        mesh.next.answers(spoil);
+        let answer = mesh.ask(request()).await;
+        match (answer, error) {
+            (Ok(answer), None) => {
+                assert_eq!(
+                    (answer.id.as_str(), path::index(&answer), answer.state()),
+                    ("nsc-0", 0, State::Up),
+                    "{what}"
+                );
+                assert!(path::segments(&answer)[1].expires.is_some(), "{what}");
+                NetworkServiceClient::new(mesh.channel().await).close(answer).await.unwrap();
+            }
+            (Err(status), Some(text)) => {
+                assert_eq!(status.code(), Code::Unknown, "{what}: {status:?}");
+                assert!(status.message().contains(text), "{what}: {status:?}");
+            }
+            (answer, _) => panic!("{what}: {answer:?}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_connection_whose_next_hop_falls_silent_is_down() {
+    for end in
+        [None, Some(Err(Status::cancelled("as if nothing were"))), Some(Err(Status::unavailable("gone")))]
+    {
+        let mesh = Mesh::start().await;
+        let mut events = mesh.watch().await;
+        let first = events.next().await.unwrap().unwrap();
+        assert_eq!(first.r#type(), ConnectionEventType::InitialStateTransfer);
+        assert!(first.connections.is_empty(), "at once, even when there is nothing");
+        let answer = mesh.ask(request()).await.unwrap();
+        let up = events.next().await.unwrap().unwrap();
+        // Key, id and index are the hop's own.
+        let own = path::segments(&answer)[1].id.clone();
+        let seen = &up.connections[&own];
+        assert_eq!((seen.id.as_str(), path::index(seen), seen.state()), (own.as_str(), 1, State::Up));
+        while mesh.next.streams.lock().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        // A state that nobody knows is passed on like any other.
+        let mut theirs = seen.clone();
+        theirs.state = 99;
+        theirs.path.as_mut().unwrap().index = 2;
+        let event = |kind: ConnectionEventType, conn: &Connection| ConnectionEvent {
+            r#type: kind.into(),
+            connections: [("any".to_owned(), conn.clone())].into(),
+        };
+        mesh.next.tell(Some(Ok(event(ConnectionEventType::Update, &theirs))));
+        assert_eq!(events.next().await.unwrap().unwrap().connections[&own].state, 99);
+        theirs.set_state(State::RefreshRequested);
+        mesh.next.tell(Some(Ok(event(ConnectionEventType::Update, &theirs))));
+        assert_eq!(events.next().await.unwrap().unwrap().connections[&own].state(), State::RefreshRequested);
+        // However its stream ends: upstream's heal would sleep through a `Canceled`.
+        mesh.next.tell(end);
+        mesh.next.tell(None);
+        assert_eq!(events.next().await.unwrap().unwrap().connections[&own].state(), State::Down);
+        // The next request follows it again, and another end is told again.
+        let answer = mesh.ask(again(&answer)).await.unwrap();
+        assert_eq!(events.next().await.unwrap().unwrap().connections[&own].state(), State::Up);
+        NetworkServiceClient::new(mesh.channel().await).close(answer).await.unwrap();
+        assert_eq!(events.next().await.unwrap().unwrap().r#type(), ConnectionEventType::Delete);
+        // A hop that ends its streams does not say `Canceled`.
+        mesh.hub.end_watches();
+        assert!(
+            events.next().await.is_none_or(|end| end.is_err_and(|status| status.code() != Code::Cancelled))
+        );
+    }
+}
+
+#[tokio::test]
+async fn who_does_not_read_is_cut_off_and_not_buffered_for() {
+    const EVENTS: usize = 5_000;
+    let mesh = Mesh::start().await;
+    let mut events = mesh.watch().await;
+    events.next().await.unwrap().unwrap();
+    let mut conn = mesh.ask(request()).await.unwrap();
+    let own = path::segments(&conn)[1].id.clone();
+    conn.id.clone_from(&own);
+    conn.path.as_mut().unwrap().index = 1;
+    conn.labels = map(&[("large", &"x".repeat(4000))]);
+    let caller: nsm_identity::SpiffeId = "spiffe://test.lab/nsc".parse().unwrap();
+    for i in 0..EVENTS {
+        conn.labels.insert("i".into(), i.to_string());
+        mesh.hub.update(conn.clone(), Some(caller.clone()));
+        if i % 64 == 0 {
+            // Whoever reads would have the time.
+            tokio::task::yield_now().await;
+        }
+    }
+    let mut seen = 0;
+    while let Some(Ok(_)) = events.next().await {
+        seen += 1;
+    }
+    assert!(seen < EVENTS / 2, "{seen} events were kept for somebody who did not read");
+    // It comes back, and finds the present state.
+    let first = mesh.watch().await.next().await.unwrap().unwrap();
+    assert_eq!(first.connections[&own].labels["i"], (EVENTS - 1).to_string());
+}
