@@ -50,6 +50,7 @@ use tonic::{Code, Request, Response, Status, metadata::MetadataMap, service::Rou
 const PATIENCE: Duration = Duration::from_secs(30);
 
 type Answer = std::result::Result<Connection, Status>;
+type Spoil = Box<dyn Fn(&mut Connection) + Send>;
 type Event = std::result::Result<ConnectionEvent, Status>;
 
 /// The next hop: what it was asked, and what it answers.
@@ -59,7 +60,7 @@ struct Peer {
     closed: Arc<Mutex<Vec<Connection>>>,
     /// How many of each key came with each call.
     tokens: Arc<Mutex<Vec<(usize, usize)>>>,
-    spoil: Arc<Mutex<Box<dyn Fn(&mut Connection) + Send>>>,
+    spoil: Arc<Mutex<Spoil>>,
     streams: Arc<Mutex<Vec<mpsc::UnboundedSender<Event>>>>,
 }
 

@@ -1,0 +1,145 @@
+//! The rules of interoperability (spec/control-plane.md section 17), and the tests that prove them.
+
+use std::{fs, path::Path};
+
+/// A rule: what it demands, and the tests, each as file below `crates/` and name.
+type Rule = (&'static str, &'static [(&'static str, &'static str)]);
+
+const RULES: [Rule; 18] = [
+    (
+        "every answer has the caller's index and id, and the complete path",
+        &[
+            ("mesh/tests/hop.rs", "an_answer_is_the_askers_complete_signed_and_up"),
+            ("mesh/tests/hop.rs", "what_peers_do_wrong_is_survived"),
+            ("api/src/path.rs", "steps_never_panic_and_answers_come_back_to_the_asker"),
+        ],
+    ),
+    (
+        "token and expires in the own segment of every answer; nobody spins without",
+        &[
+            ("mesh/tests/hop.rs", "an_answer_is_the_askers_complete_signed_and_up"),
+            ("mesh/src/refresh.rs", "no_tight_loop_without_an_expiry"),
+        ],
+    ),
+    (
+        "one token and one expiry with every call, over TLS only",
+        &[
+            ("mesh/tests/hop.rs", "an_answer_is_the_askers_complete_signed_and_up"),
+            ("transport/tests/grpc.rs", "garbage_plaintext_and_silence_harm_nobody"),
+        ],
+    ),
+    (
+        "tokens: an array of audiences, ES256, a numeric exp, the subject of the certificate",
+        &[
+            ("identity/tests/tokens.rs", "a_token_is_what_upstream_makes"),
+            ("identity/tests/tokens.rs", "each_policy_denies_what_it_must"),
+        ],
+    ),
+    (
+        "context, ip_context and dns_context are there",
+        &[("manager/src/excluded_prefixes.rs", "requests_carry_what_the_file_says_at_the_time")],
+    ),
+    (
+        "the initial event at once, even when empty",
+        &[
+            ("mesh/tests/hop.rs", "a_connection_whose_next_hop_falls_silent_is_down"),
+            ("mesh/src/monitor.rs", "watchers_get_the_state_first_and_then_what_changes"),
+        ],
+    ),
+    (
+        "events have the own id as key and the own index",
+        &[
+            ("mesh/tests/hop.rs", "a_connection_whose_next_hop_falls_silent_is_down"),
+            ("mesh/src/monitor.rs", "what_the_next_hop_says_is_translated"),
+        ],
+    ),
+    (
+        "streams do not end with Canceled, and DOWN is told however the next hop's stream ends",
+        &[("mesh/tests/hop.rs", "a_connection_whose_next_hop_falls_silent_is_down")],
+    ),
+    (
+        "UP in answers; RESELECT_REQUESTED closes the old connection first",
+        &[
+            ("mesh/tests/hop.rs", "an_answer_is_the_askers_complete_signed_and_up"),
+            ("mesh/tests/runner.rs", "reselection_closes_the_old_connection_first"),
+        ],
+    ),
+    (
+        "the chosen mechanism beats preferences, which keep their order",
+        &[
+            ("sdk/src/own_end.rs", "the_chosen_mechanism_beats_the_preferences"),
+            ("mesh/tests/hop.rs", "what_this_mesh_does_not_know_passes_through_unharmed"),
+        ],
+    ),
+    (
+        "ids are stable, new ones are UUIDs",
+        &[
+            ("mesh/tests/hop.rs", "an_answer_is_the_askers_complete_signed_and_up"),
+            ("api/src/path.rs", "a_refresh_keeps_all_ids_and_a_new_hop_gets_a_new_one"),
+        ],
+    ),
+    (
+        "ALPN h2, mutual TLS, no resumption, no keepalive pings",
+        &[
+            ("identity/tests/certificates.rs", "tls_is_mutual_speaks_h2_and_is_not_resumed"),
+            ("transport/tests/grpc.rs", "both_sides_know_each_other_over_unix_and_tcp"),
+        ],
+    ),
+    (
+        "descriptors below TLS, with every read, at most 64 in a message",
+        &[
+            ("transport/tests/fds.rs", "more_descriptors_than_one_message_carries_travel_with_one_write"),
+            ("transport/tests/fds.rs", "a_thousand_calls_at_once_with_the_same_and_different_descriptors"),
+        ],
+    ),
+    (
+        "inode URLs come back as they went; a descriptor that comes again harms nobody",
+        &[
+            ("transport/tests/fds.rs", "each_arrival_is_taken_once_and_takers_that_gave_up_lose_nothing"),
+            ("transport/tests/grpc.rs", "a_descriptor_goes_there_and_back"),
+        ],
+    ),
+    (
+        "a forwarder registers for `forwarder`, with p2p, under its name in paths, by descriptor",
+        &[("registry/tests/registry.rs", "a_manager_knows_the_forwarders_of_its_node_without_the_registry")],
+    ),
+    (
+        "a client's connections are NAME-INDEX, before and after a restart",
+        &[("nsm/tests/mesh/state.rs", "a_killed_client_that_comes_back_goes_on_with_its_wire")],
+    ),
+    (
+        "payloads are upper case and pass as they are",
+        &[
+            ("mesh/tests/hop.rs", "what_this_mesh_does_not_know_passes_through_unharmed"),
+            ("nsm/tests/mesh/config.rs", "a_wrong_flag_or_variable_is_refused_with_what_is_expected"),
+        ],
+    ),
+    (
+        "unknown states, mechanisms and labels are data",
+        &[
+            ("mesh/tests/hop.rs", "what_this_mesh_does_not_know_passes_through_unharmed"),
+            ("mesh/tests/hop.rs", "a_connection_whose_next_hop_falls_silent_is_down"),
+        ],
+    ),
+];
+
+#[test]
+fn every_rule_has_tests_that_exist() {
+    let crates = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    for (index, (rule, tests)) in RULES.iter().enumerate() {
+        assert!(!tests.is_empty(), "rule {}, {rule}, has no test", index + 1);
+        for (file, test) in *tests {
+            let code = fs::read_to_string(crates.join(file)).unwrap_or_else(|e| panic!("{file}: {e}"));
+            let at = code.find(&format!("fn {test}("));
+            let at = at.unwrap_or_else(|| panic!("rule {}, {rule}: {file} has no test {test}", index + 1));
+            // Of what stands before it, the last attribute makes it a test (or a property).
+            let before = &code[..at];
+            let is_test = ["#[test]", "#[tokio::test", "proptest! {"]
+                .iter()
+                .filter_map(|attribute| before.rfind(attribute))
+                .max()
+                .is_some_and(|attribute| !before[attribute..].contains("\n}\n"));
+            assert!(is_test, "rule {}, {rule}: {test} in {file} is no test", index + 1);
+        }
+    }
+}
