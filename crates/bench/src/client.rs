@@ -236,6 +236,9 @@ pub async fn client(options: ClientOptions, source: Source) -> Result<(), Error>
         request_timeout: Duration::from_secs(15),
         labels: std::collections::BTreeMap::new(),
         awareness_groups: nsm_sdk::prefixes::AwarenessGroups::default(),
+        // Nobody was here before, and probes would be measured with the rest.
+        takes_over: false,
+        liveness: None,
     };
     let client = Client::new(config, Pool::new(source, PoolConfig::default()), namespace);
     let mut orders = orders()?;

@@ -65,6 +65,14 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text).map_err(|e| format!("{e}; expected for example 750ms, 15s or 10m"))
 }
 
+/// A duration that is not zero.
+pub(crate) fn positive_duration(text: &str) -> Result<Duration, String> {
+    duration(text).and_then(|time| match time.is_zero() {
+        true => Err("it is zero; expected for example 200ms or 1s".into()),
+        false => Ok(time),
+    })
+}
+
 /// `key:value` pairs of an environment list.
 pub(crate) fn label(text: &str) -> Result<(String, String), String> {
     match text.split_once(':').or_else(|| text.split_once('=')) {

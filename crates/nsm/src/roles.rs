@@ -2,7 +2,7 @@
 
 use std::{net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow, bail};
 use clap::Args;
 use ipnet::IpNet;
 use nsm_api::nsurl::NsUrl;
@@ -12,9 +12,11 @@ use nsm_manager::{Candidate, ExcludedPrefixes};
 use nsm_mesh::{Inside, NextHop, auth::OnlyFrom, metrics::Metrics};
 use nsm_registry::Cluster;
 use nsm_sdk::{
-    client::{Client as SdkClient, ClientConfig},
+    client::{Client as SdkClient, ClientConfig, Wire},
     endpoint::{EndpointConfig, Provides},
+    failures::Failures,
     ipam::{IpamPolicy, PrefixGroups},
+    liveness::Liveness,
     own_end::OwnNamespace,
     prefix_server::{PrefixServer, PrefixServerConfig},
     prefixes::AwarenessGroups,
@@ -23,7 +25,7 @@ use nsm_sdk::{
 use nsm_transport::{DialUrl, ListenUrl, Pool, PoolConfig};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::common::{Common, Measured, Shutdown, Tokens, duration, label, notify, prefix};
+use crate::common::{Common, Measured, Shutdown, Tokens, duration, label, notify, positive_duration, prefix};
 
 const MANAGER_SOCKET: &str = "unix:///var/lib/networkservicemesh/nsm.io.sock";
 
@@ -372,7 +374,11 @@ impl Node {
 /// Asks for wires and keeps them up; closes them when a signal ends it
 ///
 /// It tries until the wires are there, refreshes them before their tokens expire, and asks again when the mesh says
-/// that something behind them is gone. NOTIFY_SOCKET (systemd) hears READY=1 when all wires are up.
+/// that something behind them is gone, or when packets do not pass any more. NOTIFY_SOCKET (systemd) hears READY=1 when
+/// all wires are up.
+///
+/// Where a pod needs its wires before its programs start, `nsm client --init` makes them and ends; an `nsm client` of the
+/// same name beside the programs goes on with them. So does one that starts again after it was killed.
 ///
 /// Example: nsm client --name web --network-services kernel://secure-intranet-connectivity/nsm0
 #[derive(Debug, Args)]
@@ -386,6 +392,10 @@ pub(crate) struct Client {
     /// What to ask for: kernel://SERVICE[@DOMAIN][/INTERFACE][?LABEL=VALUE&…], several separated by commas
     #[arg(long, env = "NSM_NETWORK_SERVICES", default_value = "", value_name = "URLS")]
     network_services: String,
+    /// Make the wires, leave them to the mesh and end: for an init container. They stay as long as a token lives unless
+    /// a client of the same name goes on with them
+    #[arg(long, env = "NSM_INIT", conflicts_with = "once")]
+    init: bool,
     /// Labels of every request, beside those of the URL
     #[arg(long, env = "NSM_LABELS", value_delimiter = ',', value_parser = label, value_name = "KEY:VALUE")]
     labels: Vec<(String, String)>,
@@ -405,6 +415,15 @@ pub(crate) struct Client {
     /// How long one try of a request may take
     #[arg(long, env = "NSM_REQUEST_TIMEOUT", default_value = "15s", value_parser = duration)]
     request_timeout: Duration,
+    /// Probe each wire with pings, and ask for another endpoint when none is answered
+    #[arg(long, env = "NSM_LIVENESS_CHECK_ENABLED", default_value_t = true, action = clap::ArgAction::Set)]
+    liveness_check_enabled: bool,
+    /// Pause between two probes of a wire
+    #[arg(long, env = "NSM_LIVENESS_CHECK_INTERVAL", default_value = "200ms", value_parser = positive_duration)]
+    liveness_check_interval: Duration,
+    /// How long the endpoint has to answer one of the four pings of a probe
+    #[arg(long, env = "NSM_LIVENESS_CHECK_TIMEOUT", default_value = "1s", value_parser = positive_duration)]
+    liveness_check_timeout: Duration,
     /// Give up after the first try instead of trying until the wires are there
     #[arg(long)]
     once: bool,
@@ -417,7 +436,7 @@ pub(crate) struct Client {
 impl Client {
     pub(crate) async fn serve(self) -> Result<()> {
         let shutdown = Shutdown::on_signals()?;
-        let urls = NsUrl::parse_list(&self.network_services)?;
+        let urls = wanted(&self.network_services)?;
         let source = identity().await?;
         let config = ClientConfig {
             name: self.name,
@@ -426,6 +445,11 @@ impl Client {
             request_timeout: self.request_timeout,
             labels: self.labels.into_iter().collect(),
             awareness_groups: self.awareness_groups,
+            takes_over: true,
+            liveness: self.liveness_check_enabled.then_some(Liveness {
+                interval: self.liveness_check_interval,
+                timeout: self.liveness_check_timeout,
+            }),
         };
         let namespace = OwnNamespace::open().context("our own network namespace cannot be opened")?;
         let pool_config =
@@ -433,41 +457,82 @@ impl Client {
         let pool = Pool::new(source, pool_config);
         let client = SdkClient::new(config, pool, namespace);
         // Outside of what a signal cuts off: whatever is up is closed on every way out.
-        let mut wires = Vec::new();
+        let (mut wires, mut pending) = (Vec::new(), None);
         let ask = async {
             for (index, url) in urls.iter().enumerate() {
                 notify(&format!("STATUS=asking for {}", url.service));
                 let begin = std::time::Instant::now();
+                let mut failures = Failures::new(&url.service, url.to_string(), begin);
                 let wire = if self.once {
-                    client.request(index, url).await.with_context(|| format!("no wire to {}", url.service))?
+                    client.request(index, url).await.map_err(|error| {
+                        failures.add(error);
+                        anyhow!("{failures}")
+                    })?
                 } else {
-                    client.wire(index, url, |attempt, error| tell_failure(&url.service, attempt, error)).await
+                    let tell = |failures: &Failures| {
+                        tell_failure(failures);
+                        pending = Some(failures.clone());
+                    };
+                    client.wire(index, url, tell).await
                 };
+                pending = None;
                 tracing::info!(service = %url.service, connection = wire.id(), took = ?begin.elapsed(), "wire up");
                 wires.push(wire);
             }
             ready();
-            std::future::pending().await
+            Ok(())
         };
-        let served = tokio::select! {
-            failed = ask => failed,
-            () = shutdown.wait() => Ok(()),
+        let asked = tokio::select! {
+            asked = ask => Some(asked),
+            () = shutdown.clone().wait() => None,
         };
-        for wire in wires {
-            let id = wire.id().to_owned();
-            if let Err(error) = wire.close().await {
-                tracing::warn!(connection = %id, %error, "not closed in good order; it ends with its token");
-            }
+        match asked {
+            // They are the next client's, which tells the mesh of the same connections.
+            Some(Ok(())) if self.init => return Ok(()),
+            Some(Ok(())) => shutdown.wait().await,
+            Some(Err(_)) | None => {}
         }
-        served
+        close_all(wires).await;
+        match asked {
+            None if self.init => {
+                let cause = pending.map_or_else(String::new, |failures| format!(": {failures}"));
+                bail!("interrupted before all wires were up; those that were are closed{cause}")
+            }
+            asked => asked.unwrap_or(Ok(())),
+        }
+    }
+}
+
+/// What to ask for. Nothing would be a client that is ready without a wire (upstream's), which nobody means.
+fn wanted(network_services: &str) -> Result<Vec<NsUrl>> {
+    let urls = NsUrl::parse_list(network_services)?;
+    if urls.is_empty() {
+        bail!(
+            "there is nothing to ask for: NSM_NETWORK_SERVICES (--network-services) is empty; expected MECHANISM://SERVICE[@DOMAIN][/INTERFACE][?LABEL=VALUE&…], for example kernel://my-service/nsm0?app=web; a pod that wants no wire needs no client"
+        );
+    }
+    for url in &urls {
+        for ignored in &url.ignored {
+            tracing::warn!(%url, %ignored, "this part of the query is no label and is ignored: a semicolon, or an escape that cannot be decoded");
+        }
+    }
+    Ok(urls)
+}
+
+async fn close_all(wires: Vec<Wire>) {
+    for wire in wires {
+        let id = wire.id().to_owned();
+        if let Err(error) = wire.close().await {
+            tracing::warn!(connection = %id, %error, "not closed in good order; it ends with its token");
+        }
     }
 }
 
 /// The first failure is news; later ones only now and then, because the cause is usually the same.
-fn tell_failure(service: &str, attempt: u32, error: &nsm_mesh::Error) {
-    notify(&format!("STATUS=no wire to {service} yet: {error}"));
-    if attempt.is_power_of_two() || attempt == 0 {
-        tracing::warn!(%service, tries = attempt + 1, %error, "no wire yet; trying again");
+fn tell_failure(failures: &Failures) {
+    notify(&format!("STATUS={failures}"));
+    if failures.tries().is_power_of_two() {
+        tracing::warn!(tries = failures.tries(), "no wire yet; trying again: {failures}");
     }
 }
 

@@ -100,12 +100,21 @@ impl Mesh {
 
     /// Asks for a wire that there is, and then for one that there is not.
     fn client(&self, more: &[&str]) -> Client {
+        self.client_of("kernel://there/nsm0,kernel://nothing/nsm1", more)
+    }
+
+    fn client_of(&self, services: &str, more: &[&str]) -> Client {
         let at = |name: &str| format!("unix://{}", self.directory.path().join(name).display());
         let mut client = Command::new(env!("CARGO_BIN_EXE_nsm"));
         client.args(["client", "--name", "c", "--connect-to", &at("nsm.sock")]).args(more);
-        client.args(["--network-services", "kernel://there/nsm0,kernel://nothing/nsm1"]);
+        client.args(["--network-services", services]);
         client.env("SPIFFE_ENDPOINT_SOCKET", at("identity.sock")).stdin(Stdio::null());
+        client.stderr(std::fs::File::create(self.log()).unwrap());
         Client(client.spawn().unwrap())
+    }
+
+    fn log(&self) -> std::path::PathBuf {
+        self.directory.path().join("client.log")
     }
 
     async fn until(&self, what: &str, mut holds: impl FnMut() -> bool) {
@@ -148,4 +157,61 @@ async fn a_single_try_that_fails_closes_what_it_got() {
     mesh.until("the client's end", || client.0.try_wait().unwrap().is_some()).await;
     assert!(!client.0.wait().unwrap().success());
     assert_eq!((mesh.refused.load(Ordering::SeqCst), mesh.connections.len()), (1, 0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_init_client_leaves_its_wires_to_the_next_of_its_name() {
+    let mesh = Mesh::start().await;
+    let there = "kernel://there/nsm0,kernel://there/nsm1";
+    let mut init = mesh.client_of(there, &["--init"]);
+    mesh.until("the client's end", || init.0.try_wait().unwrap().is_some()).await;
+    assert!(init.0.wait().unwrap().success());
+    let mut left = mesh.connections.ids();
+    left.sort();
+    assert_eq!(left.len(), 2, "it closes nothing");
+    let mut next = mesh.client_of(there, &[]);
+    mesh.until("both are taken over", || {
+        let log = std::fs::read_to_string(mesh.log()).unwrap();
+        log.matches("going on with the wire of an earlier process").count() == 2
+            && log.matches("wire up").count() == 2
+    })
+    .await;
+    let mut now = mesh.connections.ids();
+    now.sort();
+    assert_eq!(now, left, "the same connections at the manager");
+    kill_process(Pid::from_child(&next.0), Signal::TERM).unwrap();
+    mesh.until("the client's end", || next.0.try_wait().unwrap().is_some()).await;
+    assert_eq!(mesh.connections.len(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_init_client_that_is_interrupted_fails_says_why_and_closes_what_it_got() {
+    let mesh = Mesh::start().await;
+    let mut init = mesh.client(&["--init"]);
+    mesh.until("some refusals", || mesh.refused.load(Ordering::SeqCst) > 1).await;
+    mesh.until("they are told", || std::fs::read_to_string(mesh.log()).unwrap().contains("after 2 tries"))
+        .await;
+    kill_process(Pid::from_child(&init.0), Signal::TERM).unwrap();
+    mesh.until("the client's end", || init.0.try_wait().unwrap().is_some()).await;
+    assert!(!init.0.wait().unwrap().success());
+    assert_eq!(mesh.connections.len(), 0);
+    let said = std::fs::read_to_string(mesh.log()).unwrap();
+    for text in [
+        "nsm: interrupted before all wires were up; those that were are closed: no wire to nothing (kernel://nothing/nsm1) after ",
+        " tries in ",
+        ": manager: there is nothing (hint: is an endpoint of the service registered, and do its labels match?)",
+    ] {
+        assert!(said.contains(text), "{text:?} is not in {said}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tries_are_one_at_a_time_with_growing_pauses() {
+    let mesh = Mesh::start().await;
+    let client = mesh.client_of("kernel://nothing/nsm0", &[]);
+    mesh.until("some refusals", || mesh.refused.load(Ordering::SeqCst) > 4).await;
+    // Five tries take at least the pauses between them, half of 50 + 100 + 200 + 400 ms: a tight loop would have made
+    // thousands meanwhile.
+    assert!(mesh.refused.load(Ordering::SeqCst) < 20);
+    drop(client);
 }

@@ -10,12 +10,8 @@ use std::{
 use nsm_api::{
     mechanism::{InodeUrl, key},
     nsurl::NsUrl,
-    path,
     pb::{
-        connection::{
-            Connection, MonitorScopeSelector, Path, PathSegment, State,
-            monitor_connection_client::MonitorConnectionClient,
-        },
+        connection::{Connection, MonitorScopeSelector, Path, PathSegment, State},
         connectioncontext::{ConnectionContext, DnsContext, IpContext},
         networkservice::NetworkServiceRequest,
     },
@@ -23,7 +19,6 @@ use nsm_api::{
 use nsm_mesh::{
     Answer, Call, Connections, Context, Element, Error, Next, NextHop, Result, chain,
     dial::Dial,
-    error::explain,
     metrics::Metrics,
     monitor::{Hub, Monitor, Viewer},
     refresh,
@@ -32,7 +27,10 @@ use nsm_transport::{DialTarget, Pool};
 use tokio::{task::AbortHandle, time::Instant};
 
 use crate::{
+    failures::Failures,
+    liveness::{Liveness, Verdict},
     own_end::{ClientEnd, OwnNamespace},
+    predecessor::Predecessor,
     prefixes::{AwarenessGroups, OwnPrefixes},
 };
 
@@ -56,6 +54,11 @@ pub struct ClientConfig {
     pub labels: BTreeMap<String, String>,
     /// Services whose wires may have overlapping addresses.
     pub awareness_groups: AwarenessGroups,
+    /// Whether an earlier process of our name may have left wires at the manager, to go on with: an init container, or
+    /// one of us that was killed. Asking costs a call for each wire.
+    pub takes_over: bool,
+    /// How wires are probed; `None`: they are not. The process has to be in the namespace of its wires.
+    pub liveness: Option<Liveness>,
 }
 
 /// An edge client. Its chain is a list that one can read: see [`Client::new`].
@@ -67,8 +70,6 @@ pub struct Client {
     pool: Pool,
     namespace: InodeUrl,
     prefixes: OwnPrefixes,
-    /// What an earlier process of our name left at the manager, by id; `None`: not asked yet.
-    left: tokio::sync::Mutex<Option<BTreeMap<String, Connection>>>,
 }
 
 /// Sends every request to the same place.
@@ -114,15 +115,7 @@ impl Client {
             dial,
         ];
         let connections = Connections::asking(&config.name, chain, Arc::new(Metrics::default()));
-        Arc::new(Self {
-            config,
-            connections,
-            hub,
-            pool,
-            namespace: inode,
-            prefixes,
-            left: Default::default(),
-        })
+        Arc::new(Self { config, connections, hub, pool, namespace: inode, prefixes })
     }
 
     /// Asks for a wire once.
@@ -130,33 +123,60 @@ impl Client {
     /// # Errors
     /// What the mesh says; nothing is left then.
     pub async fn request(self: &Arc<Self>, index: usize, url: &NsUrl) -> Result<Wire> {
-        let id = format!("{}-{index}", self.config.name);
-        self.prefixes.asked_for(&id, url);
-        let mut request = self.first_request(&id, url);
-        if let Some(left) = self.left_behind(&id, url).await {
-            tracing::info!(connection = %id, "going on with the wire of an earlier process");
-            request.connection = Some(left);
-        }
-        let answer = self.ask(request.clone()).await?;
-        Ok(Wire::keep(Arc::clone(self), id, request, answer))
+        let id = self.id(index);
+        let left = self.left_behind(&id, url, &mut None).await;
+        self.request_with(&id, url, left).await
     }
 
-    /// Asks until the wire is there, with growing pauses; `failed` hears of every try that failed.
+    /// Asks until the wire is there, one try at a time, with growing pauses; `failed` hears of every try that failed.
     pub async fn wire(
         self: &Arc<Self>,
         index: usize,
         url: &NsUrl,
-        mut failed: impl FnMut(u32, &Error),
+        mut failed: impl FnMut(&Failures),
     ) -> Wire {
-        let mut attempt = 0;
+        let id = self.id(index);
+        let mut failures = Failures::new(&url.service, url.to_string(), std::time::Instant::now());
+        let mut predecessor = None;
+        let mut give_up = GiveUp::default();
         loop {
-            match self.request(index, url).await {
-                Ok(wire) => return wire,
-                Err(error) => failed(attempt, &error),
+            // Built afresh each time: what was left may have gone down meanwhile.
+            let mut left = self.left_behind(&id, url, &mut predecessor).await;
+            if give_up.is_due() {
+                left.iter_mut().for_each(reselect);
             }
-            tokio::time::sleep(refresh::backoff(attempt, rand::random())).await;
-            attempt = attempt.saturating_add(1);
+            match self.request_with(&id, url, left).await {
+                Ok(wire) => return wire,
+                Err(error) => {
+                    give_up.after(&error);
+                    failures.add(error);
+                    failed(&failures);
+                }
+            }
+            tokio::time::sleep(refresh::backoff(failures.tries() - 1, rand::random())).await;
         }
+    }
+
+    /// The connection id of a wire.
+    fn id(&self, index: usize) -> String {
+        format!("{}-{index}", self.config.name)
+    }
+
+    async fn request_with(self: &Arc<Self>, id: &str, url: &NsUrl, left: Option<Connection>) -> Result<Wire> {
+        self.prefixes.asked_for(id, url);
+        let mut request = self.first_request(id, url);
+        if let Some(left) = left {
+            tracing::info!(connection = %id, "going on with the wire of an earlier process");
+            // What has a name already does not get another.
+            if let Some(mechanism) = &left.mechanism
+                && let Some(name) = mechanism.get(key::NAME)
+            {
+                request.mechanism_preferences.iter_mut().for_each(|m| m.set(key::NAME, name));
+            }
+            request.connection = Some(left);
+        }
+        let answer = self.ask(request.clone()).await?;
+        Ok(Wire::keep(Arc::clone(self), id.to_owned(), request, answer))
     }
 
     async fn ask(&self, request: NetworkServiceRequest) -> Result<Answer> {
@@ -165,50 +185,39 @@ impl Client {
     }
 
     /// The connection of this id that an earlier process of our name did not close, if it is what is wanted now: the
-    /// path makes every hop recognise it (spec/control-plane.md 10.3).
-    async fn left_behind(&self, id: &str, url: &NsUrl) -> Option<Connection> {
-        let mut left = self.left.lock().await;
-        if left.is_none() {
-            let found =
-                tokio::time::timeout(self.config.request_timeout, self.connections_at_manager()).await;
-            match found {
-                Ok(Ok(found)) => *left = Some(found),
+    /// path makes every hop recognise it. If it is down and packets do not pass, it is asked for anew
+    /// (spec/control-plane.md 10.3).
+    async fn left_behind(
+        &self,
+        id: &str,
+        url: &NsUrl,
+        predecessor: &mut Option<Predecessor>,
+    ) -> Option<Connection> {
+        if !self.config.takes_over {
+            return None;
+        }
+        if predecessor.is_none() {
+            let asked = Predecessor::ask(&self.pool, &self.config.connect_to, id, self.config.dial_timeout);
+            match tokio::time::timeout(self.config.request_timeout, asked).await {
+                Ok(Ok(found)) => *predecessor = Some(found),
                 // The request itself will tell what is wrong with the manager.
                 Ok(Err(error)) => tracing::debug!(%error, "the manager does not tell what is left"),
                 Err(_) => tracing::debug!("the manager does not tell in time what is left"),
             }
         }
-        let mut conn = left.as_mut()?.remove(id)?;
-        let here = conn.mechanism.as_ref().is_some_and(|m| {
-            m.r#type == url.mechanism
-                && m.inode() == Ok(Some(self.namespace))
-                && url.interface.as_deref().is_none_or(|name| m.get(key::NAME) == Some(name))
-        });
-        if !here || conn.network_service != url.service {
-            return None;
-        }
-        id.clone_into(&mut conn.id);
-        conn.path.as_mut()?.index = 0;
-        if conn.state() == State::Down {
+        let mut conn = predecessor.as_mut()?.connection(id, url, self.namespace)?;
+        if conn.state() == State::Down && !self.passes_packets(&conn).await {
             reselect(&mut conn);
         }
         Some(conn)
     }
 
-    async fn connections_at_manager(&self) -> Result<BTreeMap<String, Connection>> {
-        let target = self.config.connect_to.clone();
-        let channel = self
-            .pool
-            .get(target, self.config.dial_timeout)
-            .await
-            .map_err(|e| Error::unavailable(explain(&e)))?;
-        let own = PathSegment { name: self.config.name.clone(), ..PathSegment::default() };
-        let selector = MonitorScopeSelector { path_segments: vec![own], ..MonitorScopeSelector::default() };
-        let answer = MonitorConnectionClient::new(channel).monitor_connections(selector).await?;
-        let known = answer.into_inner().message().await?.map(|event| event.connections).unwrap_or_default();
-        // Seen from the manager, we are the hop before it.
-        let ours = known.into_values().filter(|conn| path::index(conn) == 1);
-        Ok(ours.map(|conn| (path::client_id(&conn).to_owned(), conn)).collect())
+    /// Whether it is known that packets pass.
+    async fn passes_packets(&self, conn: &Connection) -> bool {
+        match &self.config.liveness {
+            Some(liveness) => liveness.check(conn).await == Verdict::Alive,
+            None => false,
+        }
     }
 
     fn first_request(&self, id: &str, url: &NsUrl) -> NetworkServiceRequest {
@@ -288,6 +297,38 @@ impl Drop for Wire {
     }
 }
 
+/// When to stop asking for a wire as it was. A restarted hop takes it up again as it is, and packets flow meanwhile: only
+/// when that does not come about, or the endpoint is known to be gone, the mesh shall choose another.
+#[derive(Debug, Default)]
+struct GiveUp(Option<Instant>);
+
+impl GiveUp {
+    fn after(&mut self, error: &Error) {
+        // Who does not get as far as the manager has asked nobody, and the wire may be as it was.
+        let unasked = error.code == tonic::Code::Unavailable && error.hop.as_deref() != Some("");
+        if unasked {
+            return;
+        }
+        let patience = if error.code == tonic::Code::NotFound { Duration::ZERO } else { PATIENCE };
+        let at = Instant::now() + patience;
+        self.0 = Some(self.0.map_or(at, |earlier| at.min(earlier)));
+    }
+
+    fn is_due(&self) -> bool {
+        self.0.is_some_and(|at| Instant::now() >= at)
+    }
+}
+
+/// Why a wire is asked for again.
+enum Woke {
+    /// Its tokens have lived long enough.
+    Refresh,
+    /// The mesh says that it is down, or asks for a request.
+    Down,
+    /// Packets do not pass.
+    Dead(String),
+}
+
 async fn keep(
     client: Arc<Client>,
     id: String,
@@ -298,37 +339,58 @@ async fn keep(
     let selector = MonitorScopeSelector { path_segments: vec![own], ..MonitorScopeSelector::default() };
     let mut events = None;
     let mut attempt = 0;
-    let mut give_up: Option<Instant> = None;
+    let mut give_up = GiveUp::default();
+    let mut dead = false;
     let (mut up_since, mut falls) = (Instant::now(), 0);
     loop {
         if attempt == 0 {
-            let wait = refresh::wait(&tell.borrow(), SystemTime::now()).unwrap_or(Duration::from_secs(10));
-            tokio::select! {
-                () = tokio::time::sleep(wait) => {}
-                () = wants_a_request(&client.hub, &selector, &id, &mut events) => {
-                    let pause;
+            let conn = tell.borrow().clone();
+            let wait = refresh::wait(&conn, SystemTime::now()).unwrap_or(Duration::from_secs(10));
+            // Whether the far end has answered since the wire is up.
+            let mut answered = false;
+            let woke = tokio::select! {
+                () = tokio::time::sleep(wait) => Woke::Refresh,
+                () = wants_a_request(&client.hub, &selector, &id, &mut events) => Woke::Down,
+                why = dies(client.config.liveness, &conn, &mut answered) => Woke::Dead(why),
+            };
+            let pause;
+            match woke {
+                Woke::Refresh => pause = Duration::ZERO,
+                Woke::Down => {
                     (pause, falls) = after_fall(up_since.elapsed(), falls, rand::random());
-                    tokio::time::sleep(pause).await;
+                    if let Some(liveness) = &client.config.liveness {
+                        dead = matches!(liveness.check(&conn).await, Verdict::Dead(_));
+                    }
+                }
+                Woke::Dead(why) => {
+                    let lasted = if answered { SETTLED } else { Duration::ZERO };
+                    (pause, falls) = after_fall(lasted, falls, rand::random());
+                    dead = true;
+                    tracing::warn!(connection = %id, endpoint = conn.network_service_endpoint_name, %why,
+                        "packets do not pass; asking for another endpoint (where endpoints do not answer pings: NSM_LIVENESS_CHECK_ENABLED=false)");
                 }
             }
+            tokio::time::sleep(pause).await;
         } else {
             tokio::time::sleep(refresh::backoff(attempt - 1, rand::random())).await;
         }
         let mut request = first.clone();
         let mut conn = tell.borrow().clone();
-        // A restarted hop takes the wire up again as it is, and packets flow meanwhile: only when that does not come
-        // about, or the endpoint is known to be gone, the mesh shall choose another.
-        if give_up.is_some_and(|at| Instant::now() >= at) {
+        if dead || give_up.is_due() {
+            // Once it is closed hop by hop there is nothing left to go on with.
+            dead = true;
             reselect(&mut conn);
         }
         request.connection = Some(conn);
         match client.ask(request).await {
             Ok(answer) => {
-                if attempt > 0 {
-                    tracing::info!(connection = %id, attempts = attempt + 1, "the wire is up again");
+                if attempt > 0 || dead {
+                    let endpoint = &answer.connection.network_service_endpoint_name;
+                    tracing::info!(connection = %id, %endpoint, attempts = attempt + 1, "the wire is up again");
                 }
                 attempt = 0;
-                give_up = None;
+                give_up = GiveUp::default();
+                dead = false;
                 up_since = Instant::now();
                 // What the hub told while we asked is answered by this.
                 events = None;
@@ -339,19 +401,40 @@ async fn keep(
                     tracing::warn!(connection = %id, %error, "the wire cannot be refreshed; trying again");
                 }
                 attempt = attempt.saturating_add(1);
-                let patience = if error.code == tonic::Code::NotFound { Duration::ZERO } else { PATIENCE };
-                let at = Instant::now() + patience;
-                give_up = Some(give_up.map_or(at, |earlier| at.min(earlier)));
+                // An endpoint that is known to be gone has no packets to pass, whatever answers in its place.
+                dead |= error.code == tonic::Code::NotFound;
+                give_up.after(&error);
             }
         }
     }
 }
 
-/// Asks for another endpoint.
+/// Asks for another endpoint, without what the last one gave.
 fn reselect(conn: &mut Connection) {
     conn.mechanism = None;
     conn.network_service_endpoint_name.clear();
     conn.set_state(State::ReselectRequested);
+    if let Some(dns) = conn.context.as_mut().and_then(|context| context.dns_context.as_mut()) {
+        dns.configs.clear();
+    }
+}
+
+/// Returns when packets do not pass any more, and why.
+async fn dies(liveness: Option<Liveness>, conn: &Connection, answered: &mut bool) -> String {
+    let Some(liveness) = liveness else { return std::future::pending().await };
+    let mut told = false;
+    loop {
+        tokio::time::sleep(liveness.interval).await;
+        match liveness.check(conn).await {
+            Verdict::Alive => *answered = true,
+            Verdict::Dead(why) => return why,
+            Verdict::Unknown(why) if !told => {
+                told = true;
+                tracing::warn!(connection = conn.id, %why, "the wire cannot be probed, so it counts as alive");
+            }
+            Verdict::Unknown(_) => {}
+        }
+    }
 }
 
 /// How long to wait before a wire that went down `up_for` after its last answer is asked for, given how many times in a

@@ -120,6 +120,26 @@ fn a_wrong_flag_or_variable_is_refused_with_what_is_expected() {
             FAILED,
             &["the interface name \"a-name-of-16-byt\" has 16 bytes; Linux takes at most 15"],
         ),
+        (
+            &["client", "--network-services", "kernel://a/nsm0, kernel://b c/nsm1"],
+            FAILED,
+            &[
+                "network service \" kernel://b c/nsm1\" (item 2 of 2) at character 12: invalid character ' '",
+                wire,
+            ],
+        ),
+        (
+            &["client", "--network-services", ""],
+            FAILED,
+            &["there is nothing to ask for: NSM_NETWORK_SERVICES (--network-services) is empty", wire],
+        ),
+        (&["client", "--init", "--once"], USAGE, &["'--init' cannot be used with '--once'"]),
+        (
+            &["client", "--liveness-check-interval", "0s"],
+            USAGE,
+            &["--liveness-check-interval", "it is zero; expected"],
+        ),
+        (&["client", "--liveness-check-enabled", "maybe"], USAGE, &["[possible values: true, false]"]),
     ] {
         says(&[("SPIFFE_ENDPOINT_SOCKET", "unix:///nowhere")], args, status, texts);
     }

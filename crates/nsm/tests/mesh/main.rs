@@ -5,6 +5,7 @@
 #![allow(clippy::print_stdout, reason = "a test that cannot run says so")]
 
 mod answers;
+mod client;
 #[path = "../common/mod.rs"]
 mod common;
 mod config;

@@ -1,0 +1,202 @@
+//! What a client does for its wires: takes them over from an init container, and notices when packets do not pass.
+
+use std::{
+    net::IpAddr,
+    process::Command,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use nsm_lab::probe::{Echo, Row};
+use rustix::process::Signal;
+
+use crate::harness::{Mesh, eventually};
+
+const GATEWAY: &str = "\
+- {name: a, node: node1}
+- {name: b, node: node1}
+- {name: gw, node: node1, endpoint: {services: [plain], cidrPrefix: [172.16.1.2/31]}}
+";
+/// Pods without programs: tests start their own.
+const BARE: &str = "\
+- {name: a, node: node1}
+- {name: x, node: node1}
+- {name: y, node: node1}
+";
+/// A dead wire is noticed soon, and a busy machine does not make a living one look dead.
+const PROBED: &[&str] = &["--liveness-check-interval", "50ms", "--liveness-check-timeout", "1s"];
+
+/// A ping every millisecond from a pod, until it is asked for its result.
+struct Flood {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<Row>,
+}
+
+impl Flood {
+    fn start(mesh: &Mesh, pod: &str, to: &str) -> Self {
+        let to: IpAddr = to.parse().expect("an address");
+        let echo = mesh.lab.namespace(pod).expect("a pod").run(|| Echo::open(to)).expect("enter");
+        let echo = echo.expect("ping");
+        let stop = Arc::new(AtomicBool::new(false));
+        let thread = std::thread::spawn({
+            let stop = Arc::clone(&stop);
+            move || echo.flood(Duration::from_millis(1), &stop)
+        });
+        Self { stop, thread }
+    }
+
+    fn result(self) -> Row {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().expect("no panic")
+    }
+}
+
+/// Runs a program of the system in a pod.
+fn run_in(mesh: &Mesh, pod: &str, program: &str, args: &[&str]) {
+    let namespace = mesh.lab.namespace(pod).expect("a pod");
+    let output = namespace.run(|| Command::new(program).args(args).output()).expect("enter").expect("start");
+    assert!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn has_program(test: &str, program: &str) -> bool {
+    let there = Command::new(program).arg("--help").output().is_ok();
+    if !there {
+        println!("SKIPPED {test}: {program} is not installed");
+    }
+    there
+}
+
+#[test]
+fn a_sidecar_takes_over_from_the_init_client_and_no_packet_is_lost() {
+    let test = "a_sidecar_takes_over_from_the_init_client_and_no_packet_is_lost";
+    let Some(mesh) = Mesh::up(test, GATEWAY) else { return };
+    let manager = mesh.url("nsm.io.sock");
+    let args =
+        ["client", "--name", "pod", "--connect-to", &manager, "--network-services", "kernel://plain/nsm0"];
+    mesh.start("init", "a", &[&args[..], &["--init"]].concat());
+    let (how, said) = mesh.ended("init");
+    assert_eq!(how, "exit status 0", "{said}");
+    let wire = mesh.links("a");
+    let far = mesh.links("gw");
+    assert_eq!((wire.len(), far.len()), (1, 1), "the wire outlives the init client");
+
+    let flood = Flood::start(&mesh, "a", "172.16.1.2");
+    // Its tokens live so long that a refresh follows within a second: the wire is the sidecar's own now.
+    mesh.start("sidecar", "a", &[&args[..], &["--max-token-lifetime", "6s"]].concat());
+    mesh.ready(&["sidecar"]);
+    mesh.says("sidecar", "going on with the wire of an earlier process");
+    let claimed = crate::harness::records(&mesh.lab.plan.lab);
+    let content = || claimed.iter().map(|path| std::fs::read(path).unwrap_or_default()).collect::<Vec<_>>();
+    let before = content();
+    eventually("the sidecar refreshes it", || {
+        if content() == before { Err("the same record") } else { Ok(()) }.map_err(String::from)
+    });
+    let row = flood.result();
+    assert_eq!(row.answered, row.sent, "{row:?}");
+    assert!(row.sent > 0);
+    assert_eq!(mesh.links("a"), wire, "the same interface: index, name, MAC address");
+    assert_eq!(mesh.links("gw"), far);
+
+    mesh.end("sidecar", Signal::TERM);
+    mesh.nothing_is_left(&["a", "b", "gw"]);
+}
+
+#[test]
+fn a_wire_whose_packets_are_dropped_is_noticed_and_another_endpoint_takes_over() {
+    let test = "a_wire_whose_packets_are_dropped_is_noticed_and_another_endpoint_takes_over";
+    if !has_program(test, "nft") {
+        return;
+    }
+    let Some(mesh) = Mesh::up(test, BARE) else { return };
+    for (name, prefix) in [("x", "172.16.1.0/24"), ("y", "172.16.2.0/24")] {
+        mesh.endpoint(name, name, &["--service-names", "plain", "--cidr-prefix", prefix]);
+    }
+    mesh.ready(&["x", "y"]);
+    mesh.client("client", "a", "kernel://plain/nsm0", PROBED);
+    mesh.ready(&["client"]);
+    let (deaf, other) = if mesh.links("x").is_empty() { ("y", "x") } else { ("x", "y") };
+    assert_eq!((mesh.links(deaf).len(), mesh.links(other).len()), (1, 0));
+    // Nothing of the control plane changes: processes, interfaces, registrations.
+    run_in(
+        &mesh,
+        deaf,
+        "nft",
+        &["add table inet deaf; add chain inet deaf in { type filter hook input priority 0; policy drop; }"],
+    );
+    eventually("the other endpoint has the wire", || {
+        let links = (mesh.links(deaf), mesh.links(other));
+        if links.0.is_empty() && links.1.len() == 1 {
+            Ok(())
+        } else {
+            Err(format!("{links:?}\n{}", mesh.log("client")))
+        }
+    });
+    mesh.says("client", "packets do not pass; asking for another endpoint");
+    mesh.says("client", "the wire is up again");
+    mesh.has("a", "nsm0");
+    // It answers, so it stays.
+    let to = if other == "x" { "172.16.1.0" } else { "172.16.2.0" };
+    eventually("packets pass", || {
+        let row = mesh.lab.namespace("a").expect("a pod").run(|| {
+            Echo::open(to.parse().expect("an address"))?
+                .row(5, std::time::Instant::now() + Duration::from_secs(1))
+        });
+        match row.expect("enter") {
+            Ok(row) if row.answered == 5 => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    });
+    mesh.end("client", Signal::TERM);
+    mesh.nothing_is_left(&["a", "x", "y"]);
+}
+
+#[test]
+fn a_wire_whose_interface_goes_silently_is_made_again() {
+    let test = "a_wire_whose_interface_goes_silently_is_made_again";
+    if !has_program(test, "ip") {
+        return;
+    }
+    let Some(mesh) = Mesh::up(test, GATEWAY) else { return };
+    mesh.client("client", "a", "kernel://plain/nsm0", PROBED);
+    mesh.ready(&["client"]);
+    let (before, far) = (mesh.has("a", "nsm0"), mesh.links("gw"));
+    // Down, not deleted: the client's end is still there.
+    run_in(&mesh, "gw", "ip", &["link", "set", &far[0].name, "down"]);
+    eventually("the wire is another", || {
+        let links = mesh.links("a");
+        match &links[..] {
+            [link] if link.name == "nsm0" && link.index != before.index => Ok(()),
+            _ => Err(format!("{links:?}\n{}", mesh.log("client"))),
+        }
+    });
+    mesh.says("client", "the wire is up again");
+    mesh.end("client", Signal::TERM);
+    mesh.nothing_is_left(&["a", "b", "gw"]);
+}
+
+#[test]
+fn an_unprobed_wire_stays_whatever_becomes_of_its_packets() {
+    let test = "an_unprobed_wire_stays_whatever_becomes_of_its_packets";
+    if !has_program(test, "ip") {
+        return;
+    }
+    let Some(mesh) = Mesh::up(test, GATEWAY) else { return };
+    // It is refreshed every second, which is how long it takes to know that nothing else happens.
+    let more = ["--liveness-check-enabled", "false", "--max-token-lifetime", "6s"];
+    mesh.client("client", "a", "kernel://plain/nsm0", &more);
+    mesh.ready(&["client"]);
+    let before = mesh.has("a", "nsm0");
+    let far = mesh.links("gw");
+    run_in(&mesh, "gw", "ip", &["link", "set", &far[0].name, "down"]);
+    std::thread::sleep(Duration::from_millis(1500));
+    let log = mesh.log("client");
+    assert!(!log.contains("packets do not pass"), "{log}");
+    // The refresh repairs what is not as planned, without a new wire.
+    assert_eq!(mesh.has("a", "nsm0").index, before.index);
+    mesh.end("client", Signal::TERM);
+    mesh.nothing_is_left(&["a", "b", "gw"]);
+}
