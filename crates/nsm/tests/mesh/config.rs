@@ -102,6 +102,26 @@ fn a_wrong_flag_or_variable_is_refused_with_what_is_expected() {
             &["'carrier-pigeon'", "[possible values: ETHERNET, IP]"],
         ),
         (&["endpoint", "--register-service", "maybe"], USAGE, &["[possible values: true, false]"]),
+        (
+            &["endpoint", "--dns-configs", "[{\"dns_server_ips\": [\"here\"]}]"],
+            USAGE,
+            &["--dns-configs", "here", "expected JSON such as"],
+        ),
+        (
+            &["client", "--awareness-groups", "[kernel://a"],
+            USAGE,
+            &[
+                "--awareness-groups",
+                "a bracket is not closed",
+                "[kernel://a/nsm-1,kernel://b/nsm-2],[kernel://c]",
+            ],
+        ),
+        (&["ipam", "--prefix", "10.0.0.0"], USAGE, &["'10.0.0.0'", "--prefix", prefix]),
+        (
+            &["ipam", "--prefix", "10.0.0.0/16", "--client-prefix-len", "8"],
+            FAILED,
+            &["10.0.0.0/16 has no /8 in it; expected a length from 16 to 32"],
+        ),
         (&["identity"], USAGE, &["required", "--config <FILE>"]),
         (&["frobnicate"], USAGE, &["unrecognized subcommand 'frobnicate'"]),
         // What to ask for.
@@ -236,6 +256,28 @@ fn a_wrong_file_is_refused_with_the_place_in_it() {
         let path = path.to_string_lossy().into_owned();
         says(&[], &[role, flag, &path], FAILED, &[texts, &[&path]].concat());
         says(&[], &[role, flag, "/nowhere.yaml"], FAILED, &["/nowhere.yaml", "No such file or directory"]);
+    }
+    // Files that need not be there.
+    for (role, flag, text, texts) in [
+        (
+            "manager",
+            "--excluded-prefixes-file",
+            "prefixes: [10.0.0.0/33]",
+            &["NSM_EXCLUDED_PREFIXES_FILE", "\"10.0.0.0/33\" is not a prefix", "expected YAML such as"][..],
+        ),
+        (
+            "endpoint",
+            "--pbr-config-path",
+            "- {proto: tcp}",
+            &["NSM_PBR_CONFIG_PATH", "\"tcp\" is not an IP protocol number", "expected a YAML list of"],
+        ),
+        ("ipam", "--state-file", "rubbish", &["the leases in", "cannot be read", "one prefix a line"]),
+    ] {
+        let path = directory.path().join("file.yaml");
+        fs::write(&path, text).expect("write");
+        let path = path.to_string_lossy().into_owned();
+        says(&[], &[role, flag, &path], FAILED, &[texts, &[&path]].concat());
+        says(&[], &[role, flag, "/nowhere.yaml"], FAILED, &["no identity"]);
     }
 }
 

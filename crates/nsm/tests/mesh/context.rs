@@ -3,12 +3,15 @@
 use std::{fs, time::Duration};
 
 use nsm_api::pb::connectioncontext::{ConnectionContext, EthernetContext};
+use nsm_identity::Source;
 use nsm_lab::network::Seen;
+use nsm_sdk::prefix_client::LeasedPrefix;
+use nsm_transport::{DialUrl, Pool, PoolConfig};
 use rustix::process::Signal;
 use tonic::Code;
 
 use crate::{
-    harness::{Mesh, eventually},
+    harness::{self, Mesh, eventually},
     raw::{Raw, file, good, in_runtime},
 };
 
@@ -123,6 +126,38 @@ fn policy_routes_come_with_a_wire_change_with_their_file_and_go_with_it() {
         if (&now.rules, &now.routes) == (&was.rules, &was.routes) { Ok(()) } else { Err(format!("{now:?}")) }
     });
     mesh.nothing_is_left(&["a", "b", "x", "y"]);
+}
+
+#[test]
+fn a_killed_prefix_server_comes_back_and_keeps_what_was_handed_out() {
+    let Some(mesh) = Mesh::up("a_killed_prefix_server_comes_back_and_keeps_what_was_handed_out", BARE) else {
+        return;
+    };
+    let directory = tempfile::tempdir().expect("a directory");
+    let leases = directory.path().join("leases").display().to_string();
+    let url = mesh.url("ipam.sock");
+    let args = ["ipam", "--listen-on", &url, "--prefix", "172.16.0.0/16", "--state-file", &leases];
+    mesh.start("ipam", "x", &args);
+    mesh.ready(&["ipam"]);
+    mesh.inside("a", "lease 172.16.0.0/24");
+    mesh.end("ipam", Signal::KILL);
+    mesh.start("ipam", "x", &args);
+    mesh.ready(&["ipam"]);
+    // Its holder may come back for the first.
+    mesh.inside("b", "lease 172.16.1.0/24");
+    mesh.end("ipam", Signal::TERM);
+    assert_eq!(fs::read_to_string(&leases).expect("kept"), "172.16.0.0/24\n172.16.1.0/24\n");
+}
+
+/// Gets a prefix, which shall be this one.
+pub(crate) fn lease(lab: &str, expected: &str) {
+    in_runtime(async {
+        let url: DialUrl = harness::url(lab, "ipam.sock").parse().expect("a URL");
+        let pool = Pool::new(Source::from_env().await.expect("an identity"), PoolConfig::default());
+        let lease = LeasedPrefix::keep(pool, (&url).into(), Duration::from_secs(5), Vec::new());
+        let prefix = tokio::time::timeout(harness::PATIENCE, lease.get()).await.expect("in time");
+        assert_eq!(prefix.to_string(), expected);
+    });
 }
 
 #[test]

@@ -37,6 +37,7 @@ fn inside() {
         "evil" => answers::evil(&lab),
         "leaving" => wire::leaving(&lab),
         "hardware addresses" => context::hardware_addresses(&lab),
+        job if job.starts_with("lease ") => context::lease(&lab, &job["lease ".len()..]),
         job if job.starts_with("steer ") => steering::steer(&lab, &job["steer ".len()..]),
         other => panic!("no such job: {other}"),
     }
