@@ -506,6 +506,12 @@ async fn a_connection_whose_next_hop_falls_silent_is_down() {
         theirs.set_state(State::RefreshRequested);
         mesh.next.tell(Some(Ok(event(ConnectionEventType::Update, &theirs))));
         assert_eq!(events.next().await.unwrap().unwrap().connections[&own].state(), State::RefreshRequested);
+        // It is followed on beyond a DOWN (upstream stops there, section 18, 22).
+        for state in [State::Down, State::Up] {
+            theirs.set_state(state);
+            mesh.next.tell(Some(Ok(event(ConnectionEventType::Update, &theirs))));
+            assert_eq!(events.next().await.unwrap().unwrap().connections[&own].state(), state);
+        }
         // However its stream ends: upstream's heal would sleep through a `Canceled`.
         mesh.next.tell(end);
         mesh.next.tell(None);

@@ -137,9 +137,51 @@ fn choose(chosen: Option<&Mechanism>, preferences: &[Mechanism]) -> Result<Mecha
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use nsm_api::mechanism::REMOTE;
+    use nsm_mesh::{Call, Connections, chain};
 
     use super::*;
+
+    /// Refuses, and counts.
+    #[derive(Debug)]
+    struct Refusing(Arc<AtomicUsize>);
+
+    #[async_trait]
+    impl Element for Refusing {
+        fn name(&self) -> &'static str {
+            "refusing"
+        }
+
+        async fn request(
+            &self,
+            _: &mut Context<'_>,
+            _: NetworkServiceRequest,
+            _: Next<'_>,
+        ) -> Result<Connection> {
+            self.0.fetch_add(1, Ordering::SeqCst);
+            Err(Error::not_found("nobody"))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_failure_behind_a_mechanism_is_not_tried_with_the_next_one() {
+        let calls = Arc::new(AtomicUsize::new(0));
+        let end = ServerEnd { namespace: OwnNamespace::open().unwrap(), unnumbered: false };
+        let connections =
+            Connections::asking("nse", chain![end, Refusing(Arc::clone(&calls))], Default::default());
+        let conn = Connection { id: "u".into(), network_service: "s".into(), ..Connection::default() };
+        let mechanism_preferences = vec![
+            Mechanism::new(LOCAL, kind::MEMIF),
+            Mechanism::kernel("a", None),
+            Mechanism::kernel("b", None),
+            Mechanism::new(LOCAL, kind::NOOP),
+        ];
+        let request = NetworkServiceRequest { connection: Some(conn), mechanism_preferences };
+        let error = connections.request(Call::default(), request).await.unwrap_err();
+        assert_eq!((error.to_string().as_str(), calls.load(Ordering::SeqCst)), ("nse: nobody", 1));
+    }
 
     #[test]
     fn the_chosen_mechanism_beats_the_preferences() {
