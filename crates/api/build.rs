@@ -5,7 +5,7 @@ use std::{env, fs, path::PathBuf};
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
     println!("cargo:rerun-if-changed=proto");
-    let files = ["networkservice.proto", "registry.proto", "ipam.proto"];
+    let files = ["networkservice.proto", "registry.proto", "ipam.proto", "introspect.proto"];
     let set = protox::compile(files, ["proto"])?;
     // Reflection serves the same descriptors that the types came from.
     fs::write(out.join("descriptors.bin"), prost_bytes(&set))?;
@@ -14,6 +14,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .btree_map(".")
         // The generated Debug would show tokens: `path` has one that does not.
         .skip_debug(["connection.PathSegment"])
+        // What a process tells of itself is shown as JSON and YAML.
+        .type_attribute(".nsm.introspect.v1", "#[derive(serde::Serialize)]")
+        .type_attribute(".nsm.introspect.v1", "#[serde(rename_all = \"camelCase\")]")
         .compile_fds(set)?;
     Ok(())
 }

@@ -21,6 +21,10 @@ pub mod pb {
     pub mod ipam {
         tonic::include_proto!("ipam");
     }
+    /// Of our own: what a process tells of itself.
+    pub mod introspect {
+        tonic::include_proto!("nsm.introspect.v1");
+    }
 }
 
 pub mod limits;

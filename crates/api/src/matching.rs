@@ -109,10 +109,7 @@ impl Policy {
     where
         E: Borrow<NetworkServiceEndpoint>,
     {
-        let default = Selector(vec![(
-            DEFAULT_FORWARDER_LABEL.0.to_owned(),
-            Template::literal(DEFAULT_FORWARDER_LABEL.1),
-        )]);
+        let default = Selector::forwarders();
         self.select(client, seen, Some(forwarder_service), |rule| {
             let wanted = rule.metadata.as_ref().filter(|labels| !labels.0.is_empty()).unwrap_or(&default);
             let fits =
@@ -206,6 +203,47 @@ impl<E> Selection<'_, E> {
         let last = self.tried.len().checked_sub(1)?;
         (!matches!(self.tried[last], Verdict::SourceDiffers | Verdict::FellThrough)).then_some(last)
     }
+
+    /// Why somebody who was seen is a candidate, or is not.
+    #[must_use]
+    pub fn reason(&self, e: &E) -> (bool, String)
+    where
+        E: Borrow<NetworkServiceEndpoint>,
+    {
+        let chosen = self.candidates.iter().any(|c| std::ptr::eq(*c, e));
+        let Some(at) = self.decided_by() else {
+            let why = match self.tried.is_empty() {
+                true => "the service has no matches: anybody may serve",
+                false => "no match of the service applies to the client's labels",
+            };
+            return (chosen, why.to_owned());
+        };
+        let rule = &self.policy.rules[at];
+        let labels =
+            labels_for(e.borrow(), self.forwarders_of.unwrap_or(&self.policy.service)).unwrap_or(&NO_LABELS);
+        let default;
+        let wanted: Vec<&Selector> = match self.forwarders_of {
+            None => rule.routes.iter().collect(),
+            Some(_) => match rule.metadata.as_ref().filter(|m| !m.0.is_empty()) {
+                Some(metadata) => vec![metadata],
+                None => {
+                    default = Selector::forwarders();
+                    vec![&default]
+                }
+            },
+        };
+        let texts = |found: Vec<String>| found.into_iter().take(4).collect::<Vec<_>>().join("; ");
+        let why = match chosen {
+            true if self.tried[at] == Verdict::Unrestricted => "it selects forwarders only".to_owned(),
+            true => {
+                let fit = wanted.iter().filter(|w| w.fits(labels, self.client));
+                texts(fit.map(|w| format!("labels fit {w}")).collect())
+            }
+            false => texts(wanted.iter().filter_map(|w| w.misfit(labels, self.client)).collect()),
+        };
+        let why = if why.is_empty() { "it has no route".to_owned() } else { why };
+        (chosen, format!("match {}: {why}", at + 1))
+    }
 }
 
 /// What became of one match.
@@ -293,6 +331,34 @@ impl Selector {
                 let have = labels.get(key).map_or("", String::as_str);
                 have == wanted.raw || wanted.expands_to(have, client)
             })
+    }
+
+    /// Why `labels` do not fit, in words; `None`: they do.
+    #[must_use]
+    pub fn misfit(&self, labels: &Labels, client: &Labels) -> Option<String> {
+        if self.fits(labels, client) {
+            return None;
+        }
+        let differs = self.0.iter().find(|(key, wanted)| {
+            let have = labels.get(key).map_or("", String::as_str);
+            have != wanted.raw && !wanted.expands_to(have, client)
+        });
+        Some(match differs {
+            None => format!("it has {} labels, the selector {}", labels.len(), self.0.len()),
+            Some((key, wanted)) => {
+                let (have, key, wanted) = (labels.get(key), cut(key), wanted.expand(client));
+                match have {
+                    Some(have) => format!("label {key} is {:?}, not {:?}", cut(have), cut(&wanted)),
+                    None => format!("it has no label {key}={}", cut(&wanted)),
+                }
+            }
+        })
+    }
+
+    /// What forwarders must have where a match says nothing of them.
+    fn forwarders() -> Self {
+        let (key, value) = DEFAULT_FORWARDER_LABEL;
+        Self(vec![(key.to_owned(), Template::literal(value))])
     }
 }
 
@@ -658,6 +724,32 @@ mod tests {
             let selection = policy.forwarders(&client, "forwarder", &seen);
             assert_eq!(names(&selection), *chosen, "{matches:?} for {client:?}: {selection}");
         }
+    }
+
+    #[test]
+    fn everybody_who_was_seen_has_a_reason() {
+        let seen = [endpoint("a", "app=a"), endpoint("b", "app=b"), endpoint("none", "")];
+        let reasons = |matches: &[&str], client: &str| {
+            let policy =
+                Policy::strict(&service(matches.iter().map(|m| rule(m)).collect())).expect("supported");
+            let client = labels(client);
+            let selection = policy.endpoints(&client, &seen);
+            seen.iter().map(|e| selection.reason(e)).collect::<Vec<_>>()
+        };
+        let expected = |list: [(bool, &str); 3]| list.map(|(fits, why)| (fits, why.to_owned())).to_vec();
+        let anybody = (true, "the service has no matches: anybody may serve");
+        assert_eq!(reasons(&[], ""), expected([anybody; 3]));
+        assert_eq!(
+            reasons(&["x=y -> any", "-> app={{.want}}"], "want=a"),
+            expected([
+                (true, "match 2: labels fit {app={{.want}}}"),
+                (false, "match 2: label app is \"b\", not \"a\""),
+                (false, "match 2: it has no label app=a"),
+            ])
+        );
+        let nothing = (false, "no match of the service applies to the client's labels");
+        assert_eq!(reasons(&["x=y -> any"], ""), expected([nothing; 3]));
+        assert_eq!(reasons(&["->"], ""), expected([(false, "match 1: it has no route"); 3]));
     }
 
     #[test]

@@ -115,6 +115,7 @@ impl Worker {
             .args(["bench", "client", "--connect-to", &socket("nsm.io.sock")])
             .env("SPIFFE_ENDPOINT_SOCKET", socket("identity.sock"))
             .env("NSM_LOG_LEVEL", "info")
+            .env("NSM_INTROSPECT_DIR", "")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(log)

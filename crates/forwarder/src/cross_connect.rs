@@ -26,6 +26,7 @@ use nsm_kernel::{
 use nsm_mesh::{Context, Element, Error, Lease, Next, NextHop, Release, Result, fds::Fds};
 
 use crate::{
+    tell::Traffic,
     tunnel::{self, TunnelEnd},
     wires::{Claim, Record, Taken, Wires},
 };
@@ -306,10 +307,13 @@ impl Element for CrossConnect {
             };
             match joined {
                 Ok(()) => {
+                    note_interfaces(&mut answer, &near, &far);
                     if cx.scope.get::<Wire>().is_none() {
                         cx.scope.lease(Wire { wires: Arc::clone(&self.wires), id });
+                    } else if let Some(traffic) = self.wires.traffic(&id).await {
+                        // A wire that was made now has carried nothing yet.
+                        note_traffic(&mut answer, &traffic);
                     }
-                    note_interfaces(&mut answer, &near, &far);
                     answer.mechanism = Some(near);
                     return Ok(answer);
                 }
@@ -390,6 +394,14 @@ fn whose(side: Side) -> &'static str {
     match side {
         Side::Near => "client's",
         Side::Far => "endpoint's",
+    }
+}
+
+/// Upstream's in-band counters (spec/control-plane.md 4.5).
+fn note_traffic(conn: &mut Connection, traffic: &Traffic) {
+    if let Some(segment) = path::current_mut(conn) {
+        let counters = traffic.counters().map(|(name, value)| (name.to_owned(), value.to_string()));
+        segment.metrics.extend(counters);
     }
 }
 

@@ -12,7 +12,7 @@ use nsm_api::{
         registry::{NetworkService, NetworkServiceEndpoint},
     },
 };
-use nsm_mesh::{Context, Element, Error, Next, NextHop, Result, error::explain};
+use nsm_mesh::{Context, Element, Error, Next, NextHop, Result, Verdict, error::explain};
 use nsm_registry::{Endpoint, LookUp};
 use parking_lot::Mutex;
 use tonic::Code;
@@ -75,6 +75,11 @@ impl Discover {
         let policy = Policy::lenient(&service);
         let selection = policy.endpoints(&labels, &endpoints);
         let candidates = &selection.candidates;
+        for endpoint in &endpoints {
+            let (fits, why) = selection.reason(endpoint);
+            let verdict = if fits { Verdict::Spare } else { Verdict::Refused };
+            cx.trail.note(self.name(), &endpoint.nse.name, verdict, why);
+        }
         if candidates.is_empty() {
             return Err(Error::not_found(format!(
                 "network service endpoint candidates not found: {selection}"
@@ -97,8 +102,14 @@ impl Discover {
             let answer = next.request(cx, attempt).await;
             cx.deadline = deadline;
             match answer {
-                Ok(conn) => return Ok(conn),
-                Err(error) => failures.push((candidate.nse.name.clone(), error)),
+                Ok(conn) => {
+                    cx.trail.note(self.name(), &candidate.nse.name, Verdict::Taken, "");
+                    return Ok(conn);
+                }
+                Err(error) => {
+                    cx.trail.note(self.name(), &candidate.nse.name, Verdict::Failed, error.to_string());
+                    failures.push((candidate.nse.name.clone(), error));
+                }
             }
             if tokio::time::Instant::now() >= cx.deadline {
                 break;

@@ -3,6 +3,7 @@
 pub mod cross_connect;
 pub mod discover;
 mod serve;
+mod tell;
 pub mod tunnel;
 pub mod wires;
 

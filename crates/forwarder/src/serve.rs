@@ -28,6 +28,7 @@ use nsm_mesh::{
     auth::{Authorize, OnlyFrom, OwnNamespace},
     dial::Dial,
     error::explain,
+    inspect::Neighbour,
     metrics::Metrics,
     monitor::{Hub, Monitor},
 };
@@ -35,7 +36,13 @@ use nsm_registry::{Client, ClientConfig, LookUp};
 use nsm_transport::{DialUrl, ListenUrl, Pool, PoolConfig, Server};
 use tokio::sync::mpsc;
 
-use crate::{cross_connect::CrossConnect, discover::Discover, tunnel::TunnelEnd, wires::Wires};
+use crate::{
+    cross_connect::CrossConnect,
+    discover::Discover,
+    tell::{Counted, Told},
+    tunnel::TunnelEnd,
+    wires::Wires,
+};
 
 /// How long to wait for the manager at start.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -142,6 +149,8 @@ impl Forwarder {
         let manager = Client::new(pool.clone(), connect_to.clone(), client_config);
         let registration = self.registration(&listen_on.to_string());
         let wires = Arc::clone(&self.wires);
+        let neighbour = Neighbour { pool: pool.clone(), role: "manager", url: connect_to.clone() };
+        self.config.metrics.inspector().add(Arc::new(neighbour));
         let running = self.start(OnlyFrom::Peer(pool.clone(), connect_to), Arc::new(manager.clone()), pool);
 
         let server = Server::bind(source, std::slice::from_ref(&listen_on))
@@ -188,6 +197,9 @@ impl Forwarder {
             Dial::new(pool, &config.name, Arc::clone(&hub), config.dial_timeout)
                 .guarding_namespaces(OwnNamespace { allowed: Arc::new(config.namespace_delegates) }),
         );
+        let counted = Counted { wires: Arc::clone(&wires), hub: Arc::clone(&hub) };
+        config.metrics.register_upstreams(|registry| registry.register_collector(Box::new(counted)));
+        config.metrics.inspector().add(Arc::new(Told { wires: Arc::clone(&wires), tunnel }));
         let connections = Connections::serving(&config.name, chain, config.metrics);
         Running { connections, hub, wires, watch }
     }

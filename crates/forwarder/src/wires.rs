@@ -34,7 +34,7 @@ use serde::{Deserialize, Serialize};
 use tokio::task::spawn_blocking;
 use tonic::Code;
 
-use crate::tunnel::Vnis;
+use crate::{tell::Traffic, tunnel::Vnis};
 
 /// How long a wire that was found at start may wait for its connection when its record tells no expiry.
 const GRACE: Duration = Duration::from_secs(600);
@@ -215,6 +215,30 @@ impl Wires {
     #[must_use]
     pub fn record(&self, id: &str) -> Option<Record> {
         self.records.lock().get(id).map(|held| held.record.clone())
+    }
+
+    /// The connections that have a wire here.
+    #[must_use]
+    pub fn ids(&self) -> Vec<String> {
+        self.records.lock().keys().cloned().collect()
+    }
+
+    /// The record of a wire, where its ends are, and whether a connection of this process has it.
+    pub(crate) fn held(&self, id: &str) -> Option<(Record, Nsids, bool)> {
+        self.records.lock().get(id).map(|held| (held.record.clone(), held.nsids, held.claimed))
+    }
+
+    /// What a wire has carried, as the kernel says now; blocks.
+    pub(crate) fn traffic_now(&self, id: &str) -> Option<Traffic> {
+        let (_, nsids, _) = self.held(id)?;
+        let (near, far) = self.kernel.facts(id, nsids).ok()?;
+        Traffic::of(near, far)
+    }
+
+    /// The same, where nothing may block.
+    pub(crate) async fn traffic(self: &Arc<Self>, id: &str) -> Option<Traffic> {
+        let (this, id) = (Arc::clone(self), id.to_owned());
+        spawn_blocking(move || this.traffic_now(&id)).await.ok()?
     }
 
     /// How many wires nobody wanted any more and were removed.

@@ -66,7 +66,8 @@ impl Source {
                 tokio::select! {
                     () = sender.closed() => return,
                     identity = follower.next(&mut stream) => {
-                        info!(
+                        // At every half life of an SVID: no news when all is well.
+                        debug!(
                             id = %identity.id(),
                             expires = %humantime::format_rfc3339_seconds(identity.svid().not_after()),
                             "identity renewed"

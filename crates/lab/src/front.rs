@@ -168,6 +168,7 @@ impl Front {
         if let Some(node) = &found.node {
             let at = Paths::new(&found.lab).node(node);
             command.env("SPIFFE_ENDPOINT_SOCKET", format!("unix://{}", at.join("identity.sock").display()));
+            command.env("NSM_INTROSPECT_DIR", Paths::new(&found.lab).introspect());
             command.env("NSM_CONNECT_TO", format!("unix://{}", at.join("nsm.io.sock").display()));
         }
         let namespace = format!("{}.{}", found.lab, found.name);
@@ -215,6 +216,30 @@ impl Front {
         };
         out.write_all(text.as_bytes()).map_err(|e| Error::system("write", e))?;
         Ok(left.is_empty())
+    }
+
+    /// Names of the labs that can be looked at from here.
+    #[must_use]
+    pub fn names(&self) -> BTreeSet<String> {
+        self.labs()
+    }
+
+    /// For a lab of an ordinary user: runs this program with these arguments where the lab is, and returns its exit
+    /// status. `None`: there is nothing to enter, the lab's files are here.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotThere`] if the lab's processes are dead.
+    pub fn inside(&self, lab: &str, args: &[String]) -> Result<Option<i32>, Error> {
+        if !self.is_outside() {
+            return Ok(None);
+        }
+        let process = Record::all().remove(lab).and_then(|record| record.anybody());
+        let process = process.ok_or_else(|| Error::NotThere(format!("no lab {lab} of yours runs here")))?;
+        let mut command = Command::new(&self.exe);
+        confine::start_beside(command.arg0("nsm").args(args), process)?;
+        let status = command.status().map_err(|e| Error::system("start inside the lab", e))?;
+        Ok(Some(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))))
     }
 
     fn load(&self, file: &Path) -> Result<Scenario, Error> {

@@ -197,6 +197,8 @@ impl Lab {
             .ok_or_else(|| Error::NotThere(format!("the plan has no process {name}")))?;
         let at = self.plan.paths();
         let mut env = process.env.clone();
+        let introspect = at.introspect().to_string_lossy().into_owned();
+        env.entry("NSM_INTROSPECT_DIR".into()).or_insert(introspect);
         for key in ["PATH", "NSM_LOG_LEVEL", "RUST_BACKTRACE"] {
             if let Ok(value) = std::env::var(key) {
                 env.entry(key.into()).or_insert(value);

@@ -424,6 +424,12 @@ impl Paths {
         self.root.join(node)
     }
 
+    /// The sockets by which processes are looked at.
+    #[must_use]
+    pub fn introspect(&self) -> PathBuf {
+        self.root.join("introspect")
+    }
+
     /// What a process writes to stdout and stderr.
     #[must_use]
     pub fn log(&self, process: &str) -> PathBuf {

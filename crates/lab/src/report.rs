@@ -55,7 +55,9 @@ impl Format {
         Self::Text { colour }
     }
 
-    fn paint(self, text: &str, code: &str) -> String {
+    /// The text in the colour of this SGR code, where colours are wanted.
+    #[must_use]
+    pub fn paint(self, text: &str, code: &str) -> String {
         match self {
             Self::Text { colour: true } => format!("\x1b[{code}m{text}\x1b[0m"),
             _ => text.to_owned(),
@@ -194,11 +196,11 @@ fn line(at: u64, text: &str) -> String {
 
 /// A table with a header and no lines but the one below it.
 #[must_use]
-pub fn plain_table<const N: usize>(header: [&str; N]) -> Table {
+pub fn plain_table(header: impl IntoIterator<Item = &'static str>) -> Table {
     let mut table = Table::new();
     let style = TableStyle::new().header_separator(LineStyle::none().fill('─').junction('─'));
     table.load_style(style).set_content_arrangement(ContentArrangement::Disabled);
-    table.set_header(header);
+    table.set_header(header.into_iter().collect::<Vec<_>>());
     table
 }
 

@@ -12,7 +12,7 @@ use nsm_api::{
         registry::NetworkServiceEndpoint,
     },
 };
-use nsm_mesh::{Context, Element, Error, Lease, Next, NextHop, Release, Result, error::explain};
+use nsm_mesh::{Context, Element, Error, Lease, Next, NextHop, Release, Result, Verdict, error::explain};
 use nsm_registry::{Endpoint, ManagerRegistry};
 use tonic::Code;
 
@@ -69,7 +69,7 @@ impl DiscoverForwarder {
         self.own.iter().cloned().chain(registered).collect()
     }
 
-    async fn candidates(&self, cx: &Context<'_>, conn: &Connection) -> Result<Vec<Candidate>> {
+    async fn candidates(&self, cx: &mut Context<'_>, conn: &Connection) -> Result<Vec<Candidate>> {
         let name = &conn.network_service;
         let find = self.registry.find_service(name, &conn.payload);
         let service = match tokio::time::timeout_at(cx.deadline, find).await {
@@ -93,6 +93,13 @@ impl DiscoverForwarder {
         }
         let policy = Policy::lenient(&service);
         let selection = policy.forwarders(&conn.labels, self.registry.forwarder_service(), &forwarders);
+        if cx.scope.get::<Chosen>().is_none() {
+            for forwarder in &forwarders {
+                let (fits, why) = selection.reason(forwarder);
+                let verdict = if fits { Verdict::Spare } else { Verdict::Refused };
+                cx.trail.note(self.name(), &forwarder.nse.name, verdict, why);
+            }
+        }
         if selection.candidates.is_empty() {
             return Err(Error::not_found(format!("no candidates found: {selection}")));
         }
@@ -137,11 +144,15 @@ impl Element for DiscoverForwarder {
             match answer {
                 Ok(conn) => {
                     if cx.scope.get::<Chosen>().is_none() {
+                        cx.trail.note(self.name(), &candidate.nse.name, Verdict::Taken, "");
                         cx.scope.lease(Chosen(candidate.nse.name));
                     }
                     return Ok(conn);
                 }
-                Err(error) => failures.push((candidate.nse.name, error)),
+                Err(error) => {
+                    cx.trail.note(self.name(), &candidate.nse.name, Verdict::Failed, error.to_string());
+                    failures.push((candidate.nse.name, error));
+                }
             }
         }
         Err(Error::all_failed("forwarders", failures))

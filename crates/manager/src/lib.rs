@@ -4,6 +4,7 @@ mod discover_forwarder;
 mod elements;
 mod excluded_prefixes;
 mod follow_service;
+pub mod tell;
 
 use std::{collections::BTreeSet, future::Future, sync::Arc, time::Duration};
 
@@ -13,6 +14,7 @@ use nsm_mesh::{
     auth::{Authorize, OwnNamespace},
     dial::Dial,
     error::explain,
+    inspect::Neighbour,
     metrics::Metrics,
     monitor::{Hub, Monitor},
 };
@@ -131,6 +133,11 @@ impl Manager {
         shutdown: impl Future<Output = ()> + Send,
     ) {
         let Self { config, server, pool, registry } = self;
+        let inspector = config.metrics.inspector();
+        inspector.add(Arc::new(tell::ToldOfManager(registry.clone())));
+        if let Cluster::At(url) = config.registry.clone() {
+            inspector.add(Arc::new(Neighbour { pool: pool.clone(), role: "registry", url }));
+        }
         let hub = Arc::new(Hub::default());
         let (follow_service, news) = FollowService::new();
         let chain = chain(&config, registry.clone(), follow_service.clone(), own, Arc::clone(&hub), pool);
@@ -141,7 +148,7 @@ impl Manager {
         nsm_mesh::server::add(&mut routes, connections, Arc::clone(&hub), readers);
         let routes = registry.add_to(routes.routes());
         ready();
-        let services = [nsm_mesh::server::SERVICES, nsm_registry::SERVICES].concat();
+        let services = [&nsm_mesh::server::SERVICES[..], &nsm_registry::SERVICES].concat();
         let shutdown = async {
             shutdown.await;
             registry.end_watches();

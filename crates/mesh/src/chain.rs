@@ -18,7 +18,7 @@ use std::{
         Arc, OnceLock, Weak,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use async_trait::async_trait;
@@ -28,6 +28,7 @@ use nsm_api::{
     path::{self, Asker},
     pb::{
         connection::{Connection, State},
+        introspect::Decision,
         networkservice::NetworkServiceRequest,
     },
 };
@@ -45,6 +46,7 @@ use crate::{
     error::{Error, Result},
     fds::Fds,
     hop::NextHop,
+    inspect::{Asked, Trail},
     metrics::Metrics,
     scope::{Reason, Release, Scope},
 };
@@ -156,6 +158,8 @@ pub struct Context<'c> {
     pub fds: Fds,
     /// Where the request goes next, once an element knows.
     pub next_hop: Option<NextHop>,
+    /// Which candidates there were, and what became of each: for whoever asks why.
+    pub trail: Trail,
     /// What the connection holds.
     pub scope: &'c mut Scope,
 }
@@ -252,6 +256,8 @@ pub struct Connections {
 struct Entry {
     /// Whose it is; set with the first request, never changed.
     owner: OnceLock<Owner>,
+    /// Not behind the queue: whoever asks shall hear of a connection whose request hangs.
+    note: Mutex<Option<Note>>,
     held: AsyncMutex<Held>,
 }
 
@@ -278,6 +284,19 @@ impl Owner {
         let hops = before.iter().map(|segment| (segment.name.clone(), segment.id.clone())).collect();
         Self { caller: caller.clone(), client, hops }
     }
+}
+
+/// What is remembered of a connection for those who ask, besides the connection itself.
+#[derive(Debug, Clone)]
+pub struct Note {
+    /// When it was first answered by this process.
+    pub since: SystemTime,
+    /// When it was last answered.
+    pub refreshed: SystemTime,
+    /// How often it was answered.
+    pub answers: u64,
+    /// Who was chosen and why, when last somebody was.
+    pub decisions: Box<[Decision]>,
 }
 
 #[derive(Debug, Default)]
@@ -347,6 +366,17 @@ impl Connections {
         self.table.lock().keys().cloned().collect()
     }
 
+    /// What is remembered of a connection for those who ask; of one that was never answered, nothing but now.
+    pub(crate) fn note(&self, id: &str) -> Note {
+        let note = self.table.lock().get(id).and_then(|entry| entry.note.lock().clone());
+        note.unwrap_or_else(|| Note {
+            since: SystemTime::now(),
+            refreshed: SystemTime::now(),
+            answers: 0,
+            decisions: Box::default(),
+        })
+    }
+
     /// Serves a Request: checks it, makes this hop the current segment, runs the chain, and gives the answer
     /// the asker's index and id.
     ///
@@ -400,7 +430,15 @@ impl Connections {
     ) -> Result<(Answer, Option<Receipt>)> {
         let this = Arc::clone(self);
         let deadline = call.deadline.unwrap_or_else(|| Instant::now() + DEFAULT_DEADLINE);
-        let span = tracing::info_span!("request", hop = %self.me, connection = %id);
+        // Upstream's name of a request's span, and its attributes (spec/kubernetes.md 7.3).
+        let span = match nsm_transport::is_traced() {
+            true => tracing::info_span!(
+                "request", hop = %self.me, connection = %id, id = %id, r#type = "networkService",
+                otel.status_code = tracing::field::Empty,
+                otel.name = %format_args!("[id: {id}] [type: networkService] [method: Request]"),
+            ),
+            false => tracing::info_span!("request", hop = %self.me, connection = %id),
+        };
         let (give, answer) = oneshot::channel();
         tokio::spawn(
             async move {
@@ -460,6 +498,7 @@ impl Connections {
     ) -> Result<Answer> {
         let mut request = request;
         let mut mark = held.scope.mark();
+        let asked = self.asked(&call, request.connection.as_ref());
         let mut cx = self.context(call, deadline, &mut held.scope);
         let begin = Instant::now();
         // Not cut off at the deadline: an element in the middle of making something must come to its lease.
@@ -478,7 +517,7 @@ impl Connections {
             Next { rest: &self.chain, metrics: &self.metrics }.request(&mut cx, request).await
         });
         let result = run.catch_unwind().await;
-        let fds = cx.fds;
+        let (fds, trail) = (cx.fds, cx.trail);
         let result = result.unwrap_or_else(|_| {
             self.metrics.panicked();
             Err(Error::internal("a panic was contained; the request was undone")
@@ -488,17 +527,32 @@ impl Connections {
         match result {
             Ok(mut answer) => {
                 answer.set_state(State::Up);
+                note_answer(&mut entry.note.lock(), &trail);
+                self.metrics.inspector().answered(&answer);
                 held.established = true;
                 self.arm(id, entry, held, &answer);
                 Ok(Answer { connection: answer, fds })
             }
             Err(error) => {
+                tracing::Span::current().record("otel.status_code", "ERROR");
+                self.metrics.inspector().failures().note(asked, &error, &trail, SystemTime::now());
                 held.scope.unwind_to(mark, &Release::now(Reason::Failed)).await;
                 if !held.established {
                     self.forget(id, entry, held);
                 }
                 Err(error)
             }
+        }
+    }
+
+    fn asked(&self, call: &Call, conn: Option<&Connection>) -> Asked {
+        let first = conn.and_then(|conn| path::segments(conn).first());
+        Asked {
+            hop: self.me.clone(),
+            client: first.map(|first| first.name.clone()).unwrap_or_default(),
+            connection: first.map(|first| first.id.clone()).unwrap_or_default(),
+            service: conn.map(|conn| conn.network_service.clone()).unwrap_or_default(),
+            caller: call.caller.as_ref().map(|caller| caller.peer.id().to_string()).unwrap_or_default(),
         }
     }
 
@@ -570,7 +624,15 @@ impl Connections {
     }
 
     fn context<'c>(&'c self, call: Call, deadline: Instant, scope: &'c mut Scope) -> Context<'c> {
-        Context { me: &self.me, caller: call.caller, deadline, fds: call.fds, next_hop: None, scope }
+        Context {
+            me: &self.me,
+            caller: call.caller,
+            deadline,
+            fds: call.fds,
+            next_hop: None,
+            trail: Trail::default(),
+            scope,
+        }
     }
 
     /// Ends a connection from the inside: expiry, a namespace that is gone, shutdown.
@@ -617,6 +679,7 @@ impl Connections {
     fn forget(&self, id: &str, entry: &Arc<Entry>, held: &mut Held) {
         held.closed = true;
         held.established = false;
+        self.metrics.inspector().ended(id);
         if let Some(timer) = held.expiry.take() {
             timer.abort();
         }
@@ -636,7 +699,7 @@ impl Connections {
             timer.abort();
         }
         let Some(expires) = path::expiry_before_us(answer) else { return };
-        let wait = expires.duration_since(std::time::SystemTime::now()).unwrap_or_default();
+        let wait = expires.duration_since(SystemTime::now()).unwrap_or_default();
         let (this, id, entry, answers) =
             (Arc::downgrade(self), id.to_owned(), Arc::downgrade(entry), held.answers);
         let timer = tokio::spawn(async move {
@@ -652,6 +715,22 @@ impl Connections {
         });
         held.expiry = Some(timer.abort_handle());
     }
+}
+
+/// A refresh that decided nothing keeps what was decided before.
+fn note_answer(note: &mut Option<Note>, trail: &Trail) {
+    let now = SystemTime::now();
+    let before = note.take();
+    let decisions = match &before {
+        Some(before) if trail.is_empty() => before.decisions.clone(),
+        _ => trail.kept(),
+    };
+    *note = Some(Note {
+        since: before.as_ref().map_or(now, |before| before.since),
+        refreshed: now,
+        answers: before.map_or(0, |before| before.answers) + 1,
+        decisions,
+    });
 }
 
 /// A fresh connection id.

@@ -204,6 +204,18 @@ impl Hub {
         Ok(receiver)
     }
 
+    /// The ids of all connections that are known.
+    #[must_use]
+    pub fn ids(&self) -> Vec<String> {
+        self.state.lock().connections.keys().cloned().collect()
+    }
+
+    /// A connection, and who asked for it.
+    #[must_use]
+    pub fn get(&self, id: &str) -> Option<(Connection, Option<SpiffeId>)> {
+        self.state.lock().connections.get(id).map(|known| (known.conn.clone(), known.owner.clone()))
+    }
+
     /// Ends all streams: for a shutdown that does not wait for those who watch.
     pub fn end_watches(&self) {
         self.state.lock().watchers.clear();

@@ -3,12 +3,13 @@
 use std::{collections::BTreeSet, sync::Arc};
 
 use nsm_api::{
-    limits,
+    limits, path,
     pb::{
         connection::{
-            Connection, ConnectionEvent, MonitorScopeSelector,
+            Connection, ConnectionEvent, MonitorScopeSelector, PathSegment,
             monitor_connection_server::{MonitorConnection, MonitorConnectionServer},
         },
+        introspect::{self, Kind, Process, Query, item::What},
         networkservice::{
             NetworkServiceRequest,
             network_service_server::{NetworkService, NetworkServiceServer},
@@ -22,14 +23,16 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use crate::{
-    chain::{Call, Caller, Connections, DEFAULT_DEADLINE},
+    chain::{Call, Caller, Connections, DEFAULT_DEADLINE, Note},
     error::Error,
     fds::{self, Fds},
+    inspect::{self, Gone, Look, Teller},
     monitor::{Hub, Viewer},
 };
 
 /// The names of both services, for gRPC health.
-pub const SERVICES: [&str; 2] = ["networkservice.NetworkService", "connection.MonitorConnection"];
+pub const SERVICES: [&str; 3] =
+    ["networkservice.NetworkService", "connection.MonitorConnection", crate::inspect::SERVICE];
 
 /// Descriptors travel with the call or, where a Go peer's scheduler is slow, with one of its next bytes.
 const DESCRIPTORS: std::time::Duration = std::time::Duration::from_secs(5);
@@ -46,8 +49,85 @@ pub fn add(
     readers: Arc<BTreeSet<SpiffeId>>,
 ) {
     routes
-        .add_service(NetworkServiceServer::new(Hop { connections }))
-        .add_service(MonitorConnectionServer::new(Events { hub, readers }));
+        .add_service(NetworkServiceServer::new(Hop { connections: Arc::clone(&connections) }))
+        .add_service(MonitorConnectionServer::new(Events { hub: Arc::clone(&hub), readers }))
+        .add_service(connections.metrics().inspector().over_mtls());
+    tell(&connections, hub);
+}
+
+/// Lets a process be asked about these connections.
+pub fn tell(connections: &Arc<Connections>, hub: Arc<Hub>) {
+    let inspector = connections.metrics().inspector();
+    inspector.add(Arc::new(Told { connections: Arc::clone(connections), hub }));
+}
+
+/// The connections of a hop, for whoever asks.
+#[derive(Debug)]
+struct Told {
+    connections: Arc<Connections>,
+    hub: Arc<Hub>,
+}
+
+#[tonic::async_trait]
+impl Look for Told {
+    async fn look(&self, query: &Query, to: &Teller) -> Result<(), Gone> {
+        if !inspect::wants(query, Kind::Connection) {
+            return Ok(());
+        }
+        for id in self.hub.ids() {
+            let (Some((conn, owner)), note) = (self.hub.get(&id), self.connections.note(&id)) else {
+                continue;
+            };
+            to.tell(What::Connection(told(conn, owner, note))).await?;
+        }
+        Ok(())
+    }
+
+    async fn add_to(&self, _: &Query, process: &mut Process) {
+        process.panics += self.connections.metrics().panics();
+        process.connections += self.connections.len() as u64;
+    }
+}
+
+/// A connection as it is told: everything but the tokens.
+fn told(conn: Connection, caller: Option<SpiffeId>, note: Note) -> introspect::Connection {
+    let hop = |segment: &PathSegment| introspect::Hop {
+        name: segment.name.clone(),
+        id: segment.id.clone(),
+        signer: nsm_identity::token::claims(&segment.token).map(|claims| claims.subject).unwrap_or_default(),
+        token_expires: segment.expires.as_ref().map_or(0, |at| inspect::millis(path::from_timestamp(at))),
+        metrics: segment.metrics.clone(),
+    };
+    let (hops, index) = (path::segments(&conn).iter().map(hop).collect(), path::index(&conn) as u32);
+    let state = conn.state().as_str_name().to_owned();
+    let context = conn.context.unwrap_or_default();
+    let ip = context.ip_context.unwrap_or_default();
+    let mechanism = conn.mechanism.unwrap_or_default();
+    let routes = ip.src_routes.into_iter().map(|route| match route.next_hop.as_str() {
+        "" => route.prefix,
+        via => format!("{} via {via}", route.prefix),
+    });
+    introspect::Connection {
+        id: conn.id,
+        service: conn.network_service,
+        endpoint: conn.network_service_endpoint_name,
+        payload: conn.payload,
+        state,
+        mechanism: format!("{} {}", mechanism.cls, mechanism.r#type).trim().to_owned(),
+        parameters: mechanism.parameters,
+        labels: conn.labels,
+        mtu: context.mtu,
+        client_addresses: ip.src_ip_addrs,
+        endpoint_addresses: ip.dst_ip_addrs,
+        client_routes: routes.collect(),
+        hops,
+        index,
+        caller: caller.map(|id| id.to_string()).unwrap_or_default(),
+        since: inspect::millis(note.since),
+        refreshed: inspect::millis(note.refreshed),
+        answers: note.answers,
+        decisions: note.decisions.into_vec(),
+    }
 }
 
 #[derive(Debug)]

@@ -98,7 +98,7 @@ pub(crate) fn run(bench: Bench) -> Result<ExitCode> {
     let all = BTreeSet::from([Measure::Setup, Measure::Throughput, Measure::Latency]);
     let measures = match bench.command {
         Some(Command::Client { connect_to, common }) => {
-            common::run(&common.clone(), async {
+            common::run(&common.clone(), "bench", "bench", async {
                 let source = nsm_identity::Source::from_env().await.context("no identity")?;
                 Ok(nsm_bench::client(ClientOptions { connect_to }, source).await?)
             })?;

@@ -1,16 +1,21 @@
 //! What all roles share: log, identity, signals, readiness.
 
-use std::{future::Future, io::IsTerminal as _, os::unix::net::UnixDatagram, sync::Arc, time::Duration};
+use std::{
+    future::Future, io::IsTerminal as _, os::unix::net::UnixDatagram, path::Path, sync::Arc, time::Duration,
+};
 
 use anyhow::{Context as _, Result, anyhow};
 use clap::Args;
 use ipnet::IpNet;
-use nsm_mesh::metrics::Metrics;
+use nsm_identity::{Source, SpiffeId};
+use nsm_mesh::{Inspector, inspect::Served, metrics::Metrics};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::watch,
 };
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{EnvFilter, Layer as _, layer::SubscriberExt as _, util::SubscriberInitExt as _};
+
+use crate::telemetry::{Exported, Telemetry};
 
 /// Flags of every role.
 #[derive(Debug, Clone, Args)]
@@ -18,9 +23,72 @@ pub(crate) struct Common {
     /// What to log: error, warn, info, debug, trace, or a filter such as `info,nsm_mesh=debug`
     #[arg(long, env = "NSM_LOG_LEVEL", default_value = "info", hide_env_values = true)]
     pub(crate) log_level: String,
-    /// Log lines as JSON
-    #[arg(long, env = "NSM_LOG_JSON")]
-    pub(crate) log_json: bool,
+    /// How log lines look
+    #[arg(long, env = "NSM_LOG_FORMAT", default_value = "text", value_name = "text|json", value_parser = ["text", "json"], hide_possible_values = true, hide_env_values = true)]
+    pub(crate) log_format: String,
+    /// Directory of the socket by which root and this process's user look at it (`nsm get`, `explain`, `check`, `log`);
+    /// empty: none
+    #[arg(
+        long,
+        env = "NSM_INTROSPECT_DIR",
+        default_value = "/run/nsm/introspect",
+        value_name = "DIR",
+        hide_env_values = true
+    )]
+    pub(crate) introspect_dir: String,
+    /// SPIFFE IDs that may look at this process over mTLS, where it serves others; by default none
+    #[arg(
+        long,
+        env = "NSM_INTROSPECT_READERS",
+        value_delimiter = ',',
+        value_name = "SPIFFE_ID",
+        hide_env_values = true
+    )]
+    pub(crate) introspect_readers: Vec<SpiffeId>,
+    #[command(flatten)]
+    pub(crate) telemetry: Telemetry,
+    #[arg(skip)]
+    inspector: Arc<Inspector>,
+}
+
+/// What the process tells of itself while its role starts.
+#[derive(Debug, Clone)]
+pub(crate) struct Process(Arc<Inspector>);
+
+impl Common {
+    /// This process, for its role.
+    pub(crate) fn process(&self) -> Process {
+        Process(Arc::clone(&self.inspector))
+    }
+}
+
+impl Process {
+    /// Waits for an identity; says so, because without one nothing else happens.
+    pub(crate) async fn identity(&self) -> Result<Source> {
+        notify("STATUS=waiting for an identity");
+        self.0.status("waiting for an identity");
+        let source = Source::from_env().await.context("no identity")?;
+        self.0.identity(&source);
+        self.0.status("has an identity, starting");
+        Ok(source)
+    }
+
+    /// Everything is there.
+    pub(crate) fn ready(&self) {
+        self.0.status("");
+        notify("READY=1");
+    }
+
+    /// What it waits for.
+    pub(crate) fn waits(&self, status: &str) {
+        self.0.status(status);
+        notify(&format!("STATUS={status}"));
+    }
+
+    /// Whoever asks this process asks him.
+    pub(crate) fn inspector(&self) -> &Arc<Inspector> {
+        &self.0
+    }
 }
 
 /// Metrics, for the roles that serve connections.
@@ -29,19 +97,29 @@ pub(crate) struct Measured {
     /// Where to serve metrics in Prometheus' form, at /metrics, for example 127.0.0.1:8081; without it nowhere
     #[arg(long, env = "NSM_PROMETHEUS_LISTEN_ON", value_name = "HOST:PORT")]
     prometheus_listen_on: Option<String>,
+    /// As upstream's: `true` serves metrics at :8081, where nothing else is said
+    #[arg(long, env = "PROMETHEUS", value_name = "true|false", hide_env_values = true)]
+    prometheus: Option<String>,
 }
 
 impl Measured {
     /// The metrics of a role, served from now on where that is wanted.
-    pub(crate) async fn start(&self) -> Result<Arc<Metrics>> {
-        let metrics = Arc::new(Metrics::default());
-        let Some(address) = &self.prometheus_listen_on else { return Ok(metrics) };
-        let listener = tokio::net::TcpListener::bind(address)
+    pub(crate) async fn start(&self, process: &Process) -> Result<Arc<Metrics>> {
+        let metrics = Arc::new(Metrics::of(Arc::clone(&process.0)));
+        let upstreams = self.prometheus.as_deref() == Some("true");
+        let Some(address) = self.prometheus_listen_on.as_deref().or(upstreams.then_some(":8081")) else {
+            return Ok(metrics);
+        };
+        let every = address.starts_with(':').then(|| format!("[::]{address}"));
+        let listener = tokio::net::TcpListener::bind(every.as_deref().unwrap_or(address))
             .await
             .with_context(|| format!("metrics cannot be served at {address:?} (NSM_PROMETHEUS_LISTEN_ON)"))?;
         let served = Arc::clone(&metrics);
         let text = [("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")];
-        let page = axum::routing::get(move || async move { (text, served.text()) });
+        let page = axum::routing::get(async move || {
+            let page = tokio::task::spawn_blocking(move || served.text()).await;
+            (text, page.unwrap_or_default())
+        });
         let routes = axum::Router::new().route("/metrics", page);
         tokio::spawn(async move {
             if let Err(error) = axum::serve(listener, routes).await {
@@ -87,25 +165,118 @@ pub(crate) fn prefix(text: &str) -> Result<IpNet, String> {
 }
 
 /// Runs a role until it ends or a signal comes.
-pub(crate) fn run(common: &Common, role: impl Future<Output = Result<()>>) -> Result<()> {
-    let filter = filter(&common.log_level)
-        .ok_or_else(|| anyhow!("log level {:?}: expected off, error, warn, info, debug, trace, or a filter such as info,nsm_mesh=debug", common.log_level))?;
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    if common.log_json {
-        log.json().init();
-    } else {
-        log.with_ansi(std::io::stderr().is_terminal()).init();
+pub(crate) fn run(
+    common: &Common,
+    role: &str,
+    name: &str,
+    serve: impl Future<Output = Result<()>>,
+) -> Result<()> {
+    common.inspector.name(role, name);
+    common.inspector.readers(common.introspect_readers.iter().cloned());
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("the runtime cannot start")?;
+    let inside = runtime.enter();
+    let exported = common.telemetry.start(name)?;
+    if let Some(exported) = exported.as_ref().filter(|_| role == "manager" || role == "node") {
+        exported.count_segments(&common.inspector);
     }
+    let log = Log::start(common, exported.as_ref())?;
     // Every wire needs descriptors; the usual soft limit is meant for programs that use select(2).
     if let Err(error) = nsm_transport::raise_descriptor_limit() {
         tracing::debug!(%error, "the limit of open files stays as it is");
     }
-    tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .context("the runtime cannot start")?
-        .block_on(role)
+    log.follow_signals()?;
+    let told = Arc::clone(&log);
+    common.inspector.log(Box::new(move |filter| told.set(filter)));
+    let _looked_at = serve_owner(common, role, name);
+    drop(inside);
+    let served = runtime.block_on(serve);
+    if let Some(exported) = exported {
+        exported.flush();
+    }
+    served
+}
+
+/// The socket by which the owner looks at this process. Nothing of the mesh depends on it: without it, it goes on.
+fn serve_owner(common: &Common, role: &str, name: &str) -> Option<Served> {
+    let directory = Some(&common.introspect_dir).filter(|directory| !directory.is_empty())?;
+    let plain = |c: char| if c.is_ascii_alphanumeric() || "-._".contains(c) { c } else { '_' };
+    // A socket's path has at most 107 bytes.
+    let name: String = name.chars().map(plain).take(48).collect();
+    let path = |file: String| Path::new(directory).join(file);
+    let served = match common.inspector.serve_owner(&path(format!("{role}-{name}.sock"))) {
+        // Names of workloads may be those of others of this node.
+        Err(nsm_identity::Error::SocketInUse(_)) => {
+            common.inspector.serve_owner(&path(format!("{role}-{name}-{}.sock", std::process::id())))
+        }
+        served => served,
+    };
+    let explained = |e: &nsm_identity::Error| nsm_identity::explain(e);
+    served
+        .inspect_err(
+            |e| tracing::info!(error = %explained(e), "nobody can look at this process (NSM_INTROSPECT_DIR)"),
+        )
+        .ok()
+}
+
+/// What is logged, changed while the process runs.
+struct Log {
+    change: Box<dyn Fn(EnvFilter) -> Result<(), String> + Send + Sync>,
+    first: String,
+    inspector: Arc<Inspector>,
+}
+
+impl Log {
+    fn start(common: &Common, exported: Option<&Exported>) -> Result<Arc<Self>> {
+        let first = filter(&common.log_level).ok_or_else(|| anyhow!(bad_level(&common.log_level)))?;
+        let text = first.to_string();
+        let (filter, handle) = tracing_subscriber::reload::Layer::new(first);
+        let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+        let lines = match common.log_format.as_str() {
+            "json" => lines.json().boxed(),
+            _ => lines.with_ansi(std::io::stderr().is_terminal()).boxed(),
+        };
+        let spans = exported.map(Exported::layer);
+        tracing_subscriber::registry().with(filter).with(lines).with(spans).init();
+        common.inspector.log_level(&text);
+        let change = Box::new(move |filter| handle.reload(filter).map_err(|e| e.to_string()));
+        Ok(Arc::new(Self { change, first: text, inspector: Arc::clone(&common.inspector) }))
+    }
+
+    /// Sets a level or filter; empty: that of the start. Answers with what it is.
+    fn set(&self, level: &str) -> Result<String, String> {
+        let level = if level.is_empty() { &self.first } else { level };
+        let filter = filter(level).ok_or_else(|| bad_level(level))?;
+        let text = filter.to_string();
+        (self.change)(filter)?;
+        self.inspector.log_level(&text);
+        tracing::warn!(level = text, "the log level was changed");
+        Ok(text)
+    }
+
+    /// As upstream: USR1 logs everything, USR2 what was logged at the start (spec/kubernetes.md 2).
+    fn follow_signals(self: &Arc<Self>) -> Result<()> {
+        for (kind, level) in [(SignalKind::user_defined1(), "trace"), (SignalKind::user_defined2(), "")] {
+            let (mut signals, log) = (signal(kind).context("signals cannot be caught")?, Arc::clone(self));
+            tokio::spawn(async move {
+                while signals.recv().await.is_some() {
+                    if let Err(error) = log.set(level) {
+                        tracing::warn!(error, "the log level stays as it is");
+                    }
+                }
+            });
+        }
+        Ok(())
+    }
+}
+
+fn bad_level(level: &str) -> String {
+    format!(
+        "log level {level:?}: expected off, error, warn, info, debug, trace, or a filter such as info,nsm_mesh=debug"
+    )
 }
 
 /// A single word is a level: the filter's own grammar would take it for a module that nobody has.

@@ -4,7 +4,9 @@
 mod bench;
 mod common;
 mod lab;
+mod operate;
 mod roles;
+mod telemetry;
 
 use std::process::ExitCode;
 
@@ -46,6 +48,10 @@ enum Nsm {
     Lab(lab::Lab),
     /// Measures what a wire costs on this machine, beside what the kernel alone can do
     Bench(bench::Bench),
+    Get(operate::get::Get),
+    Explain(operate::explain::Explain),
+    Check(operate::check::Check),
+    Log(operate::log::Log),
     /// Prints a completion script for a shell
     Completions {
         /// bash, zsh, fish, elvish or powershell
@@ -56,36 +62,37 @@ enum Nsm {
 fn main() -> ExitCode {
     let command = Nsm::parse();
     let result = match command {
-        Nsm::Registry(role) => common::run(&role.common.clone(), role.serve()),
-        Nsm::Manager(role) => common::run(&role.common.clone(), role.serve()),
-        Nsm::Forwarder(role) => common::run(&role.common.clone(), role.serve()),
-        Nsm::Node(role) => common::run(&role.common.clone(), role.serve()),
-        Nsm::Client(role) => common::run(&role.common.clone(), role.serve()),
-        Nsm::Endpoint(role) => common::run(&role.common.clone(), role.serve()),
-        Nsm::Firewall(role) => common::run(&role.common.clone(), role.serve()),
-        Nsm::Passthrough(role) => common::run(&role.common.clone(), role.serve()),
-        Nsm::Ipam(role) => common::run(&role.common.clone(), role.serve()),
-        Nsm::Identity(role) => common::run(&role.common.clone(), role.serve()),
-        Nsm::Lab(lab) => match lab::run(lab) {
-            Ok(code) => return code,
-            Err(error) => Err(error),
-        },
-        Nsm::Bench(bench) => match bench::run(bench) {
-            Ok(code) => return code,
-            Err(error) => Err(error),
-        },
+        Nsm::Registry(role) => common::run(&role.common.clone(), "registry", &role.name(), role.serve()),
+        Nsm::Manager(role) => common::run(&role.common.clone(), "manager", &role.name(), role.serve()),
+        Nsm::Forwarder(role) => common::run(&role.common.clone(), "forwarder", &role.name(), role.serve()),
+        Nsm::Node(role) => common::run(&role.common.clone(), "node", &role.name(), role.serve()),
+        Nsm::Client(role) => common::run(&role.common.clone(), "client", &role.name(), role.serve()),
+        Nsm::Endpoint(role) => common::run(&role.common.clone(), "endpoint", &role.name(), role.serve()),
+        Nsm::Firewall(role) => common::run(&role.common.clone(), "firewall", &role.name(), role.serve()),
+        Nsm::Passthrough(role) => {
+            common::run(&role.common.clone(), "passthrough", &role.name(), role.serve())
+        }
+        Nsm::Ipam(role) => common::run(&role.common.clone(), "ipam", &role.name(), role.serve()),
+        Nsm::Identity(role) => common::run(&role.common.clone(), "identity", &role.name(), role.serve()),
+        Nsm::Lab(lab) => return code(lab::run(lab)),
+        Nsm::Bench(bench) => return code(bench::run(bench)),
+        Nsm::Get(get) => return code(get.run()),
+        Nsm::Explain(explain) => return code(explain.run()),
+        Nsm::Check(check) => return code(check.run()),
+        Nsm::Log(log) => return code(log.run()),
         Nsm::Completions { shell } => {
             clap_complete::generate(shell, &mut Nsm::command(), "nsm", &mut std::io::stdout());
             Ok(())
         }
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("nsm: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    code(result.map(|()| ExitCode::SUCCESS))
+}
+
+fn code(result: anyhow::Result<ExitCode>) -> ExitCode {
+    result.unwrap_or_else(|error| {
+        eprintln!("nsm: {error:#}");
+        ExitCode::FAILURE
+    })
 }
 
 #[cfg(test)]

@@ -7,9 +7,9 @@ use clap::Args;
 use ipnet::IpNet;
 use nsm_api::nsurl::NsUrl;
 use nsm_cnf::{filter::Unfiltered, rules::Rules, works::Role};
-use nsm_identity::{Source, SpiffeId};
-use nsm_manager::{Candidate, ExcludedPrefixes};
-use nsm_mesh::{Inside, NextHop, auth::OnlyFrom, metrics::Metrics};
+use nsm_identity::SpiffeId;
+use nsm_manager::{Candidate, ExcludedPrefixes, tell::ToldOfRegistry};
+use nsm_mesh::{Inside, NextHop, auth::OnlyFrom, inspect::Neighbour, metrics::Metrics};
 use nsm_registry::Cluster;
 use nsm_sdk::{
     client::{Client as SdkClient, ClientConfig, Wire},
@@ -25,19 +25,11 @@ use nsm_sdk::{
 use nsm_transport::{DialUrl, ListenUrl, Pool, PoolConfig};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::common::{Common, Measured, Shutdown, Tokens, duration, label, notify, positive_duration, prefix};
+use crate::common::{
+    Common, Measured, Process, Shutdown, Tokens, duration, label, positive_duration, prefix,
+};
 
 const MANAGER_SOCKET: &str = "unix:///var/lib/networkservicemesh/nsm.io.sock";
-
-/// Waits for an identity; says so, because without one nothing else happens.
-async fn identity() -> Result<Source> {
-    notify("STATUS=waiting for an identity");
-    Source::from_env().await.context("no identity")
-}
-
-fn ready() {
-    notify("READY=1");
-}
 
 /// The directory: which services there are, and which endpoints provide them
 ///
@@ -66,8 +58,12 @@ pub(crate) struct Registry {
 }
 
 impl Registry {
+    pub(crate) fn name(&self) -> String {
+        self.name.clone()
+    }
+
     pub(crate) async fn serve(self) -> Result<()> {
-        let shutdown = Shutdown::on_signals()?;
+        let (process, shutdown) = (self.common.process(), Shutdown::on_signals()?);
         let config = nsm_registry::Config {
             listen_on: self.listen_on,
             // Read before anything is waited for: what is wrong with the files is said at once.
@@ -76,10 +72,13 @@ impl Registry {
             max_token_lifetime: self.tokens.max_token_lifetime,
             ..nsm_registry::Config::default()
         };
-        let registry = nsm_registry::Registry::bind(config, identity().await?).await?;
+        let registry = nsm_registry::Registry::bind(config, process.identity().await?).await?;
         tracing::info!(name = %self.name, "the directory is open");
-        ready();
-        registry.serve(shutdown.wait()).await;
+        process.ready();
+        let inspector = process.inspector();
+        inspector.add(Arc::new(ToldOfRegistry(registry.directories())));
+        let looked_at = tonic::service::Routes::new(inspector.over_mtls());
+        registry.serve_beside(looked_at, &[nsm_mesh::inspect::SERVICE], shutdown.wait()).await;
         Ok(())
     }
 }
@@ -191,13 +190,17 @@ impl Managing {
 }
 
 impl Manager {
+    pub(crate) fn name(&self) -> String {
+        self.name.clone()
+    }
+
     pub(crate) async fn serve(self) -> Result<()> {
-        let shutdown = Shutdown::on_signals()?;
+        let (process, shutdown) = (self.common.process(), Shutdown::on_signals()?);
         let cluster = self.managing.cluster()?;
-        let metrics = self.hop.measured.start().await?;
+        let metrics = self.hop.measured.start(&process).await?;
         let config = self.managing.config(self.name, cluster, &self.hop, metrics)?;
-        let manager = nsm_manager::Manager::bind(config, identity().await?).await?;
-        manager.serve(None, ready, shutdown.wait()).await;
+        let manager = nsm_manager::Manager::bind(config, process.identity().await?).await?;
+        manager.serve(None, || process.ready(), shutdown.wait()).await;
         Ok(())
     }
 }
@@ -272,14 +275,18 @@ impl Forwarding {
 }
 
 impl Forwarder {
+    pub(crate) fn name(&self) -> String {
+        self.name.clone()
+    }
+
     pub(crate) async fn serve(self) -> Result<()> {
-        let shutdown = Shutdown::on_signals()?;
-        let metrics = self.hop.measured.start().await?;
+        let (process, shutdown) = (self.common.process(), Shutdown::on_signals()?);
+        let metrics = self.hop.measured.start(&process).await?;
         let config = self.forwarding.config(self.name, self.nsname, &self.hop, metrics);
         // The kernel is asked before anything is waited for: a missing capability is said at once.
         let forwarder = nsm_forwarder::Forwarder::prepare(config)?;
-        let source = identity().await?;
-        forwarder.serve(self.connect_to, self.listen_on, source, ready, shutdown.wait()).await?;
+        let source = process.identity().await?;
+        forwarder.serve(self.connect_to, self.listen_on, source, || process.ready(), shutdown.wait()).await?;
         Ok(())
     }
 }
@@ -321,16 +328,20 @@ pub(crate) struct Node {
 }
 
 impl Node {
+    pub(crate) fn name(&self) -> String {
+        self.name.clone()
+    }
+
     pub(crate) async fn serve(self) -> Result<()> {
-        let shutdown = Shutdown::on_signals()?;
+        let (process, shutdown) = (self.common.process(), Shutdown::on_signals()?);
         let services = read_services(&self.network_services)?;
-        let metrics = self.hop.measured.start().await?;
+        let metrics = self.hop.measured.start(&process).await?;
         let service = self.managing.forwarder_network_service_name.clone();
         let name = self.forwarder_name.unwrap_or_else(|| format!("forwarder-{}", self.name));
         let config = self.forwarding.config(name, service, &self.hop, Arc::clone(&metrics));
         // The kernel is asked before anything is waited for: a missing capability is said at once.
         let forwarder = nsm_forwarder::Forwarder::prepare(config)?;
-        let source = identity().await?;
+        let source = process.identity().await?;
 
         let (registry, cluster) = if self.registry_listen_on.is_empty() {
             (None, self.managing.cluster()?)
@@ -343,6 +354,7 @@ impl Node {
             };
             let registry = nsm_registry::Registry::bind(config, source.clone()).await?;
             let known = registry.directories();
+            process.inspector().add(Arc::new(ToldOfRegistry(known.clone())));
             (Some(registry), Cluster::Inside(known))
         };
         let config = self.managing.config(self.name, cluster, &self.hop, metrics)?;
@@ -362,7 +374,7 @@ impl Node {
         };
         let (wires, (), ()) = tokio::join!(
             forwarder.look_after(shutdown.clone().wait()),
-            manager.serve(Some(own), ready, shutdown.clone().wait()),
+            manager.serve(Some(own), || process.ready(), shutdown.clone().wait()),
             open,
         );
         // Deletions under way come to their end; standing wires stay.
@@ -434,10 +446,14 @@ pub(crate) struct Client {
 }
 
 impl Client {
+    pub(crate) fn name(&self) -> String {
+        self.name.clone()
+    }
+
     pub(crate) async fn serve(self) -> Result<()> {
-        let shutdown = Shutdown::on_signals()?;
+        let (process, shutdown) = (self.common.process(), Shutdown::on_signals()?);
         let urls = wanted(&self.network_services)?;
-        let source = identity().await?;
+        let source = process.identity().await?;
         let config = ClientConfig {
             name: self.name,
             connect_to: (&self.connect_to).into(),
@@ -455,12 +471,16 @@ impl Client {
         let pool_config =
             PoolConfig { max_token_lifetime: self.tokens.max_token_lifetime, ..PoolConfig::default() };
         let pool = Pool::new(source, pool_config);
-        let client = SdkClient::new(config, pool, namespace);
+        let inspector = process.inspector();
+        let url = self.connect_to.clone();
+        inspector.add(Arc::new(Neighbour { pool: pool.clone(), role: "manager", url }));
+        let metrics = Arc::new(Metrics::of(Arc::clone(inspector)));
+        let client = SdkClient::measured(config, pool, namespace, metrics);
         // Outside of what a signal cuts off: whatever is up is closed on every way out.
         let (mut wires, mut pending) = (Vec::new(), None);
         let ask = async {
             for (index, url) in urls.iter().enumerate() {
-                notify(&format!("STATUS=asking for {}", url.service));
+                process.waits(&format!("asking for {}", url.service));
                 let begin = std::time::Instant::now();
                 let mut failures = Failures::new(&url.service, url.to_string(), begin);
                 let wire = if self.once {
@@ -470,7 +490,7 @@ impl Client {
                     })?
                 } else {
                     let tell = |failures: &Failures| {
-                        tell_failure(failures);
+                        tell_failure(&process, failures);
                         pending = Some(failures.clone());
                     };
                     client.wire(index, url, tell).await
@@ -479,7 +499,7 @@ impl Client {
                 tracing::info!(service = %url.service, connection = wire.id(), took = ?begin.elapsed(), "wire up");
                 wires.push(wire);
             }
-            ready();
+            process.ready();
             Ok(())
         };
         let asked = tokio::select! {
@@ -529,8 +549,8 @@ async fn close_all(wires: Vec<Wire>) {
 }
 
 /// The first failure is news; later ones only now and then, because the cause is usually the same.
-fn tell_failure(failures: &Failures) {
-    notify(&format!("STATUS={failures}"));
+fn tell_failure(process: &Process, failures: &Failures) {
+    process.waits(&failures.to_string());
     if failures.tries().is_power_of_two() {
         tracing::warn!(tries = failures.tries(), "no wire yet; trying again: {failures}");
     }
@@ -561,7 +581,7 @@ pub(crate) struct Serving {
 }
 
 impl Serving {
-    async fn config(self, services: Vec<String>) -> Result<EndpointConfig> {
+    async fn config(self, services: Vec<String>, process: &Process) -> Result<EndpointConfig> {
         Ok(EndpointConfig {
             name: self.name,
             connect_to: self.connect_to,
@@ -571,7 +591,7 @@ impl Serving {
             register_payload: None,
             dial_timeout: self.dial_timeout,
             max_token_lifetime: self.tokens.max_token_lifetime,
-            metrics: self.measured.start().await?,
+            metrics: self.measured.start(process).await?,
         })
     }
 }
@@ -618,9 +638,13 @@ pub(crate) struct Endpoint {
 }
 
 impl Endpoint {
+    pub(crate) fn name(&self) -> String {
+        self.serving.name.clone()
+    }
+
     pub(crate) async fn serve(self) -> Result<()> {
-        let shutdown = Shutdown::on_signals()?;
-        let mut config = self.serving.config(self.service_names).await?;
+        let (process, shutdown) = (self.common.process(), Shutdown::on_signals()?);
+        let mut config = self.serving.config(self.service_names, &process).await?;
         config.register_payload = self.register_service.then_some(self.payload);
         let provides = Provides {
             prefixes: self.cidr_prefix,
@@ -629,8 +653,9 @@ impl Endpoint {
             policy_routes: PolicyRoutes::open(self.pbr_config_path).context("NSM_PBR_CONFIG_PATH")?,
             dns: self.dns_configs,
         };
-        let source = identity().await?;
-        nsm_sdk::endpoint::serve_addresses(config, provides, source, ready, shutdown.wait()).await?;
+        let source = process.identity().await?;
+        nsm_sdk::endpoint::serve_addresses(config, provides, source, || process.ready(), shutdown.wait())
+            .await?;
         Ok(())
     }
 }
@@ -668,15 +693,19 @@ pub(crate) struct Firewall {
 }
 
 impl Firewall {
+    pub(crate) fn name(&self) -> String {
+        self.serving.name.clone()
+    }
+
     pub(crate) async fn serve(self) -> Result<()> {
-        let shutdown = Shutdown::on_signals()?;
+        let (process, shutdown) = (self.common.process(), Shutdown::on_signals()?);
         // Without readable rules there is no firewall: said before anything is waited for.
         let rules = Rules::load(&self.acl_config_path)?;
         let unfiltered = Unfiltered { tagged: self.allow_tagged, unknown: self.allow_unknown };
-        let config = self.serving.config(vec![self.service_name]).await?;
-        let source = identity().await?;
+        let config = self.serving.config(vec![self.service_name], &process).await?;
+        let source = process.identity().await?;
         let role = Role::Firewall { rules, unfiltered };
-        nsm_cnf::function::run(config, role, source, ready, shutdown.wait()).await?;
+        nsm_cnf::function::run(config, role, source, || process.ready(), shutdown.wait()).await?;
         Ok(())
     }
 }
@@ -696,10 +725,21 @@ pub(crate) struct Passthrough {
 }
 
 impl Passthrough {
+    pub(crate) fn name(&self) -> String {
+        self.serving.name.clone()
+    }
+
     pub(crate) async fn serve(self) -> Result<()> {
-        let shutdown = Shutdown::on_signals()?;
-        let config = self.serving.config(vec![self.service_name]).await?;
-        nsm_cnf::function::run(config, Role::Passthrough, identity().await?, ready, shutdown.wait()).await?;
+        let (process, shutdown) = (self.common.process(), Shutdown::on_signals()?);
+        let config = self.serving.config(vec![self.service_name], &process).await?;
+        nsm_cnf::function::run(
+            config,
+            Role::Passthrough,
+            process.identity().await?,
+            || process.ready(),
+            shutdown.wait(),
+        )
+        .await?;
         Ok(())
     }
 }
@@ -726,7 +766,13 @@ pub(crate) struct Identity {
 }
 
 impl Identity {
+    #[expect(clippy::unused_self, reason = "as the other roles")]
+    pub(crate) fn name(&self) -> String {
+        "identity".into()
+    }
+
     pub(crate) async fn serve(self) -> Result<()> {
+        let process = self.common.process();
         let shutdown = Shutdown::on([SignalKind::interrupt(), SignalKind::terminate(), SignalKind::quit()])?;
         let mut hangups = signal(SignalKind::hangup()).context("signals cannot be caught")?;
         let ca = nsm_identity::ca::Ca::start(&self.config)?;
@@ -736,7 +782,7 @@ impl Identity {
                 reloader.reload();
             }
         });
-        ready();
+        process.ready();
         ca.serve(shutdown.wait()).await?;
         Ok(())
     }
@@ -768,8 +814,13 @@ pub(crate) struct Ipam {
 }
 
 impl Ipam {
+    #[expect(clippy::unused_self, reason = "as the other roles")]
+    pub(crate) fn name(&self) -> String {
+        "ipam".into()
+    }
+
     pub(crate) async fn serve(self) -> Result<()> {
-        let shutdown = Shutdown::on_signals()?;
+        let (process, shutdown) = (self.common.process(), Shutdown::on_signals()?);
         let config = PrefixServerConfig {
             listen_on: self.listen_on,
             prefix: self.prefix,
@@ -777,8 +828,8 @@ impl Ipam {
             state_file: self.state_file,
         };
         config.check()?;
-        let server = PrefixServer::bind(config, identity().await?).await?;
-        ready();
+        let server = PrefixServer::bind(config, process.identity().await?).await?;
+        process.ready();
         server.serve(shutdown.wait()).await;
         Ok(())
     }

@@ -108,7 +108,10 @@ impl Mesh {
         let mut client = Command::new(env!("CARGO_BIN_EXE_nsm"));
         client.args(["client", "--name", "c", "--connect-to", &at("nsm.sock")]).args(more);
         client.args(["--network-services", services]);
-        client.env("SPIFFE_ENDPOINT_SOCKET", at("identity.sock")).stdin(Stdio::null());
+        client
+            .env("SPIFFE_ENDPOINT_SOCKET", at("identity.sock"))
+            .env("NSM_INTROSPECT_DIR", "")
+            .stdin(Stdio::null());
         client.stderr(std::fs::File::create(self.log()).unwrap());
         Client(client.spawn().unwrap())
     }

@@ -347,6 +347,14 @@ fn an_ordinary_user_gets_the_same() {
     assert!(text(&inside).contains("eth0"));
     assert!(!lab.run(&["up", &lab.file().to_string_lossy()]).status.success(), "a second one is refused");
     assert!(!Path::new("/run/netns").join(&pod).exists(), "nothing of it is outside");
+    let mut get = Command::new(&lab.program);
+    get.args(["get", "processes", "-o", "json", "--lab", &lab.name]).env_remove("XDG_RUNTIME_DIR");
+    let told = get.uid(NOBODY).gid(NOBODY).stdin(Stdio::null()).output().expect("start nsm");
+    assert!(
+        told.status.success() && text(&told).contains("\"name\": \"forwarder-node1\""),
+        "{}",
+        text(&told)
+    );
     let down = lab.run(&["down", &lab.name]);
     assert!(down.status.success(), "{}", text(&down));
     lab.gone("after down");

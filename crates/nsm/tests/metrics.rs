@@ -34,6 +34,7 @@ fn a_manager_that_still_waits_for_its_identity_serves_metrics() {
         Command::new(env!("CARGO_BIN_EXE_nsm"))
             .args(["manager", "--prometheus-listen-on", &format!("127.0.0.1:{port}")])
             .env("SPIFFE_ENDPOINT_SOCKET", format!("unix://{}", nowhere.path().join("absent.sock").display()))
+            .env("NSM_INTROSPECT_DIR", "")
             .stderr(Stdio::null())
             .spawn()
             .unwrap(),

@@ -259,6 +259,15 @@ impl ManagerRegistry {
         Ok(found.into_iter().map(|(service, _)| service).find(|service| service.name == name))
     }
 
+    /// All network services.
+    ///
+    /// # Errors
+    /// The registry does not answer.
+    pub async fn services(&self) -> Result<Vec<NetworkService>, Error> {
+        let found = self.inner.services.find(NetworkService::default(), false, None).await?;
+        found.map_ok(|(service, _)| service).try_collect().await
+    }
+
     /// A network service and its changes: `None` when it is gone. The stream ends with an error when
     /// the registry is lost: watch anew after a pause.
     ///

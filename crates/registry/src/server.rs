@@ -88,7 +88,7 @@ pub struct Registry {
     endpoints: Front<NetworkServiceEndpoint>,
 }
 
-/// What a registry knows, for a manager in the same process.
+/// What a registry knows, for a manager in the same process and for whoever may ask.
 #[derive(Clone)]
 pub struct Directories {
     pub(crate) services: Arc<dyn Directory<NetworkService>>,
@@ -98,6 +98,29 @@ pub struct Directories {
 impl fmt::Debug for Directories {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Directories").finish_non_exhaustive()
+    }
+}
+
+impl Directories {
+    /// All services.
+    pub async fn services(&self) -> Vec<NetworkService> {
+        all(&*self.services, NetworkService::default()).await
+    }
+
+    /// All endpoints.
+    pub async fn endpoints(&self) -> Vec<NetworkServiceEndpoint> {
+        all(&*self.endpoints, NetworkServiceEndpoint::default()).await
+    }
+}
+
+/// What answers a query now; what cannot be told is left out.
+async fn all<T: Item>(directory: &dyn Directory<T>, query: T) -> Vec<T> {
+    match directory.find(query, false, None).await {
+        Ok(found) => found.filter_map(async |event| event.ok().map(|(item, _)| item)).collect().await,
+        Err(reason) => {
+            debug!(%reason, "the directory does not tell");
+            Vec::new()
+        }
     }
 }
 
@@ -137,8 +160,19 @@ impl Registry {
 
     /// Serves until `shutdown` is done.
     pub async fn serve(self, shutdown: impl Future<Output = ()> + Send) {
+        self.serve_beside(Routes::default(), &[], shutdown).await;
+    }
+
+    /// Serves until `shutdown` is done, and `routes`, whose services are called `names`, as well.
+    pub async fn serve_beside(
+        self,
+        routes: Routes,
+        names: &[&str],
+        shutdown: impl Future<Output = ()> + Send,
+    ) {
         let (services, endpoints) = (self.services.clone(), self.endpoints.clone());
-        let routes = Routes::new(NetworkServiceRegistryServer::new(self.services))
+        let routes = routes
+            .add_service(NetworkServiceRegistryServer::new(self.services))
             .add_service(NetworkServiceEndpointRegistryServer::new(self.endpoints));
         let shutdown = async move {
             shutdown.await;
@@ -146,7 +180,7 @@ impl Registry {
             services.end_watches();
             endpoints.end_watches();
         };
-        self.server.serve(routes, &SERVICES, shutdown).await;
+        self.server.serve(routes, &[&SERVICES, names].concat(), shutdown).await;
     }
 }
 

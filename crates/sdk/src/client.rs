@@ -21,7 +21,7 @@ use nsm_mesh::{
     dial::Dial,
     metrics::Metrics,
     monitor::{Hub, Monitor, Viewer},
-    refresh,
+    refresh, server,
 };
 use nsm_transport::{DialTarget, Pool};
 use tokio::{task::AbortHandle, time::Instant};
@@ -102,6 +102,17 @@ impl Client {
     /// A client whose wires end in `namespace`.
     #[must_use]
     pub fn new(config: ClientConfig, pool: Pool, namespace: OwnNamespace) -> Arc<Self> {
+        Self::measured(config, pool, namespace, Arc::default())
+    }
+
+    /// A client that counts, and tells of its wires, where others of its process do.
+    #[must_use]
+    pub fn measured(
+        config: ClientConfig,
+        pool: Pool,
+        namespace: OwnNamespace,
+        metrics: Arc<Metrics>,
+    ) -> Arc<Self> {
         let hub = Arc::new(Hub::default());
         let inode = namespace.url();
         let dial =
@@ -114,7 +125,8 @@ impl Client {
             To(config.connect_to.clone().into()),                 // the manager of this node
             dial,
         ];
-        let connections = Connections::asking(&config.name, chain, Arc::new(Metrics::default()));
+        let connections = Connections::asking(&config.name, chain, metrics);
+        server::tell(&connections, Arc::clone(&hub));
         Arc::new(Self { config, connections, hub, pool, namespace: inode, prefixes })
     }
 

@@ -10,6 +10,7 @@ use nsm_mesh::{
     auth::Authorize,
     chain,
     error::explain,
+    inspect::Neighbour,
     metrics::Metrics,
     monitor::{Hub, Monitor},
 };
@@ -125,6 +126,8 @@ pub async fn serve(
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<()> {
     let connections = Connections::serving(&config.name, chain, Arc::clone(&config.metrics));
+    let (to_manager, url) = (pool.clone(), config.connect_to.clone());
+    config.metrics.inspector().add(Arc::new(Neighbour { pool: to_manager, role: "manager", url }));
     let (server, listed) = listen(&config, source).await?;
     let mut routes = tonic::service::RoutesBuilder::default();
     nsm_mesh::server::add(&mut routes, Arc::clone(&connections), Arc::clone(&hub), Arc::default());

@@ -40,6 +40,7 @@ mod fd;
 mod peer;
 mod pool;
 mod server;
+mod trace;
 mod url;
 
 use std::io;
@@ -50,7 +51,8 @@ pub use fd::{FdError, FdStream, FdTable, GRACE, MAX_FDS_PER_WRITE, MAX_KEPT};
 pub use nsm_identity::{FileId, UnixPeer};
 pub use peer::{Peer, PeerError, client_token};
 pub use pool::{Connection, DialError, Pool, PoolConfig, ResponseBody};
-pub use server::{Limits, Server};
+pub use server::{Limits, Server, reflection};
+pub use trace::{Propagation, is_traced, propagate};
 pub use url::{DialTarget, DialUrl, ListenUrl, UrlError};
 
 /// Registry calls carry paths of six tokens in one header; 64 KiB is the least (`registry.md` 2.9.2).

@@ -43,12 +43,13 @@ use tokio::{
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use tonic::Status;
 use tower::Service;
-use tracing::{debug, info};
+use tracing::{Instrument as _, debug};
 
 use crate::{
     deadline::{Deadline, exceeded},
     fd::FdTable,
     peer::{EXPIRES_KEY, Peer, PeerError, TOKEN_KEY, Wire},
+    trace,
     url::{DialTarget, DialUrl},
 };
 
@@ -405,6 +406,8 @@ impl Service<Request<tonic::body::Body>> for Connection {
         if let Err(status) = self.prepare(&mut request) {
             return futures::future::ready(Err(status)).boxed();
         }
+        let method = request.uri().path().to_owned();
+        let span = trace::of_call(&method, request.headers_mut());
         *self.0.used.lock() = Instant::now();
         let response = self.0.sender.clone().send_request(request);
         async move {
@@ -420,6 +423,7 @@ impl Service<Request<tonic::body::Body>> for Connection {
                 connection,
             }))
         }
+        .instrument(span)
         .boxed()
     }
 }
@@ -522,7 +526,7 @@ async fn open(
     }
     let now = SystemTime::now();
     let left = peer.leaf().not_after().duration_since(now).unwrap_or_default();
-    info!(url, peer = %peer.id(), "connected");
+    debug!(url, peer = %peer.id(), "connected");
     Ok(Connection(Arc::new(Link {
         authority: authority.parse().unwrap_or_else(|_| Authority::from_static("localhost")),
         sender,

@@ -19,13 +19,14 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tonic::{Status, body::Body, service::Routes};
 use tower::Service;
-use tracing::{debug, error, info, warn};
+use tracing::{Instrument as _, debug, error, info, warn};
 
 use crate::{
     Error,
     deadline::{Deadline, DeadlineBody, exceeded},
     delivery::DeliveredBody,
     peer::{Peer, Wire},
+    trace,
     url::ListenUrl,
 };
 
@@ -120,7 +121,7 @@ impl Server {
             .collect()
     }
 
-    /// Serves `routes`, and grpc.health.v1 with SERVING for "" and `services`, until `shutdown` is done; then calls in
+    /// Serves `routes`, and grpc.health.v1 with SERVING for "" and `services`, and reflection, until `shutdown` is done; then calls in
     /// flight get a bounded time to end, and socket files are removed.
     ///
     /// Handlers find a [`Peer`] and, if the caller set one, a [`Deadline`] in the request's extensions.
@@ -129,7 +130,11 @@ impl Server {
         for service in services {
             reporter.set_service_status(service, tonic_health::ServingStatus::Serving).await;
         }
-        let routes = routes.add_service(health).prepare();
+        let mut routes = routes.add_service(health);
+        if let Some(reflection) = reflection(services) {
+            routes = routes.add_service(reflection);
+        }
+        let routes = routes.prepare();
         let limits = self.limits;
         let (stop, stopped) = watch::channel(());
         let mut accepting = JoinSet::new();
@@ -167,6 +172,23 @@ impl Server {
             }
         }
     }
+}
+
+/// gRPC reflection, which tells of these services and of health; `None`: the descriptors are broken, which a test would
+/// have found.
+pub fn reflection(
+    services: &[&str],
+) -> Option<
+    tonic_reflection::server::v1::ServerReflectionServer<
+        impl tonic_reflection::server::v1::ServerReflection + use<>,
+    >,
+> {
+    let builder = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(nsm_api::DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .with_service_name("grpc.health.v1.Health");
+    let builder = services.iter().fold(builder, |builder, name| builder.with_service_name(*name));
+    builder.build_v1().inspect_err(|reason| error!(%reason, "no reflection")).ok()
 }
 
 enum Socket {
@@ -330,7 +352,8 @@ async fn call(
         request.extensions_mut().insert(deadline);
     }
     let method = request.uri().path().to_owned();
-    let answer = AssertUnwindSafe(async move { routes.call(request).await }).catch_unwind();
+    let span = trace::of_service(&method, request.headers());
+    let answer = AssertUnwindSafe(async move { routes.call(request).await }.instrument(span)).catch_unwind();
     let answer = match deadline {
         None => answer.await,
         Some(Deadline(at)) => match tokio::time::timeout_at(at, answer).await {

@@ -126,6 +126,7 @@ impl Mesh {
     pub(crate) fn start_program(&self, name: &str, pod: &str, exe: &str, args: &[&str]) {
         let at = self.lab.plan.paths();
         let mut env = BTreeMap::from([("SPIFFE_ENDPOINT_SOCKET".into(), self.url_for(pod, "identity.sock"))]);
+        env.insert("NSM_INTROSPECT_DIR".into(), at.introspect().to_string_lossy().into_owned());
         env.extend(std::env::var("PATH").map(|path| ("PATH".into(), path)));
         let program = Program {
             name: name.into(),

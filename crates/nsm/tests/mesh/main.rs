@@ -14,10 +14,12 @@ mod functions;
 mod harness;
 mod killed;
 mod node;
+mod operate;
 mod raw;
 mod selection;
 mod state;
 mod steering;
+mod traces;
 mod two_nodes;
 mod wire;
 

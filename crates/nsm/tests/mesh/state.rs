@@ -237,14 +237,20 @@ fn a_wire_that_nobody_claims_after_a_restart_goes_and_is_counted() {
     mesh.nothing_is_left(&["a", "b", "gw"]);
 }
 
+/// Renewals are no news unless one asks for them.
+const RENEWALS: &str = "info,nsm_identity=debug";
+
 #[test]
 fn wires_live_on_while_certificates_rotate() {
     let Some(mesh) = Mesh::up_with("wires_live_on_while_certificates_rotate", PODS, |plan| {
         plan.svid_ttl = Some("4s".into());
+        for process in &mut plan.processes {
+            process.env.insert("NSM_LOG_LEVEL".into(), RENEWALS.into());
+        }
     }) else {
         return;
     };
-    mesh.client("client", "a", "kernel://plain/nsm0", SHORT);
+    mesh.client("client", "a", "kernel://plain/nsm0", &[SHORT, &["--log-level", RENEWALS]].concat());
     mesh.ready(&["client"]);
     let first = record(&mesh);
     let was = ends(&mesh, &first.plan.id, first.nsids);
