@@ -2,7 +2,17 @@
 
 use std::{cell::RefCell, collections::BTreeSet, fmt::Debug};
 
-use nsm_api::pb::{connection::*, connectioncontext::*, networkservice::*, registry::*};
+use nsm_api::pb::{
+    connection::*,
+    connectioncontext::*,
+    introspect::{
+        Connection as ToldConnection, Decision, End, Endpoint, Failure, Hop, Item, LogLevel, Neighbour,
+        Process, Query, Service, Wire,
+    },
+    ipam::*,
+    networkservice::*,
+    registry::*,
+};
 use nsm_hostile::Schema;
 use prost::Message;
 
@@ -32,6 +42,9 @@ fn no_message_shows_a_token_and_all_show_the_rest() {
         "registry": NetworkService, Match, Metadata, Destination, NetworkServiceLabels, NetworkServiceEndpoint,
             NetworkServiceQuery, NetworkServiceEndpointQuery, NetworkServiceResponse,
             NetworkServiceEndpointResponse;
+        "ipam": PrefixRequest, PrefixResponse;
+        "nsm.introspect.v1": Item, Query, Process, Neighbour, ToldConnection = "Connection", Hop, Decision, Failure,
+            Service, Endpoint, Wire, End, LogLevel;
     ];
     let schema = Schema::new(nsm_api::DESCRIPTORS).unwrap();
     let names: BTreeSet<_> = printed.iter().map(|(name, _)| *name).collect();
@@ -48,6 +61,11 @@ fn no_message_shows_a_token_and_all_show_the_rest() {
             text
         });
         let shown = print(&filled);
+        // A choice shows one of the messages that stand here themselves.
+        if name == "nsm.introspect.v1.Item" {
+            assert!(!shown.contains(SECRET), "{shown}");
+            continue;
+        }
         for text in texts.into_inner() {
             secrets += usize::from(text == SECRET);
             assert_eq!(shown.contains(&text), text != SECRET, "{name} and {text}: {shown}");
