@@ -16,7 +16,7 @@ use nsm_api::{
     mechanism::VXLAN_PORT,
     pb::registry::{NetworkServiceEndpoint, NetworkServiceLabels},
 };
-use nsm_identity::{Source, SpiffeId};
+use nsm_identity::{Source, SpiffeId, policy::Policies};
 use nsm_kernel::{
     Nsid,
     netns::Namespace,
@@ -33,7 +33,7 @@ use nsm_mesh::{
     monitor::{Hub, Monitor},
 };
 use nsm_registry::{Client, ClientConfig, LookUp};
-use nsm_transport::{DialUrl, ListenUrl, Pool, PoolConfig, Server};
+use nsm_transport::{DialUrl, Guard, ListenUrl, Pool, PoolConfig, Server};
 use tokio::sync::mpsc;
 
 use crate::{
@@ -70,6 +70,10 @@ pub struct Config {
     pub dial_timeout: Duration,
     /// How long our tokens live.
     pub max_token_lifetime: Duration,
+    /// What is checked of callers, and what they may use.
+    pub guard: Guard,
+    /// What is checked of a registry's answers.
+    pub registry_answers: Arc<Policies>,
     /// Where we count.
     pub metrics: Arc<Metrics>,
 }
@@ -141,8 +145,13 @@ impl Forwarder {
         ready: impl FnOnce(),
         shutdown: impl Future<Output = ()> + Send,
     ) -> Result<()> {
-        let pool_config =
-            PoolConfig { max_token_lifetime: self.config.max_token_lifetime, ..PoolConfig::default() };
+        let pool_config = PoolConfig {
+            max_token_lifetime: self.config.max_token_lifetime,
+            policies: self.config.registry_answers.clone(),
+            ..PoolConfig::default()
+        };
+        let guard = self.config.guard.clone();
+        self.config.metrics.register(|registry| guard.refusals.register(registry));
         let pool = Pool::new(source.clone(), pool_config);
         let client_config =
             ClientConfig { dial_timeout: self.config.dial_timeout, ..ClientConfig::default() };
@@ -155,7 +164,8 @@ impl Forwarder {
 
         let server = Server::bind(source, std::slice::from_ref(&listen_on))
             .await
-            .map_err(|e| Error::unavailable(explain(&e)))?;
+            .map_err(|e| Error::unavailable(explain(&e)))?
+            .guarded(&guard);
         let mut routes = tonic::service::RoutesBuilder::default();
         let (connections, hub) = (Arc::clone(&running.connections), Arc::clone(&running.hub));
         nsm_mesh::server::add(&mut routes, connections, Arc::clone(&hub), Arc::default());
@@ -187,9 +197,9 @@ impl Forwarder {
     /// Starts without listening anywhere: for a manager in the same process.
     pub fn start(self, only_from: OnlyFrom, directory: Arc<dyn LookUp>, pool: Pool) -> Running {
         let Self { config, wires, tunnel, watch } = self;
-        let hub = Arc::new(Hub::default());
+        let hub = Arc::new(Hub::of(config.guard.limits.watches_of_one));
         let chain = chain(
-            Authorize { max_token_lifetime: config.max_token_lifetime },
+            Authorize { max_token_lifetime: config.max_token_lifetime, policies: config.guard.policies },
             only_from,
             Arc::clone(&hub),
             Discover::new(directory),

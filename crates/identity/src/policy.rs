@@ -2,14 +2,81 @@
 //!
 //! Tokens are those of the path's segments, in order; an empty text stands for a segment without a token. A denial
 //! says which segment failed and what was expected, and never contains a token.
+//!
+//! [`Policies`] is what a role checks: all of [`Check`] but those that its operator leaves out, and the files that he
+//! adds.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    collections::BTreeSet,
+    fmt,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use serde_json::Value;
 
 use crate::{
     id::SpiffeId,
-    svid::Leaf,
+    svid::{Bundles, Leaf},
     token::{self, Claims, Malformed},
 };
+
+/// One check, which can be left out where a mesh has peers that fail it for honest reasons.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Check {
+    /// Upstream's `tokens_valid`.
+    TokensValid,
+    /// Upstream's `tokens_expired`.
+    TokensExpired,
+    /// Upstream's `tokens_chained`.
+    TokensChained,
+    /// Upstream's `prev_token_signed` of servers and `next_token_signed` of clients.
+    PeerSigned,
+    /// Upstream's `client_allowed`.
+    ClientAllowed,
+    /// The token that the peer signed is in its own name.
+    OwnName,
+    /// Every token is addressed to one hop, and to no other.
+    OneAudience,
+    /// Every hop is of a trust domain that we have roots for.
+    TrustDomain,
+    /// A manager serves workloads on its Unix socket only, where the kernel says who they are.
+    OnNode,
+}
+
+/// A policy of the operator's.
+pub trait Judge: fmt::Debug + Send + Sync {
+    /// Where it is from: a file's name.
+    fn name(&self) -> &str;
+
+    /// Says whether what the document tells is allowed.
+    ///
+    /// # Errors
+    /// Why it cannot say so, without anything of the document.
+    fn judge(&self, document: &Value) -> Result<bool, String>;
+}
+
+/// What a role checks of paths.
+#[derive(Debug, Clone, Default)]
+pub struct Policies {
+    /// What is left out of [`Check::ALL`].
+    pub without: BTreeSet<Check>,
+    /// What the operator adds; each must allow.
+    pub files: Vec<Arc<dyn Judge>>,
+}
+
+/// What is known of a path when it is judged.
+#[derive(Debug, Clone, Copy)]
+pub struct Evidence<'a> {
+    /// Our index in the path.
+    pub index: usize,
+    /// Who is at the other end of the connection.
+    pub peer: &'a Leaf,
+    /// The trust domains that we have roots for.
+    pub trusted: &'a Bundles,
+    /// When.
+    pub now: SystemTime,
+}
 
 /// Why a policy says no.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -82,6 +149,45 @@ pub enum Denial {
         /// Who it is.
         peer: SpiffeId,
     },
+    /// See [`Check::TrustDomain`].
+    #[error(
+        "{subject:?} made the token in path segment {segment}, and this process has no roots for its trust domain; \
+         it trusts {trusted}"
+    )]
+    ForeignDomain {
+        /// Index of the segment.
+        segment: usize,
+        /// Who claims to have signed it.
+        subject: String,
+        /// The domains that there are roots for.
+        trusted: String,
+    },
+    /// See [`Check::OneAudience`].
+    #[error(
+        "the token of {subject:?} in path segment {segment} is addressed to {count} hops; expected was one"
+    )]
+    Audiences {
+        /// Index of the segment.
+        segment: usize,
+        /// Who claims to have signed it.
+        subject: String,
+        /// How many.
+        count: usize,
+    },
+    /// A policy of the operator's says no.
+    #[error("the policy {file} does not allow it")]
+    Policy {
+        /// Its file.
+        file: String,
+    },
+    /// A policy of the operator's cannot say.
+    #[error("the policy {file} cannot be evaluated: {reason}")]
+    Broken {
+        /// Its file.
+        file: String,
+        /// Why.
+        reason: String,
+    },
     /// `client_allowed`
     #[error("{name:?} belongs to {owner:?}; {caller:?} may not change it")]
     NotOwner {
@@ -94,45 +200,205 @@ pub enum Denial {
     },
 }
 
-impl From<Denial> for tonic::Status {
-    fn from(denial: Denial) -> Self {
-        // The beginning is upstream's text (`control-plane.md` 13.1).
-        tonic::Status::permission_denied(format!("no sufficient privileges: {denial}"))
+impl Denial {
+    /// `PermissionDenied`; of a policy that cannot be evaluated `Internal` (`control-plane.md` 7.5).
+    #[must_use]
+    pub fn code(&self) -> tonic::Code {
+        match self {
+            Self::Broken { .. } => tonic::Code::Internal,
+            _ => tonic::Code::PermissionDenied,
+        }
+    }
+
+    /// A word for what was wrong, for counters: the check that failed.
+    #[must_use]
+    pub fn check(&self) -> &'static str {
+        match self {
+            Self::Missing { .. } => "path_cut",
+            Self::Malformed { .. } => "tokens_valid",
+            Self::Expired { .. } | Self::NoExpiry { .. } => "tokens_expired",
+            Self::Unchained { .. } => "tokens_chained",
+            Self::Unsigned { .. } => "peer_signed",
+            Self::Impersonation { .. } => "own_name",
+            Self::ForeignDomain { .. } => "trust_domain",
+            Self::Audiences { .. } => "one_audience",
+            Self::Policy { .. } | Self::Broken { .. } => "policy_file",
+            Self::NotOwner { .. } => "client_allowed",
+        }
     }
 }
 
-/// The checks of a server on Request, Close and Register, after the token update: `tokens_valid`,
-/// `tokens_expired`, `tokens_chained` over segments 0..=`index`, and `prev_token_signed`. Beyond upstream, the
-/// previous token must be in its signer's own name (`control-plane.md` 17, rule 4).
+impl From<Denial> for tonic::Status {
+    fn from(denial: Denial) -> Self {
+        // The beginning is upstream's text (`control-plane.md` 13.1).
+        tonic::Status::new(denial.code(), format!("no sufficient privileges: {denial}"))
+    }
+}
+
+impl Check {
+    /// All, in the order in which they are made.
+    pub const ALL: [Self; 9] = [
+        Self::TokensValid,
+        Self::TokensExpired,
+        Self::TokensChained,
+        Self::OneAudience,
+        Self::TrustDomain,
+        Self::PeerSigned,
+        Self::OwnName,
+        Self::ClientAllowed,
+        Self::OnNode,
+    ];
+
+    /// Its name for operators.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::TokensValid => "tokens_valid",
+            Self::TokensExpired => "tokens_expired",
+            Self::TokensChained => "tokens_chained",
+            Self::PeerSigned => "peer_signed",
+            Self::ClientAllowed => "client_allowed",
+            Self::OwnName => "own_name",
+            Self::OneAudience => "one_audience",
+            Self::TrustDomain => "trust_domain",
+            Self::OnNode => "on_node",
+        }
+    }
+
+    /// What a mesh gives up that does without it.
+    #[must_use]
+    pub const fn gives_up(self) -> &'static str {
+        match self {
+            Self::TokensValid => "anything counts as a token: nothing is known of the hops before the last",
+            Self::TokensExpired => "a token that leaked, or whose hop has ended, works for ever",
+            Self::TokensChained => {
+                "a token made for one hop works at another: any hop can join paths that never met"
+            }
+            Self::PeerSigned => {
+                "the caller need not have the key of any hop: whoever has seen a token can use it"
+            }
+            Self::ClientAllowed => "any workload can replace or remove another's registration",
+            Self::OwnName => "a hop can speak in the name of another",
+            Self::OneAudience => "a token addressed to many hops can be used again by each of them",
+            Self::TrustDomain => "a path may name hops of domains that nobody here vouches for",
+            Self::OnNode => {
+                "a workload may ask a manager by TCP, from any node: where it runs, and whether the namespace is its \
+                 own, is not looked at"
+            }
+        }
+    }
+}
+
+impl Policies {
+    /// Is it made?
+    #[must_use]
+    pub fn makes(&self, check: Check) -> bool {
+        !self.without.contains(&check)
+    }
+
+    /// The checks of a server on Request, Close and Register, after the token update, over segments 0..=`index`:
+    /// upstream's `tokens_valid`, `tokens_expired`, `tokens_chained` and `prev_token_signed`, and beyond upstream
+    /// that each hop is of a domain we trust, that each token is for one hop, and that the peer signed in its own
+    /// name (`control-plane.md` 17, rule 4). `document` is made only where the operator has policies of his own.
+    ///
+    /// # Errors
+    /// The first check that fails.
+    pub fn check_server<T: AsRef<str>>(
+        &self,
+        tokens: &[T],
+        evidence: Evidence<'_>,
+        document: impl FnOnce() -> Value,
+    ) -> Result<(), Denial> {
+        let index = evidence.index;
+        let missing = |segment| Denial::Missing { segment, count: tokens.len() };
+        let left = tokens.get(..=index).ok_or_else(|| missing(index))?;
+        let previous = index.checked_sub(1).ok_or(Denial::Missing { segment: 0, count: 0 })?;
+        self.check(left, previous, evidence, document)
+    }
+
+    /// The checks of a client on the response: the same over the whole path, and `next_token_signed`.
+    ///
+    /// # Errors
+    /// The first check that fails.
+    pub fn check_client<T: AsRef<str>>(
+        &self,
+        tokens: &[T],
+        evidence: Evidence<'_>,
+        document: impl FnOnce() -> Value,
+    ) -> Result<(), Denial> {
+        self.check(tokens, evidence.index.saturating_add(1), evidence, document)
+    }
+
+    /// Everything about a path whose segment `neighbour` is the peer's.
+    fn check<T: AsRef<str>>(
+        &self,
+        tokens: &[T],
+        neighbour: usize,
+        Evidence { peer, trusted, now, .. }: Evidence<'_>,
+        document: impl FnOnce() -> Value,
+    ) -> Result<(), Denial> {
+        use Check::*;
+        let of_tokens =
+            [TokensValid, TokensExpired, TokensChained, OneAudience, TrustDomain, PeerSigned, OwnName];
+        if of_tokens.into_iter().any(|check| self.makes(check)) {
+            let claims = tokens_valid(tokens)?;
+            let made = |check, verdict: &dyn Fn() -> Result<(), Denial>| {
+                if self.makes(check) { verdict() } else { Ok(()) }
+            };
+            made(TokensExpired, &|| expired(&claims, now))?;
+            made(TokensChained, &|| chained(&claims))?;
+            made(PeerSigned, &|| signed(tokens, neighbour, peer))?;
+            made(OwnName, &|| own_name(&claims, neighbour, peer))?;
+            made(OneAudience, &|| one_audience(&claims))?;
+            made(TrustDomain, &|| of_trusted_domains(&claims, trusted))?;
+        }
+        self.ask(document)
+    }
+
+    /// Asks the operator's policies only.
+    ///
+    /// # Errors
+    /// The first that does not allow, or cannot say.
+    pub fn ask(&self, document: impl FnOnce() -> Value) -> Result<(), Denial> {
+        if self.files.is_empty() {
+            return Ok(());
+        }
+        let document = document();
+        self.files.iter().try_for_each(|policy| {
+            let file = || policy.name().to_owned();
+            match policy.judge(&document) {
+                Ok(true) => Ok(()),
+                Ok(false) => Err(Denial::Policy { file: file() }),
+                Err(reason) => Err(Denial::Broken { file: file(), reason }),
+            }
+        })
+    }
+}
+
+/// [`Policies::check_server`] with upstream's checks and [`Check::OwnName`], without roots and files.
 pub fn check_server<T: AsRef<str>>(
     tokens: &[T],
     index: usize,
     peer: &Leaf,
     now: SystemTime,
 ) -> Result<(), Denial> {
-    let missing = |segment| Denial::Missing { segment, count: tokens.len() };
-    let left = tokens.get(..=index).ok_or_else(|| missing(index))?;
-    let previous = index.checked_sub(1).ok_or(Denial::Missing { segment: 0, count: 0 })?;
-    let claims = tokens_valid(left)?;
-    expired(&claims, now)?;
-    chained(&claims)?;
-    signed(tokens, &claims, previous, peer)?;
-    own_name(&claims[previous], previous, peer)
+    without_roots()
+        .check_server(tokens, Evidence { index, peer, trusted: &Bundles::default(), now }, || Value::Null)
 }
 
-/// The checks of a client on the response: the three common ones over the whole path and `next_token_signed`.
+/// [`Policies::check_client`] with upstream's checks and [`Check::OwnName`], without roots and files.
 pub fn check_client<T: AsRef<str>>(
     tokens: &[T],
     index: usize,
     peer: &Leaf,
     now: SystemTime,
 ) -> Result<(), Denial> {
-    let claims = tokens_valid(tokens)?;
-    expired(&claims, now)?;
-    chained(&claims)?;
-    let next = index.saturating_add(1);
-    signed(tokens, &claims, next, peer)?;
-    own_name(&claims[next], next, peer)
+    without_roots()
+        .check_client(tokens, Evidence { index, peer, trusted: &Bundles::default(), now }, || Value::Null)
+}
+
+fn without_roots() -> Policies {
+    Policies { without: BTreeSet::from([Check::TrustDomain]), files: Vec::new() }
 }
 
 /// Every token parses as a JWT; returns their claims, unverified.
@@ -150,18 +416,22 @@ pub fn tokens_expired<T: AsRef<str>>(tokens: &[T], now: SystemTime) -> Result<()
 
 /// Each token's audience contains the subject of the next.
 pub fn tokens_chained<T: AsRef<str>>(tokens: &[T]) -> Result<(), Denial> {
+    // A lone token has nobody to be addressed to.
+    if tokens.len() < 2 {
+        return Ok(());
+    }
     chained(&tokens_valid(tokens)?)
 }
 
 /// The token before `index` is there and was signed by the peer's key.
 pub fn prev_token_signed<T: AsRef<str>>(tokens: &[T], index: usize, peer: &Leaf) -> Result<(), Denial> {
     let previous = index.checked_sub(1).ok_or(Denial::Missing { segment: 0, count: tokens.len() })?;
-    signed(tokens, &tokens_valid(tokens)?, previous, peer)
+    signed(tokens, previous, peer)
 }
 
 /// The token after `index` is there and was signed by the peer's key.
 pub fn next_token_signed<T: AsRef<str>>(tokens: &[T], index: usize, peer: &Leaf) -> Result<(), Denial> {
-    signed(tokens, &tokens_valid(tokens)?, index.saturating_add(1), peer)
+    signed(tokens, index.saturating_add(1), peer)
 }
 
 /// Registry: nobody owns `name` yet (`owner_path_ids` is `None`), or its first path id is the caller's, `caller`
@@ -195,7 +465,8 @@ fn expired(claims: &[Claims], now: SystemTime) -> Result<(), Denial> {
 
 fn chained(claims: &[Claims]) -> Result<(), Denial> {
     for (segment, pair) in claims.windows(2).enumerate() {
-        if !pair[0].audience.contains(&pair[1].subject) {
+        // An empty subject is a missing one, and nobody's.
+        if pair[1].subject.is_empty() || !pair[0].audience.contains(&pair[1].subject) {
             return Err(Denial::Unchained {
                 segment,
                 audience: pair[0].audience.iter().take(4).map(|text| brief(text)).collect(),
@@ -206,20 +477,48 @@ fn chained(claims: &[Claims]) -> Result<(), Denial> {
     Ok(())
 }
 
-fn signed<T: AsRef<str>>(tokens: &[T], claims: &[Claims], segment: usize, peer: &Leaf) -> Result<(), Denial> {
-    let (Some(jwt), Some(claims)) = (tokens.get(segment), claims.get(segment)) else {
+fn signed<T: AsRef<str>>(tokens: &[T], segment: usize, peer: &Leaf) -> Result<(), Denial> {
+    let Some(jwt) = tokens.get(segment).map(AsRef::as_ref) else {
         return Err(Denial::Missing { segment, count: tokens.len() });
     };
-    match token::is_signed_by(jwt.as_ref(), peer) {
+    match token::is_signed_by(jwt, peer) {
         Ok(true) => Ok(()),
         Ok(false) => {
-            Err(Denial::Unsigned { segment, subject: brief(&claims.subject), peer: peer.id().clone() })
+            let subject = token::claims(jwt).map(|claims| brief(&claims.subject)).unwrap_or_default();
+            Err(Denial::Unsigned { segment, subject, peer: peer.id().clone() })
         }
         Err(reason) => Err(Denial::Malformed { segment, reason }),
     }
 }
 
-fn own_name(claims: &Claims, segment: usize, peer: &Leaf) -> Result<(), Denial> {
+fn one_audience(claims: &[Claims]) -> Result<(), Denial> {
+    match claims.iter().enumerate().find(|(_, claims)| claims.audience.len() > 1) {
+        None => Ok(()),
+        Some((segment, claims)) => {
+            Err(Denial::Audiences { segment, subject: brief(&claims.subject), count: claims.audience.len() })
+        }
+    }
+}
+
+fn of_trusted_domains(claims: &[Claims], trusted: &Bundles) -> Result<(), Denial> {
+    let is_trusted = |subject: &str| {
+        let id = subject.parse::<SpiffeId>();
+        id.is_ok_and(|id| trusted.domains().any(|domain| *domain == id.trust_domain()))
+    };
+    match claims.iter().enumerate().find(|(_, claims)| !is_trusted(&claims.subject)) {
+        None => Ok(()),
+        Some((segment, claims)) => Err(Denial::ForeignDomain {
+            segment,
+            subject: brief(&claims.subject),
+            trusted: trusted.domains().map(ToString::to_string).collect::<Vec<_>>().join(", "),
+        }),
+    }
+}
+
+fn own_name(claims: &[Claims], segment: usize, peer: &Leaf) -> Result<(), Denial> {
+    let Some(claims) = claims.get(segment) else {
+        return Err(Denial::Missing { segment, count: claims.len() });
+    };
     if claims.subject == peer.id().as_str() {
         return Ok(());
     }

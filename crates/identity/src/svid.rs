@@ -167,6 +167,19 @@ impl Leaf {
         &self.der
     }
 
+    /// The certificate as PEM: what upstream's policies get of the peer.
+    pub fn pem(&self) -> String {
+        use base64::{Engine, engine::general_purpose::STANDARD};
+        let text = STANDARD.encode(&self.der);
+        let mut pem = String::from("-----BEGIN CERTIFICATE-----\n");
+        for line in text.as_bytes().chunks(64) {
+            pem.extend(line.iter().copied().map(char::from));
+            pem.push('\n');
+        }
+        pem.push_str("-----END CERTIFICATE-----\n");
+        pem
+    }
+
     /// End of validity.
     pub fn not_after(&self) -> SystemTime {
         self.not_after
@@ -232,7 +245,10 @@ impl Svid {
     }
 
     /// Signs with ES256: r and s of 32 bytes each.
-    pub(crate) fn sign(&self, message: &[u8]) -> Result<impl AsRef<[u8]> + use<>, Unspecified> {
+    ///
+    /// # Errors
+    /// The library has no randomness.
+    pub fn sign(&self, message: &[u8]) -> Result<impl AsRef<[u8]> + use<>, Unspecified> {
         self.signer.sign(&SystemRandom::new(), message)
     }
 }

@@ -157,6 +157,19 @@ pub fn claims(jwt: &str) -> Result<Claims, Malformed> {
     })
 }
 
+/// A token's header, payload and signature, unverified: what upstream's policies see of it.
+///
+/// # Errors
+/// The text is not a JWT; the reason never quotes it.
+pub fn decode_parts(jwt: &str) -> Result<(Value, Value, Vec<u8>), Malformed> {
+    let (header, payload, signature) = parts(jwt)?;
+    Ok((
+        object(header, "header")?.into(),
+        object(payload, "payload")?.into(),
+        decode(signature, "signature")?,
+    ))
+}
+
 /// Does the token's ES256 signature verify with the key of this certificate? A token with another algorithm in its
 /// header, and a certificate with another kind of key, do not.
 ///

@@ -349,6 +349,22 @@ pub(crate) struct Raw<'a> {
     bytes: &'a [u8],
 }
 
+/// Reads a datagram as everything here reads those of the kernel, and says how many of its messages mean something: for
+/// tests that make up what no kernel sends.
+#[must_use]
+pub fn understood(mut bytes: &[u8]) -> usize {
+    let mut count = 0;
+    while let Some((raw, rest)) = split_message(bytes) {
+        bytes = rest;
+        count += usize::from(matches!(raw.decode::<Route>(), Ok(Some(_))));
+        if let Ok(Some(message)) = raw.message() {
+            count += usize::from(crate::rt::means_something(message));
+        }
+        count += usize::from(matches!(raw.decode::<crate::nft::Netfilter>(), Ok(Some(_))));
+    }
+    count
+}
+
 /// `struct nlmsghdr`.
 const HEADER: usize = 16;
 /// Text of an extended ack (`NLMSGERR_ATTR_MSG`).

@@ -270,6 +270,17 @@ pub(crate) fn grown_up() -> LinkAttribute {
     LinkAttribute::Group(IFLA_MASTER_GROUP_DEFAULT)
 }
 
+/// Whether any of our readers takes it.
+pub(crate) fn means_something(message: Message) -> bool {
+    route_of(&message).is_some()
+        | neighbour_of(&message).is_some()
+        | rule_of(&message).is_some()
+        | nsid_of(&message).is_some()
+        | vxlan_peer_of(&message).is_some()
+        | Address::of(message.clone()).is_some()
+        | Link::of(message).is_some()
+}
+
 impl Link {
     pub(crate) fn of(message: Message) -> Option<Self> {
         let Message::NewLink(message) = message else { return None };

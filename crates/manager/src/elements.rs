@@ -1,16 +1,46 @@
 //! The manager's small elements: who this node is, and what its workloads may ask for.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use async_trait::async_trait;
 use nsm_api::{
     mechanism::LOCAL,
+    path,
     pb::{
         connection::{Connection, Mechanism},
         networkservice::NetworkServiceRequest,
     },
 };
+use nsm_identity::policy::{Check, Policies};
 use nsm_mesh::{Context, Element, Error, Next, Result};
+
+/// Speaks for workloads of this node only. A call whose path begins with the caller is a workload's own: it has to come
+/// on the Unix socket, where the kernel says which process asks. By TCP come hops that speak for others.
+#[derive(Debug)]
+pub struct OnNode {
+    /// Whether this is checked.
+    pub policies: Arc<Policies>,
+}
+
+#[async_trait]
+impl Element for OnNode {
+    fn name(&self) -> &'static str {
+        "on-node"
+    }
+
+    async fn admit(&self, cx: &mut Context<'_>, conn: &mut Connection) -> Result<()> {
+        let Some(caller) = &cx.caller else { return Ok(()) };
+        if caller.peer.unix().is_some() || path::index(conn) > 1 || !self.policies.makes(Check::OnNode) {
+            return Ok(());
+        }
+        Err(Error::denied(format!(
+            "no sufficient privileges: {} asks for itself by TCP, where nothing shows that it runs on this node",
+            caller.peer.id()
+        ))
+        .counted(Check::OnNode.name())
+        .hint("workloads ask on the Unix socket of their node's manager; NSM_WITHOUT_CHECKS=on_node allows it"))
+    }
+}
 
 /// Lets workloads of this node ask for wires of this node only. Where tunnels end is settled between forwarders, and
 /// those reach managers by TCP: a mechanism with addresses from a Unix socket would aim a node's tunnels at will.

@@ -8,7 +8,7 @@ pub mod tell;
 
 use std::{collections::BTreeSet, future::Future, sync::Arc, time::Duration};
 
-use nsm_identity::{Source, SpiffeId};
+use nsm_identity::{Source, SpiffeId, policy::Policies};
 use nsm_mesh::{
     Chain, Connections, Error, Result,
     auth::{Authorize, OwnNamespace},
@@ -18,11 +18,11 @@ use nsm_mesh::{
     metrics::Metrics,
     monitor::{Hub, Monitor},
 };
-use nsm_registry::{Cluster, ManagerConfig, ManagerRegistry, node_labels};
-use nsm_transport::{ListenUrl, Pool, PoolConfig, Server};
+use nsm_registry::{Cluster, ManagerConfig, ManagerRegistry, WatchLimit, node_labels};
+use nsm_transport::{Guard, ListenUrl, Pool, PoolConfig, Server};
 
 pub use discover_forwarder::{Candidate, DiscoverForwarder};
-pub use elements::{ClientInfo, LocalMechanisms};
+pub use elements::{ClientInfo, LocalMechanisms, OnNode};
 pub use excluded_prefixes::ExcludedPrefixes;
 pub use follow_service::{FollowService, News};
 
@@ -49,6 +49,12 @@ pub struct Config {
     pub excluded_prefixes: ExcludedPrefixes,
     /// How long our tokens live.
     pub max_token_lifetime: Duration,
+    /// What is checked of callers, and what they may use.
+    pub guard: Guard,
+    /// What is checked of registrations.
+    pub registrations: Arc<Policies>,
+    /// What is checked of a registry's answers.
+    pub registry_answers: Arc<Policies>,
     /// Where we count.
     pub metrics: Arc<Metrics>,
 }
@@ -64,8 +70,9 @@ pub fn chain(
     pool: Pool,
 ) -> Chain {
     nsm_mesh::chain![
-        Authorize { max_token_lifetime: config.max_token_lifetime }, // who asks, before anything is done
-        Monitor { hub: Arc::clone(&hub), terminates: false },        // what becomes of each connection
+        Authorize { max_token_lifetime: config.max_token_lifetime, policies: config.guard.policies.clone() }, // who asks, before anything is done
+        OnNode { policies: config.guard.policies.clone() }, // … a workload on our own socket
+        Monitor { hub: Arc::clone(&hub), terminates: false }, // what becomes of each connection
         OwnNamespace { allowed: Arc::new(config.namespace_delegates.clone()) }, // a workload speaks for itself
         LocalMechanisms,                                                        // … and does not aim tunnels
         ClientInfo(node_labels().into_iter().collect()),                        // where the client runs
@@ -91,11 +98,16 @@ impl Manager {
     /// # Errors
     /// A socket that cannot be bound.
     pub async fn bind(config: Config, source: Source) -> Result<Self> {
-        let pool_config =
-            PoolConfig { max_token_lifetime: config.max_token_lifetime, ..PoolConfig::default() };
+        let pool_config = PoolConfig {
+            max_token_lifetime: config.max_token_lifetime,
+            policies: config.registry_answers.clone(),
+            ..PoolConfig::default()
+        };
         let pool = Pool::new(source.clone(), pool_config);
         let server =
             Server::bind(source, &config.listen_on).await.map_err(|e| Error::unavailable(explain(&e)))?;
+        let server = server.guarded(&config.guard);
+        config.metrics.register(|registry| config.guard.refusals.register(registry));
         let urls = server.urls();
         let public = urls.iter().find(|url| matches!(url, ListenUrl::Tcp(_))).or(urls.first());
         let public = public.map(ToString::to_string).unwrap_or_default();
@@ -105,6 +117,8 @@ impl Manager {
                 forwarder_service: config.forwarder_service.clone(),
                 forwarder_ids: config.forwarder_ids.clone(),
                 max_token_lifetime: config.max_token_lifetime,
+                watches: WatchLimit(config.guard.limits.watches_of_one),
+                policies: config.registrations.clone(),
                 dial_timeout: config.dial_timeout,
                 ..ManagerConfig::new(config.registry.clone(), public)
             },
@@ -138,7 +152,7 @@ impl Manager {
         if let Cluster::At(url) = config.registry.clone() {
             inspector.add(Arc::new(Neighbour { pool: pool.clone(), role: "registry", url }));
         }
-        let hub = Arc::new(Hub::default());
+        let hub = Arc::new(Hub::of(config.guard.limits.watches_of_one));
         let (follow_service, news) = FollowService::new();
         let chain = chain(&config, registry.clone(), follow_service.clone(), own, Arc::clone(&hub), pool);
         let connections = Connections::serving(&config.name, chain, Arc::clone(&config.metrics));

@@ -16,7 +16,7 @@ use nsm_api::{
         networkservice::{NetworkServiceRequest, network_service_client::NetworkServiceClient},
     },
 };
-use nsm_identity::{Source, ca::Authority};
+use nsm_identity::{Source, ca::Authority, token};
 use nsm_manager::{Config, FollowService};
 use nsm_mesh::{Connections, metrics::Metrics, monitor::Hub};
 use nsm_registry::{Cluster, ManagerConfig, ManagerRegistry};
@@ -64,6 +64,9 @@ impl Node {
             namespace_delegates: ["spiffe://test.lab/cni".parse().unwrap()].into(),
             excluded_prefixes: nsm_manager::ExcludedPrefixes::default(),
             max_token_lifetime: Duration::from_secs(600),
+            guard: Default::default(),
+            registrations: Default::default(),
+            registry_answers: Default::default(),
             metrics: Arc::default(),
             monitor_readers: BTreeSet::new(),
         };
@@ -93,13 +96,23 @@ impl Node {
         if let Some(fd) = hand_over {
             assert!(connection.send_fd(fd));
         }
-        let segment = PathSegment { name: who.into(), id: format!("{who}-0"), ..PathSegment::default() };
+        let segment =
+            |name: &str| PathSegment { name: name.into(), id: format!("{name}-0"), ..PathSegment::default() };
+        let mut path = Path { index: 0, path_segments: vec![segment(who)] };
+        if who == "forwarder" {
+            // It asks for a client of its own node.
+            let (client, now) = (source(&self.authority, "client"), SystemTime::now());
+            let id = "spiffe://test.lab/forwarder".parse().unwrap();
+            let token = token::mint(client.current().svid(), Some(&id), None, PATIENCE, now).unwrap();
+            path.path_segments.insert(0, PathSegment { token: token.jwt().into(), ..segment("client") });
+            path.index = 1;
+        }
         let request = NetworkServiceRequest {
             connection: Some(Connection {
                 id: format!("{who}-0"),
                 network_service: "nothing".into(),
                 mechanism: chosen,
-                path: Some(Path { index: 0, path_segments: vec![segment] }),
+                path: Some(path),
                 ..Connection::default()
             }),
             mechanism_preferences: offered.to_vec(),
@@ -141,6 +154,19 @@ async fn a_workload_cannot_aim_tunnels() {
     }
     // A forwarder of another node.
     let passed = node.ask("forwarder", &node.tcp, None, &[vxlan()], None).await;
+    assert_eq!(passed.code(), Code::NotFound, "{passed}");
+}
+
+#[tokio::test]
+async fn a_manager_speaks_for_workloads_of_its_node_only() {
+    let node = Node::start().await;
+    let kernel = [Mechanism::new(LOCAL, kind::KERNEL)];
+    let refused = node.ask("pod", &node.tcp, None, &kernel, None).await;
+    assert_eq!(refused.code(), Code::PermissionDenied, "{refused}");
+    for said in ["spiffe://test.lab/pod asks for itself by TCP", "NSM_WITHOUT_CHECKS=on_node"] {
+        assert!(refused.message().contains(said), "{said}: {refused}");
+    }
+    let passed = node.ask("pod", &node.unix, None, &kernel, None).await;
     assert_eq!(passed.code(), Code::NotFound, "{passed}");
 }
 

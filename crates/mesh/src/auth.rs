@@ -8,9 +8,18 @@ use std::{
 };
 
 use async_trait::async_trait;
-use nsm_api::{mechanism::InodeUrl, path, pb::connection::Connection};
-use nsm_identity::{SpiffeId, policy, token};
+use nsm_api::{
+    mechanism::InodeUrl,
+    path,
+    pb::connection::{Connection, PathSegment},
+};
+use nsm_identity::{
+    SpiffeId,
+    policy::{Evidence, Policies},
+    token,
+};
 use nsm_transport::{DialUrl, Peer, Pool};
+use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use crate::{
@@ -25,6 +34,8 @@ use crate::{
 pub struct Authorize {
     /// How long our tokens live (`NSM_MAX_TOKEN_LIFETIME`).
     pub max_token_lifetime: Duration,
+    /// What is checked.
+    pub policies: Arc<Policies>,
 }
 
 impl Authorize {
@@ -35,6 +46,7 @@ impl Authorize {
             // Upstream's callers always send exactly one; without it the connection would have no end.
             let token = token.as_ref().ok_or_else(|| {
                 Error::denied("no sufficient privileges: the call has no nsm-client-token with its expiry")
+                    .counted("no_token")
             })?;
             token.jwt().clone_into(&mut previous.token);
             // What the caller says of its token's end is bounded by what its token and its certificate say.
@@ -53,8 +65,8 @@ impl Authorize {
             segment.expires = Some(path::to_timestamp(own.expires()));
         }
         let tokens: Vec<&str> = path::segments(conn).iter().map(|s| s.token.as_str()).collect();
-        policy::check_server(&tokens, path::index(conn), peer.leaf(), now)
-            .map_err(|denial| Error::denied(format!("no sufficient privileges: {denial}")))
+        self.policies.check_server(&tokens, evidence(conn, peer, now), || document(conn, peer))?;
+        Ok(())
     }
 }
 
@@ -96,10 +108,43 @@ pub(crate) fn sign_for_caller(answer: &mut Connection, caller: &Peer, next: &Pee
 ///
 /// # Errors
 /// The first check that fails.
-pub fn check_answer(conn: &Connection, peer: &Peer, now: SystemTime) -> Result<()> {
+pub fn check_answer(conn: &Connection, policies: &Policies, peer: &Peer, now: SystemTime) -> Result<()> {
     let tokens: Vec<&str> = path::segments(conn).iter().map(|s| s.token.as_str()).collect();
-    policy::check_client(&tokens, path::index(conn), peer.leaf(), now)
+    policies
+        .check_client(&tokens, evidence(conn, peer, now), || document(conn, peer))
         .map_err(|denial| Error::denied(format!("the answer of {} is refused: {denial}", peer.id())))
+}
+
+fn evidence<'a>(conn: &Connection, peer: &'a Peer, now: SystemTime) -> Evidence<'a> {
+    let index = path::index(conn);
+    Evidence { index, peer: peer.leaf(), trusted: peer.identity().bundles(), now }
+}
+
+/// What an operator's policies see of a connection: upstream's document, the path up to here as Go writes it
+/// (section 13.1). A client sees the whole path of the answer.
+fn document(conn: &Connection, peer: &Peer) -> Value {
+    let segment = |segment: &PathSegment| {
+        let mut value = json!({
+            "name": segment.name, "id": segment.id, "token": segment.token, "metrics": segment.metrics,
+        });
+        if let Some(expires) = &segment.expires {
+            value["expires"] = json!({"seconds": expires.seconds, "nanos": expires.nanos});
+        }
+        // Go leaves out what is empty.
+        if let Value::Object(fields) = &mut value {
+            fields.retain(|_, value| *value != json!("") && *value != json!({}));
+        }
+        value
+    };
+    let mut document = json!({
+        "path_segments": path::segments(conn).iter().map(segment).collect::<Vec<_>>(),
+        "auth_info": {"certificate": peer.leaf().pem()},
+    });
+    let index = path::index(conn);
+    if index > 0 {
+        document["index"] = json!(index);
+    }
+    document
 }
 
 /// Accepts a namespace from a workload only if it is the workload's own: the descriptor that came must be the

@@ -114,7 +114,7 @@ impl Dial {
         path::graft(&mut answer, asked).map_err(|e| useless(e.to_string()))?;
         let peer = hop.peer();
         if self.check_answers {
-            auth::check_answer(&answer, peer, SystemTime::now())?;
+            auth::check_answer(&answer, self.pool.policies(), peer, SystemTime::now())?;
         }
         self.receive(cx, peer, &answer).await?;
         if let Some(Caller { peer: caller, .. }) = &cx.caller {

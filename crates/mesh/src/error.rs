@@ -3,7 +3,9 @@
 use std::fmt;
 
 use nsm_api::{limits::Malformed, path::PathError};
+use nsm_identity::Denial;
 pub use nsm_identity::explain;
+use nsm_transport::Refusal;
 use tonic::{Code, Status};
 
 /// The result of everything that a chain does.
@@ -21,12 +23,14 @@ pub struct Error {
     pub hint: Option<String>,
     /// The hop that failed; `None` until the chain runner fills it; empty if the text already names it.
     pub hop: Option<String>,
+    /// A word for counters, where this is a refusal of ours.
+    pub refusal: Option<&'static str>,
 }
 
 impl Error {
     /// An error with this code.
     pub fn new(code: Code, text: impl Into<String>) -> Self {
-        Self { code, text: text.into(), hint: None, hop: None }
+        Self { code, text: text.into(), hint: None, hop: None, refusal: None }
     }
 
     /// The request cannot be served as it stands.
@@ -74,6 +78,13 @@ impl Error {
         self
     }
 
+    /// Adds the word by which it is counted.
+    #[must_use]
+    pub fn counted(mut self, refusal: &'static str) -> Self {
+        self.refusal = Some(refusal);
+        self
+    }
+
     /// Names the hop, unless one is named already: the innermost knows best.
     #[must_use]
     pub fn at(mut self, hop: &str) -> Self {
@@ -101,7 +112,15 @@ impl From<Error> for Status {
     fn from(e: Error) -> Self {
         // A text beyond what fits into HTTP/2 headers would turn the error into a broken stream.
         let text: String = e.to_string().chars().take(2000).collect();
-        Self::new(e.code, text)
+        let status = Self::new(e.code, text);
+        e.refusal.map_or(status.clone(), |word| Refusal(word).mark(status))
+    }
+}
+
+impl From<Denial> for Error {
+    fn from(denial: Denial) -> Self {
+        // The beginning is upstream's text (spec/control-plane.md 13.1).
+        Self::new(denial.code(), format!("no sufficient privileges: {denial}")).counted(denial.check())
     }
 }
 
@@ -117,13 +136,13 @@ impl From<Status> for Error {
 impl From<PathError> for Error {
     fn from(e: PathError) -> Self {
         // Upstream reports a path that contradicts itself as Unknown (spec/control-plane.md 4.2).
-        Self::new(Code::Unknown, e.to_string())
+        Self::new(Code::Unknown, e.to_string()).counted("malformed")
     }
 }
 
 impl From<Malformed> for Error {
     fn from(e: Malformed) -> Self {
-        Self::invalid(e.to_string())
+        Self::invalid(e.to_string()).counted("malformed")
     }
 }
 

@@ -93,9 +93,16 @@ pub fn followable(theirs: &Connection) -> impl Iterator<Item = &String> {
 }
 
 /// What this hop knows of its connections, and who watches.
-#[derive(Default)]
 pub struct Hub {
     state: Mutex<HubState>,
+    /// Watchers of one identity.
+    most_of_one: usize,
+}
+
+impl Default for Hub {
+    fn default() -> Self {
+        Self::of(MAX_OF_ONE)
+    }
 }
 
 #[derive(Default)]
@@ -146,6 +153,12 @@ impl fmt::Debug for Hub {
 }
 
 impl Hub {
+    /// A hub that one identity may watch so many times at once.
+    #[must_use]
+    pub fn of(most_of_one: usize) -> Self {
+        Self { state: Mutex::default(), most_of_one }
+    }
+
     /// Watches what the selector names. The first event is the initial transfer, always, even when empty:
     /// upstream's clients wait for it.
     ///
@@ -160,18 +173,23 @@ impl Hub {
         let mut state = self.state.lock();
         state.watchers.retain(|w| !w.events.is_closed());
         if let Viewer::Peer(id) = &viewer
-            && state.watchers.iter().filter(|w| w.viewer == viewer).count() >= MAX_OF_ONE
+            && state.watchers.iter().filter(|w| w.viewer == viewer).count() >= self.most_of_one
         {
             return Err(Error::new(
                 tonic::Code::ResourceExhausted,
-                format!("{id} has {MAX_OF_ONE} streams open here, the most that one identity may have"),
-            ));
+                format!(
+                    "{id} has {} streams open here, the most that one identity may have",
+                    self.most_of_one
+                ),
+            )
+            .counted("watches"));
         }
         if state.watchers.len() >= MAX_WATCHERS {
             return Err(Error::new(
                 tonic::Code::ResourceExhausted,
                 format!("{MAX_WATCHERS} streams watch this process already"),
-            ));
+            )
+            .counted("watches"));
         }
         let seen: Vec<&Known> = state
             .connections

@@ -17,7 +17,7 @@ use nsm_api::{
     },
 };
 use nsm_identity::SpiffeId;
-use nsm_transport::{Deadline, OnDelivery, Peer, client_token};
+use nsm_transport::{Deadline, MAX_MESSAGE, OnDelivery, Peer, client_token};
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
@@ -49,8 +49,14 @@ pub fn add(
     readers: Arc<BTreeSet<SpiffeId>>,
 ) {
     routes
-        .add_service(NetworkServiceServer::new(Hop { connections: Arc::clone(&connections) }))
-        .add_service(MonitorConnectionServer::new(Events { hub: Arc::clone(&hub), readers }))
+        .add_service(
+            NetworkServiceServer::new(Hop { connections: Arc::clone(&connections) })
+                .max_decoding_message_size(MAX_MESSAGE),
+        )
+        .add_service(
+            MonitorConnectionServer::new(Events { hub: Arc::clone(&hub), readers })
+                .max_decoding_message_size(MAX_MESSAGE),
+        )
         .add_service(connections.metrics().inspector().over_mtls());
     tell(&connections, hub);
 }
@@ -141,7 +147,7 @@ impl NetworkService for Hop {
         let (caller, deadline) = facts(&request)?;
         let peer = caller.peer.clone();
         let request = request.into_inner();
-        let refused = |error: &Error| tracing::info!(peer = %peer.id(), %error, "request refused");
+        let refused = |error: &Error| tracing::info!(%peer, %error, "request refused");
         // Before anything is waited for.
         limits::check_request(&request)
             .map_err(|e| Error::from(e).at(self.connections.me()))
@@ -173,7 +179,7 @@ impl NetworkService for Hop {
         let peer = caller.peer.clone();
         let call = Call { caller: Some(caller), deadline: Some(deadline), fds: Fds::default() };
         self.connections.close(call, request.into_inner()).await.inspect_err(|error| {
-            tracing::info!(peer = %peer.id(), %error, "close incomplete");
+            tracing::info!(%peer, %error, "close incomplete");
         })?;
         Ok(Response::new(()))
     }
@@ -211,7 +217,7 @@ impl MonitorConnection for Events {
         if selector.path_segments.len() > nsm_api::path::MAX_SEGMENTS
             || selector.network_services.len() > nsm_api::limits::MAX_ENTRIES
         {
-            return Err(Error::invalid("the selector is larger than any path").into());
+            return Err(Error::invalid("the selector is larger than any path").counted("malformed").into());
         }
         let events = self.hub.watch(selector, viewer)?;
         Ok(Response::new(ReceiverStream::new(events).map(own as fn(_) -> _)))

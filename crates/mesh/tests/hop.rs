@@ -199,7 +199,7 @@ impl Mesh {
         let hub = Arc::new(Hub::default());
         let pool = Pool::new(source("mgr"), PoolConfig::default());
         let chain = chain![
-            Authorize { max_token_lifetime: Duration::from_secs(600) },
+            Authorize { max_token_lifetime: Duration::from_secs(600), policies: Arc::default() },
             Monitor { hub: Arc::clone(&hub), terminates: false },
             To(dial("nse.sock").into()),
             Dial::new(pool, "mgr", Arc::clone(&hub), PATIENCE),

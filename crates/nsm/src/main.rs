@@ -3,6 +3,7 @@
 
 mod bench;
 mod common;
+mod guard;
 mod lab;
 mod operate;
 mod roles;

@@ -28,6 +28,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::common::{
     Common, Measured, Process, Shutdown, Tokens, duration, label, positive_duration, prefix,
 };
+use crate::guard::{Bounds, Checks, Guarding, Registrations};
 
 const MANAGER_SOCKET: &str = "unix:///var/lib/networkservicemesh/nsm.io.sock";
 
@@ -52,7 +53,15 @@ pub(crate) struct Registry {
     #[arg(long, env = "NSM_EXPIRE_PERIOD", default_value = "1m", value_parser = duration)]
     expire_period: Duration,
     #[command(flatten)]
+    measured: Measured,
+    #[command(flatten)]
     tokens: Tokens,
+    #[command(flatten)]
+    registrations: Registrations,
+    #[command(flatten)]
+    checks: Checks,
+    #[command(flatten)]
+    bounds: Bounds,
     #[command(flatten)]
     pub(crate) common: Common,
 }
@@ -64,13 +73,17 @@ impl Registry {
 
     pub(crate) async fn serve(self) -> Result<()> {
         let (process, shutdown) = (self.common.process(), Shutdown::on_signals()?);
+        let guard = self.bounds.guard(self.registrations.policies(&self.checks)?);
+        let metrics = self.measured.start(&process).await?;
+        metrics.register(|registry| guard.refusals.register(registry));
         let config = nsm_registry::Config {
+            watches: nsm_registry::WatchLimit(guard.limits.watches_of_one),
+            guard,
             listen_on: self.listen_on,
             // Read before anything is waited for: what is wrong with the files is said at once.
             services: read_services(&self.network_services)?,
             lifetime: self.expire_period,
             max_token_lifetime: self.tokens.max_token_lifetime,
-            ..nsm_registry::Config::default()
         };
         let registry = nsm_registry::Registry::bind(config, process.identity().await?).await?;
         tracing::info!(name = %self.name, "the directory is open");
@@ -119,6 +132,8 @@ pub(crate) struct Manager {
 /// Flags of whatever manages a node.
 #[derive(Debug, Args)]
 pub(crate) struct Managing {
+    #[command(flatten)]
+    registrations: Registrations,
     /// Where to listen; the first tcp:// one is what other nodes reach us by
     #[arg(long, env = "NSM_LISTEN_ON", default_value = MANAGER_SOCKET, value_delimiter = ',')]
     listen_on: Vec<ListenUrl>,
@@ -155,6 +170,8 @@ pub(crate) struct Hop {
     measured: Measured,
     #[command(flatten)]
     tokens: Tokens,
+    #[command(flatten)]
+    guarding: Guarding,
 }
 
 impl Managing {
@@ -184,6 +201,9 @@ impl Managing {
                 .context("NSM_EXCLUDED_PREFIXES_FILE")?,
             monitor_readers: self.monitor_readers.into_iter().collect(),
             max_token_lifetime: hop.tokens.max_token_lifetime,
+            guard: hop.guarding.guard()?,
+            registry_answers: hop.guarding.registry_answers()?,
+            registrations: hop.guarding.of(&self.registrations)?,
             metrics,
         })
     }
@@ -258,8 +278,8 @@ impl Forwarding {
         service: String,
         hop: &Hop,
         metrics: Arc<Metrics>,
-    ) -> nsm_forwarder::Config {
-        nsm_forwarder::Config {
+    ) -> Result<nsm_forwarder::Config> {
+        Ok(nsm_forwarder::Config {
             name,
             tunnel_ip: self.tunnel_ip,
             vxlan_port: self.vxlan_port,
@@ -269,8 +289,10 @@ impl Forwarding {
             namespace_delegates: hop.namespace_delegates.iter().cloned().collect(),
             dial_timeout: hop.dial_timeout,
             max_token_lifetime: hop.tokens.max_token_lifetime,
+            guard: hop.guarding.guard()?,
+            registry_answers: hop.guarding.registry_answers()?,
             metrics,
-        }
+        })
     }
 }
 
@@ -282,7 +304,7 @@ impl Forwarder {
     pub(crate) async fn serve(self) -> Result<()> {
         let (process, shutdown) = (self.common.process(), Shutdown::on_signals()?);
         let metrics = self.hop.measured.start(&process).await?;
-        let config = self.forwarding.config(self.name, self.nsname, &self.hop, metrics);
+        let config = self.forwarding.config(self.name, self.nsname, &self.hop, metrics)?;
         // The kernel is asked before anything is waited for: a missing capability is said at once.
         let forwarder = nsm_forwarder::Forwarder::prepare(config)?;
         let source = process.identity().await?;
@@ -338,7 +360,7 @@ impl Node {
         let metrics = self.hop.measured.start(&process).await?;
         let service = self.managing.forwarder_network_service_name.clone();
         let name = self.forwarder_name.unwrap_or_else(|| format!("forwarder-{}", self.name));
-        let config = self.forwarding.config(name, service, &self.hop, Arc::clone(&metrics));
+        let config = self.forwarding.config(name, service, &self.hop, Arc::clone(&metrics))?;
         // The kernel is asked before anything is waited for: a missing capability is said at once.
         let forwarder = nsm_forwarder::Forwarder::prepare(config)?;
         let source = process.identity().await?;
@@ -346,11 +368,14 @@ impl Node {
         let (registry, cluster) = if self.registry_listen_on.is_empty() {
             (None, self.managing.cluster()?)
         } else {
+            let guard = self.hop.guarding.of_registry(&self.managing.registrations)?;
             let config = nsm_registry::Config {
+                watches: nsm_registry::WatchLimit(guard.limits.watches_of_one),
+                guard,
                 listen_on: self.registry_listen_on,
                 services,
                 max_token_lifetime: self.hop.tokens.max_token_lifetime,
-                ..nsm_registry::Config::default()
+                lifetime: nsm_registry::expiry::DEFAULT_LIFETIME,
             };
             let registry = nsm_registry::Registry::bind(config, source.clone()).await?;
             let known = registry.directories();
@@ -578,6 +603,8 @@ pub(crate) struct Serving {
     measured: Measured,
     #[command(flatten)]
     tokens: Tokens,
+    #[command(flatten)]
+    guarding: Guarding,
 }
 
 impl Serving {
@@ -591,6 +618,8 @@ impl Serving {
             register_payload: None,
             dial_timeout: self.dial_timeout,
             max_token_lifetime: self.tokens.max_token_lifetime,
+            guard: self.guarding.guard()?,
+            registry_answers: self.guarding.registry_answers()?,
             metrics: self.measured.start(process).await?,
         })
     }

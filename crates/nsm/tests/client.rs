@@ -87,7 +87,7 @@ impl Mesh {
         let (hub, answers) = (Arc::new(Hub::default()), Answers::default());
         let refused = Arc::clone(&answers.refused);
         let chain = chain![
-            Authorize { max_token_lifetime: Duration::from_secs(600) },
+            Authorize { max_token_lifetime: Duration::from_secs(600), policies: Arc::default() },
             Monitor { hub: Arc::clone(&hub), terminates: true },
             answers,
         ];

@@ -26,7 +26,7 @@ pub mod store;
 
 use nsm_api::limits::Malformed;
 use nsm_identity::Denial;
-use nsm_transport::{DialError, FdError, UrlError};
+use nsm_transport::{DialError, FdError, Refusal, UrlError};
 use tonic::{Code, Status};
 
 pub use client::{Client, ClientConfig, Endpoint, EndpointEvent, Listed, Registration, State};
@@ -198,7 +198,8 @@ impl From<Error> for Status {
         let code = match &error {
             Error::Refused(status) => return (**status).clone(),
             Error::Unreachable(dial) => return dial.clone().into(),
-            Error::Denied(_) | Error::NotAForwarder { .. } => Code::PermissionDenied,
+            Error::Denied(denial) => denial.code(),
+            Error::NotAForwarder { .. } => Code::PermissionDenied,
             Error::Malformed(_)
             | Error::NoName { .. }
             | Error::NoUrl { .. }
@@ -218,6 +219,18 @@ impl From<Error> for Status {
             text = format!("{text}: {cause}");
             source = cause.source();
         }
-        Status::new(code, text)
+        let word = match &error {
+            Error::Denied(denial) => Some(denial.check()),
+            Error::Malformed(_)
+            | Error::NoName { .. }
+            | Error::NoUrl { .. }
+            | Error::Path(_)
+            | Error::Url(_) => Some("malformed"),
+            Error::TooManyWatches { .. } => Some("watches"),
+            Error::TooSlow => Some("slow_reader"),
+            _ => None,
+        };
+        let status = Status::new(code, text);
+        word.map_or(status.clone(), |word| Refusal(word).mark(status))
     }
 }

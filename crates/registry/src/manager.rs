@@ -25,8 +25,8 @@ use nsm_api::{
         network_service_registry_server::NetworkServiceRegistryServer,
     },
 };
-use nsm_identity::{SpiffeId, token};
-use nsm_transport::{DialTarget, DialUrl, FdTable, FileId, Peer, Pool};
+use nsm_identity::{SpiffeId, policy::Policies, token};
+use nsm_transport::{DialTarget, DialUrl, FdTable, FileId, MAX_MESSAGE, Peer, Pool};
 use parking_lot::Mutex;
 use rustix::fs::FileType;
 use tokio::{sync::watch, task::JoinHandle, time::Instant};
@@ -86,6 +86,8 @@ pub struct ManagerConfig {
     pub dial_timeout: Duration,
     /// Watches of one identity.
     pub watches: WatchLimit,
+    /// What is checked of registrations (`NSM_REGISTRY_SERVER_POLICIES`).
+    pub policies: Arc<Policies>,
 }
 
 impl ManagerConfig {
@@ -102,6 +104,7 @@ impl ManagerConfig {
             max_token_lifetime: token::DEFAULT_MAX_LIFETIME,
             dial_timeout: Duration::from_millis(750),
             watches: WatchLimit::default(),
+            policies: Arc::default(),
         }
     }
 }
@@ -220,10 +223,16 @@ impl ManagerRegistry {
         *inner.expiring.lock() = Some(tokio::spawn(expire(inner.timers.clone(), Arc::downgrade(&inner))));
         let config = &inner.config;
         Self {
-            services: Front::new(inner.services.clone(), &config.watches, config.max_token_lifetime),
+            services: Front::new(
+                inner.services.clone(),
+                &config.watches,
+                &config.policies,
+                config.max_token_lifetime,
+            ),
             endpoints: Front::with_lanes(
                 Arc::new(LocalEndpoints(inner.clone())),
                 &config.watches,
+                &config.policies,
                 config.max_token_lifetime,
                 inner.lanes.clone(),
             ),
@@ -236,8 +245,14 @@ impl ManagerRegistry {
     #[must_use]
     pub fn add_to(&self, routes: Routes) -> Routes {
         routes
-            .add_service(NetworkServiceRegistryServer::new(self.services.clone()))
-            .add_service(NetworkServiceEndpointRegistryServer::new(self.endpoints.clone()))
+            .add_service(
+                NetworkServiceRegistryServer::new(self.services.clone())
+                    .max_decoding_message_size(MAX_MESSAGE),
+            )
+            .add_service(
+                NetworkServiceEndpointRegistryServer::new(self.endpoints.clone())
+                    .max_decoding_message_size(MAX_MESSAGE),
+            )
     }
 
     /// Ends the watches of peers: for a shutdown that does not wait for them.

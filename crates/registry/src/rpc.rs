@@ -12,7 +12,7 @@ use nsm_api::pb::registry::{
     network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient,
     network_service_registry_client::NetworkServiceRegistryClient,
 };
-use nsm_identity::policy;
+use nsm_identity::policy::Evidence;
 use nsm_transport::{Connection, DialUrl, Peer, Pool};
 use tokio::time::Instant;
 use tonic::{
@@ -24,7 +24,7 @@ use tracing::debug;
 use crate::{
     Error,
     path::{self, RegistrationPath},
-    server::{Context, Directory, Events},
+    server::{Context, Directory, Events, document},
     store::Item,
 };
 
@@ -90,7 +90,7 @@ pub(crate) async fn register<T: Remote>(
     let back = (!known).then(|| item.clone());
     let response = T::call_register(connection.clone(), request(item, path, deadline)?).await?;
     let asked = path.clone();
-    match adopt(path, response.metadata(), connection.peer()) {
+    match adopt(path, response.metadata(), connection) {
         Ok(()) => Ok(response.into_inner()),
         Err(error) => {
             if let Some(item) = back
@@ -112,7 +112,7 @@ pub(crate) async fn unregister<T: Remote>(
     deadline: Instant,
 ) -> Result<(), Error> {
     let response = T::call_unregister(connection.clone(), request(item, path, deadline)?).await?;
-    adopt(path, response.metadata(), connection.peer())
+    adopt(path, response.metadata(), connection)
 }
 
 /// Looks up over a connection; a watch has no deadline and only ends when something breaks.
@@ -155,11 +155,16 @@ fn request<R>(message: R, path: &RegistrationPath, deadline: Instant) -> Result<
 }
 
 /// Takes over the answer's path if the client's policies let it pass (spec/registry.md 2.9.4).
-fn adopt(path: &mut RegistrationPath, answer: &MetadataMap, peer: &Peer) -> Result<(), Error> {
+fn adopt(path: &mut RegistrationPath, answer: &MetadataMap, connection: &Connection) -> Result<(), Error> {
     let header = answer.get_all(path::HEADER).iter().next_back().and_then(|value| value.to_str().ok());
     let answered = header.map(RegistrationPath::decode).transpose()?.unwrap_or_default();
     // The index is our own business; what the answer says of it does not count.
-    policy::check_client(&answered.tokens, path.index, peer.leaf(), SystemTime::now())?;
+    let peer = connection.peer();
+    let trusted = peer.identity().bundles();
+    let evidence = Evidence { index: path.index, peer: peer.leaf(), trusted, now: SystemTime::now() };
+    connection.policies().check_client(&answered.tokens, evidence, || {
+        document(&answered.tokens, path.index, peer, ("", None))
+    })?;
     path.tokens = answered.tokens;
     Ok(())
 }

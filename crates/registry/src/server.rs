@@ -22,9 +22,14 @@ use nsm_api::pb::registry::{
     },
     network_service_registry_server::{NetworkServiceRegistry, NetworkServiceRegistryServer},
 };
-use nsm_identity::{Identity, Source, SpiffeId, policy, token};
-use nsm_transport::{Deadline, Limits, ListenUrl, Peer, Server, client_token};
+use nsm_identity::{
+    Identity, Source, SpiffeId,
+    policy::{self, Check, Evidence, Policies},
+    token,
+};
+use nsm_transport::{Deadline, Guard, Limits, ListenUrl, MAX_MESSAGE, Peer, Server, client_token};
 use parking_lot::Mutex;
+use serde_json::{Value, json};
 use tokio::{sync::watch, time::Instant};
 use tonic::{Request, Response, Status, metadata::MetadataValue, service::Routes};
 use tracing::{debug, info, warn};
@@ -65,6 +70,8 @@ pub struct Config {
     pub max_token_lifetime: Duration,
     /// Watches of one identity.
     pub watches: WatchLimit,
+    /// What is checked of registrations (`NSM_REGISTRY_SERVER_POLICIES`), and what peers may use.
+    pub guard: Guard,
 }
 
 impl Default for Config {
@@ -75,6 +82,7 @@ impl Default for Config {
             lifetime: expiry::DEFAULT_LIFETIME,
             max_token_lifetime: token::DEFAULT_MAX_LIFETIME,
             watches: WatchLimit::default(),
+            guard: Guard::default(),
         }
     }
 }
@@ -132,15 +140,17 @@ impl Registry {
     pub async fn bind(config: Config, source: Source) -> Result<Self, Error> {
         let server = Server::bind(source, &config.listen_on).await?;
         // A manager's watches all share one connection.
-        let server = server.with_limits(Limits { calls: 65_536, ..Limits::default() });
+        let limits = Limits { calls: config.guard.limits.calls.max(65_536), ..config.guard.limits };
+        let server = server.guarded(&config.guard).with_limits(limits);
         let directories = Directories {
             services: Arc::new(Services::new(config.services)),
             endpoints: Arc::new(Endpoints::new(config.lifetime)),
         };
-        let (watches, lifetime) = (&config.watches, config.max_token_lifetime);
+        let (watches, policies, lifetime) =
+            (&config.watches, &config.guard.policies, config.max_token_lifetime);
         Ok(Self {
-            services: Front::new(directories.services.clone(), watches, lifetime),
-            endpoints: Front::new(directories.endpoints.clone(), watches, lifetime),
+            services: Front::new(directories.services.clone(), watches, policies, lifetime),
+            endpoints: Front::new(directories.endpoints.clone(), watches, policies, lifetime),
             server,
             directories,
         })
@@ -172,8 +182,13 @@ impl Registry {
     ) {
         let (services, endpoints) = (self.services.clone(), self.endpoints.clone());
         let routes = routes
-            .add_service(NetworkServiceRegistryServer::new(self.services))
-            .add_service(NetworkServiceEndpointRegistryServer::new(self.endpoints));
+            .add_service(
+                NetworkServiceRegistryServer::new(self.services).max_decoding_message_size(MAX_MESSAGE),
+            )
+            .add_service(
+                NetworkServiceEndpointRegistryServer::new(self.endpoints)
+                    .max_decoding_message_size(MAX_MESSAGE),
+            );
         let shutdown = async move {
             shutdown.await;
             // A watch has no end of its own: without this, every shutdown would wait for the watchers.
@@ -254,6 +269,7 @@ struct Shared<T: Item> {
     lanes: Lanes,
     max_token_lifetime: Duration,
     watch_limit: usize,
+    policies: Arc<Policies>,
     watches: Arc<Mutex<HashMap<SpiffeId, usize>>>,
     end_watches: watch::Sender<bool>,
 }
@@ -283,15 +299,17 @@ impl<T: Item> Front<T> {
     pub(crate) fn new(
         directory: Arc<dyn Directory<T>>,
         watches: &WatchLimit,
+        policies: &Arc<Policies>,
         max_token_lifetime: Duration,
     ) -> Self {
-        Self::with_lanes(directory, watches, max_token_lifetime, Lanes::default())
+        Self::with_lanes(directory, watches, policies, max_token_lifetime, Lanes::default())
     }
 
     /// For a directory that makes changes of its own, under the same turns.
     pub(crate) fn with_lanes(
         directory: Arc<dyn Directory<T>>,
         watches: &WatchLimit,
+        policies: &Arc<Policies>,
         max_token_lifetime: Duration,
         lanes: Lanes,
     ) -> Self {
@@ -300,6 +318,7 @@ impl<T: Item> Front<T> {
             lanes,
             max_token_lifetime,
             watch_limit: watches.0,
+            policies: policies.clone(),
             watches: Arc::default(),
             end_watches: watch::Sender::new(false),
         }))
@@ -318,7 +337,12 @@ impl<T: Item> Front<T> {
             let _lane = shared.lanes.enter(item.name(), cx.deadline).await?;
             let known = shared.directory.known(item.name());
             cx.known = known.is_some();
+            let anybody = !shared.policies.makes(Check::ClientAllowed);
             let answer = match standing(known.as_deref(), &item, &path_ids) {
+                Err(_) if anybody => {
+                    item.set_path_ids(path_ids);
+                    shared.directory.register(&mut cx, item).await?
+                }
                 Ok(true) => {
                     item.set_path_ids(path_ids);
                     shared.directory.register(&mut cx, item).await?
@@ -346,7 +370,9 @@ impl<T: Item> Front<T> {
                 }
                 known => {
                     if let Some(known) = known {
-                        owned(&*known, &path_ids)?;
+                        let anybody = !shared.policies.makes(Check::ClientAllowed);
+                        owned(&*known, &path_ids)
+                            .or_else(|denial| if anybody { Ok(()) } else { Err(denial) })?;
                         // As registered: callers may send the name only.
                         item = (*known).clone();
                     }
@@ -401,14 +427,25 @@ impl<T: Item> Front<T> {
             header => debug!(peer = %peer.id(), missing = header.is_none(), "a registration without a path"),
         }
         let denied = |denial| {
-            warn!(peer = %peer.id(), kind = T::KIND, name = item.name(), %denial, "a registration is refused");
+            warn!(%peer, kind = T::KIND, name = item.name(), %denial, "a registration is refused");
             Error::Denied(denial)
         };
-        policy::check_server(&path.tokens, path.index, peer.leaf(), now).map_err(denied)?;
-        let claims = policy::tokens_valid(&path.tokens).map_err(denied)?;
+        let evidence =
+            Evidence { index: path.index, peer: peer.leaf(), trusted: peer.identity().bundles(), now };
+        let known = || self.0.directory.known(item.name());
+        self.0
+            .policies
+            .check_server(&path.tokens, evidence, || {
+                let known = known();
+                let owner = known.as_ref().map(|known| known.path_ids());
+                document(&path.tokens, path.index, &peer, (item.name(), owner))
+            })
+            .map_err(denied)?;
+        let subject = |jwt: &String| token::claims(jwt).map(|claims| claims.subject).unwrap_or_default();
+        let path_ids = path.tokens.iter().map(subject).collect();
         Ok(Admitted {
             asker,
-            path_ids: claims.into_iter().map(|claims| claims.subject).collect(),
+            path_ids,
             cx: Context {
                 path,
                 deadline: Deadline::of(request).map(|deadline| deadline.0),
@@ -430,6 +467,26 @@ impl<T: Item> Front<T> {
         *open += 1;
         Ok(OpenWatch { id: id.clone(), watches: self.0.watches.clone() })
     }
+}
+
+/// What an operator's policies see of a registration: upstream's document (spec/registry.md 2.9.3). Of the owners of
+/// names it holds the one that is asked for, with the path ids of who registered it.
+pub(crate) fn document(
+    tokens: &[String],
+    index: usize,
+    peer: &Peer,
+    (name, owner): (&str, Option<&[String]>),
+) -> Value {
+    let subject = tokens.first().and_then(|jwt| token::claims(jwt).ok()).map(|claims| claims.subject);
+    let owners: serde_json::Map<_, _> = owner.map(|ids| (name.to_owned(), json!(ids))).into_iter().collect();
+    json!({
+        "resource_id": subject.unwrap_or_default(),
+        "resource_name": name,
+        "resource_path_ids_map": owners,
+        "path_segments": tokens.iter().map(|jwt| json!({"token": jwt})).collect::<Vec<_>>(),
+        "index": index,
+        "auth_info": {"certificate": peer.leaf().pem()},
+    })
 }
 
 /// Counts a watch for as long as it lives.

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, future::Future, path::PathBuf, sync::Arc, time:
 
 use ipnet::IpNet;
 use nsm_api::pb::registry::{NetworkService, NetworkServiceEndpoint, NetworkServiceLabels};
-use nsm_identity::Source;
+use nsm_identity::{Source, policy::Policies};
 use nsm_mesh::{
     Chain, Connections, Error, Reason, Result,
     auth::Authorize,
@@ -15,7 +15,7 @@ use nsm_mesh::{
     monitor::{Hub, Monitor},
 };
 use nsm_registry::{Client, ClientConfig, Listed};
-use nsm_transport::{DialUrl, ListenUrl, Pool, PoolConfig, Server};
+use nsm_transport::{DialUrl, Guard, ListenUrl, Pool, PoolConfig, Server};
 
 use crate::{
     ipam::{Ipam, IpamPolicy, PrefixGroups},
@@ -74,6 +74,10 @@ pub struct EndpointConfig {
     pub dial_timeout: Duration,
     /// How long our tokens live.
     pub max_token_lifetime: Duration,
+    /// What is checked of callers, and what they may use.
+    pub guard: Guard,
+    /// What is checked of the manager's answers to registrations.
+    pub registry_answers: Arc<Policies>,
     /// Where we count.
     pub metrics: Arc<Metrics>,
 }
@@ -82,13 +86,17 @@ impl EndpointConfig {
     /// The element that knows how long our tokens live.
     #[must_use]
     pub fn authorize(&self) -> Authorize {
-        Authorize { max_token_lifetime: self.max_token_lifetime }
+        Authorize { max_token_lifetime: self.max_token_lifetime, policies: self.guard.policies.clone() }
     }
 
     /// Connections to others, with our identity.
     #[must_use]
     pub fn pool(&self, source: Source) -> Pool {
-        let config = PoolConfig { max_token_lifetime: self.max_token_lifetime, ..PoolConfig::default() };
+        let config = PoolConfig {
+            max_token_lifetime: self.max_token_lifetime,
+            policies: self.registry_answers.clone(),
+            ..PoolConfig::default()
+        };
         Pool::new(source, config)
     }
 }
@@ -106,7 +114,7 @@ pub async fn serve_addresses(
 ) -> Result<()> {
     let namespace = OwnNamespace::open()
         .map_err(|e| Error::internal(format!("our own network namespace cannot be opened: {e}")))?;
-    let hub = Arc::new(Hub::default());
+    let hub = Arc::new(Hub::of(config.guard.limits.watches_of_one));
     let chain = endpoint(config.authorize(), Arc::clone(&hub), provides, namespace);
     let pool = config.pool(source.clone());
     serve(config, chain, hub, source, pool, ready, shutdown).await
@@ -177,7 +185,9 @@ async fn listen(config: &EndpointConfig, source: Source) -> Result<(Server, List
     };
     let server = Server::bind(source, std::slice::from_ref(&listen_on))
         .await
-        .map_err(|e| Error::unavailable(explain(&e)))?;
+        .map_err(|e| Error::unavailable(explain(&e)))?
+        .guarded(&config.guard);
+    config.metrics.register(|registry| config.guard.refusals.register(registry));
     let listed =
         Listed::open(registration(config, &listen_on)).map_err(|e| Error::unavailable(explain(&e)))?;
     Ok((server, listed))

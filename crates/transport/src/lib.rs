@@ -37,6 +37,7 @@
 mod deadline;
 mod delivery;
 mod fd;
+mod guard;
 mod peer;
 mod pool;
 mod server;
@@ -48,6 +49,7 @@ use std::io;
 pub use deadline::Deadline;
 pub use delivery::OnDelivery;
 pub use fd::{FdError, FdStream, FdTable, GRACE, MAX_FDS_PER_WRITE, MAX_KEPT};
+pub use guard::{Guard, Refusal, Refusals};
 pub use nsm_identity::{FileId, UnixPeer};
 pub use peer::{Peer, PeerError, client_token};
 pub use pool::{Connection, DialError, Pool, PoolConfig, ResponseBody};
@@ -57,6 +59,9 @@ pub use url::{DialTarget, DialUrl, ListenUrl, UrlError};
 
 /// Registry calls carry paths of six tokens in one header; 64 KiB is the least (`registry.md` 2.9.2).
 const MAX_HEADER_LIST: u32 = 256 * 1024;
+
+/// The longest message that services take, bytes: a request with a path of 128 hops has a tenth of it.
+pub const MAX_MESSAGE: usize = 2 * 1024 * 1024;
 
 /// What goes wrong with listening.
 #[derive(Debug, thiserror::Error)]

@@ -215,6 +215,13 @@ impl AsyncWrite for Wire {
     }
 }
 
+/// For logs: its identity and where it is; on a Unix socket that is its process.
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.id(), self.0.address)
+    }
+}
+
 impl fmt::Debug for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Peer")

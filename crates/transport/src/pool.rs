@@ -31,7 +31,7 @@ use http::{HeaderValue, Request, Response, Uri, uri::Authority};
 use http_body::{Body, Frame, SizeHint};
 use hyper::{body::Incoming, client::conn::http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use nsm_identity::{FileId, Identity, Source, explain, token::DEFAULT_MAX_LIFETIME};
+use nsm_identity::{FileId, Identity, Source, explain, policy::Policies, token::DEFAULT_MAX_LIFETIME};
 use parking_lot::Mutex;
 use rustls_pki_types::ServerName;
 use tokio::{
@@ -54,7 +54,7 @@ use crate::{
 };
 
 /// How a [`Pool`] behaves.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct PoolConfig {
     /// Longest lifetime of the tokens that travel with calls (`NSM_MAX_TOKEN_LIFETIME`).
     pub max_token_lifetime: Duration,
@@ -62,6 +62,8 @@ pub struct PoolConfig {
     pub idle: Duration,
     /// How long connecting and the handshake may take, however patient the callers are.
     pub dial: Duration,
+    /// What callers check of the paths in answers.
+    pub policies: Arc<Policies>,
 }
 
 impl Default for PoolConfig {
@@ -70,6 +72,7 @@ impl Default for PoolConfig {
             max_token_lifetime: DEFAULT_MAX_LIFETIME,
             idle: Duration::from_secs(60),
             dial: Duration::from_secs(15),
+            policies: Arc::default(),
         }
     }
 }
@@ -112,6 +115,7 @@ struct Link {
     peer: Peer,
     sender: http2::SendRequest<tonic::body::Body>,
     authority: Authority,
+    policies: Arc<Policies>,
     max_token_lifetime: Duration,
     /// New calls go elsewhere from then on.
     retire: SystemTime,
@@ -180,6 +184,7 @@ impl From<DialError> for Status {
 impl Pool {
     /// A pool that dials with the newest identity of `source`. Needs a tokio runtime.
     pub fn new(source: Source, config: PoolConfig) -> Self {
+        let idle = config.idle;
         let pool = Self(Arc::new(Inner {
             source: source.clone(),
             config,
@@ -187,8 +192,13 @@ impl Pool {
             dials: AtomicU64::default(),
             handshakes: AtomicU64::default(),
         }));
-        tokio::spawn(tidy(Arc::downgrade(&pool.0), source, config.idle));
+        tokio::spawn(tidy(Arc::downgrade(&pool.0), source, idle));
         pool
+    }
+
+    /// What its user checks of the paths in answers.
+    pub fn policies(&self) -> &Policies {
+        &self.0.config.policies
     }
 
     /// A connection to `target`: a kept one, or a new one. Callers that wait for the same peer share one handshake and
@@ -271,10 +281,10 @@ impl Pool {
     /// Dials in a task of its own: a caller that gives up leaves the others their connection.
     fn dial(&self, dial: u64, key: Key, target: DialTarget, identity: Arc<Identity>) -> Dialing {
         let pool = Arc::downgrade(&self.0);
-        let config = self.0.config;
+        let config = self.0.config.clone();
         let url = target.to_string();
         let task = tokio::spawn(async move {
-            let result = match timeout(config.dial, open(&target, identity, config)).await {
+            let result = match timeout(config.dial, open(&target, identity, &config)).await {
                 Ok(result) => result,
                 Err(_) => Err(DialError::Timeout { url: target.to_string() }),
             };
@@ -337,6 +347,11 @@ impl Connection {
     /// Who is at the other end.
     pub fn peer(&self) -> &Peer {
         &self.0.peer
+    }
+
+    /// What its user checks of the paths in answers.
+    pub fn policies(&self) -> &Policies {
+        &self.0.policies
     }
 
     /// Queues a descriptor for the peer: it travels no later than a call that is made after this.
@@ -470,7 +485,7 @@ impl Drop for ResponseBody {
 async fn open(
     target: &DialTarget,
     identity: Arc<Identity>,
-    config: PoolConfig,
+    config: &PoolConfig,
 ) -> Result<Connection, DialError> {
     let url = target.to_string();
     let connect = |source| DialError::Connect { url: url.clone(), source: Arc::new(source) };
@@ -531,6 +546,7 @@ async fn open(
         authority: authority.parse().unwrap_or_else(|_| Authority::from_static("localhost")),
         sender,
         max_token_lifetime: config.max_token_lifetime,
+        policies: config.policies.clone(),
         retire: now + left / 2,
         used: Mutex::new(Instant::now()),
         end,

@@ -1,8 +1,15 @@
 //! A gRPC server over mTLS, on Unix sockets and TCP.
 
 use std::{
-    collections::VecDeque, convert::Infallible, fmt, future::Future, io, net::SocketAddr,
-    panic::AssertUnwindSafe, sync::Arc, time::Duration,
+    collections::VecDeque,
+    convert::Infallible,
+    fmt,
+    future::Future,
+    io,
+    net::SocketAddr,
+    panic::AssertUnwindSafe,
+    sync::{Arc, atomic::AtomicUsize},
+    time::Duration,
 };
 
 use futures::FutureExt;
@@ -17,7 +24,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
-use tonic::{Status, body::Body, service::Routes};
+use tonic::{Code, Status, body::Body, service::Routes};
 use tower::Service;
 use tracing::{Instrument as _, debug, error, info, warn};
 
@@ -25,6 +32,7 @@ use crate::{
     Error,
     deadline::{Deadline, DeadlineBody, exceeded},
     delivery::DeliveredBody,
+    guard::{self, Census, Counted, Guard, Metered, Refusals},
     peer::{Peer, Wire},
     trace,
     url::ListenUrl,
@@ -35,6 +43,8 @@ use crate::{
 pub struct Limits {
     /// Authenticated connections at a time on each socket; one more is closed at once.
     pub connections: usize,
+    /// Connections of one identity at a time, on all sockets together. Upstream's programs hold one for each wire.
+    pub connections_of_one: usize,
     /// Handshakes at a time on each socket; one more ends the oldest.
     pub handshakes: usize,
     /// How long a handshake may take.
@@ -42,6 +52,10 @@ pub struct Limits {
     /// Calls at a time on one connection, streams included; more wait at the peer. A manager may hold one stream per
     /// wire to another.
     pub calls: u32,
+    /// Bytes of requests that a connection may have begun and not ended.
+    pub in_flight: usize,
+    /// Streams that one identity may have open to watch what happens here.
+    pub watches_of_one: usize,
     /// How long calls in flight may take to end at a shutdown.
     pub drain: Duration,
 }
@@ -49,10 +63,13 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            connections: 2048,
+            connections: 8192,
+            connections_of_one: 4096,
             handshakes: 256,
             handshake: Duration::from_secs(10),
             calls: 10_000,
+            in_flight: 16 * 1024 * 1024,
+            watches_of_one: 16_384,
             drain: Duration::from_secs(5),
         }
     }
@@ -63,6 +80,7 @@ pub struct Server {
     source: Source,
     listeners: Vec<Listener>,
     limits: Limits,
+    refusals: Refusals,
 }
 
 enum Listener {
@@ -100,13 +118,21 @@ impl Server {
                 }
             });
         }
-        Ok(Self { source, listeners, limits: Limits::default() })
+        Ok(Self { source, listeners, limits: Limits::default(), refusals: Refusals::default() })
     }
 
     /// Other bounds than the default ones.
     #[must_use]
     pub fn with_limits(mut self, limits: Limits) -> Self {
         self.limits = limits;
+        self
+    }
+
+    /// Bounds and counters of a role.
+    #[must_use]
+    pub fn guarded(mut self, guard: &Guard) -> Self {
+        self.limits = guard.limits;
+        self.refusals = guard.refusals.clone();
         self
     }
 
@@ -135,7 +161,7 @@ impl Server {
             routes = routes.add_service(reflection);
         }
         let routes = routes.prepare();
-        let limits = self.limits;
+        let (limits, census) = (self.limits, Census::default());
         let (stop, stopped) = watch::channel(());
         let mut accepting = JoinSet::new();
         let mut files = Vec::new();
@@ -144,6 +170,8 @@ impl Server {
                 source: self.source.clone(),
                 routes: routes.clone(),
                 limits,
+                census: census.clone(),
+                refusals: self.refusals.clone(),
                 stopped: stopped.clone(),
                 handshakes: JoinSet::new(),
                 oldest: VecDeque::new(),
@@ -225,6 +253,8 @@ struct Acceptor {
     source: Source,
     routes: Routes,
     limits: Limits,
+    census: Census,
+    refusals: Refusals,
     stopped: watch::Receiver<()>,
     handshakes: JoinSet<Option<(TlsStream<Wire>, Peer)>>,
     oldest: VecDeque<AbortHandle>,
@@ -272,13 +302,14 @@ impl Acceptor {
             oldest.abort();
         }
         let identity = self.source.current();
-        let limit = self.limits.handshake;
+        let (limit, refusals) = (self.limits.handshake, self.refusals.clone());
         let handshake = async move {
             let reason = match timeout(limit, handshake(wire, identity, &address)).await {
                 Ok(Ok(connection)) => return Some(connection),
                 Ok(Err(reason)) => reason,
                 Err(_) => "no handshake in time".into(),
             };
+            refusals.count(Code::Unauthenticated, "handshake");
             info!(address, reason, "a connection was refused");
             None
         };
@@ -287,11 +318,20 @@ impl Acceptor {
 
     fn serve(&mut self, stream: TlsStream<Wire>, peer: Peer) {
         if self.connections.len() >= self.limits.connections {
+            self.refusals.count(Code::ResourceExhausted, "connections");
             warn!(id = %peer.id(), address = peer.address(), "too many connections: one is closed");
             return;
         }
+        let most = self.limits.connections_of_one;
+        let Some(counted) = self.census.enter(peer.id(), most) else {
+            self.refusals.count(Code::ResourceExhausted, "connections_of_one");
+            warn!(%peer, most, "too many connections of one identity: one is closed");
+            return;
+        };
         debug!(id = %peer.id(), address = peer.address(), "connected");
-        let connection = connection(stream, peer, self.routes.clone(), self.limits, self.stopped.clone());
+        let (routes, refusals) = (self.routes.clone(), self.refusals.clone());
+        let connection =
+            connection(stream, peer, routes, self.limits, refusals, counted, self.stopped.clone());
         self.connections.spawn(connection);
     }
 }
@@ -313,10 +353,22 @@ async fn connection(
     peer: Peer,
     routes: Routes,
     limits: Limits,
+    refusals: Refusals,
+    _counted: Counted,
     mut stopped: watch::Receiver<()>,
 ) {
     let handler = peer.clone();
-    let service = service_fn(move |request| call(routes.clone(), handler.clone(), request));
+    let in_flight = Arc::<AtomicUsize>::default();
+    let service = service_fn(move |request: Request<Incoming>| {
+        let (peer, refusals) = (handler.clone(), refusals.clone());
+        let request = request.map(|body| Metered::new(body, in_flight.clone(), limits.in_flight));
+        let answer = call(routes.clone(), peer.clone(), request);
+        async move {
+            let answer = answer.await?;
+            tell_refusal(&answer, &peer, &refusals);
+            Ok::<_, Infallible>(answer)
+        }
+    });
     let connection = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .max_concurrent_streams(limits.calls)
@@ -340,11 +392,25 @@ async fn connection(
     }
 }
 
+/// Counts what is refused, and says to whom: a peer that means harm is found by it, and one that is only broken too.
+fn tell_refusal(answer: &Response<Body>, peer: &Peer, refusals: &Refusals) {
+    let Some(code) = answer.headers().get(Status::GRPC_STATUS) else { return };
+    let code = Code::from_bytes(code.as_bytes());
+    if code == Code::Ok {
+        return;
+    }
+    let status = answer.extensions().get::<Status>();
+    let reason = status.map_or("other", guard::reason);
+    refusals.count(code, reason);
+    let text = status.map(Status::message).unwrap_or_default();
+    debug!(%peer, ?code, reason, text, "a call was refused");
+}
+
 /// One call: its peer and deadline, its handler, and what becomes of a panic.
 async fn call(
     mut routes: Routes,
     peer: Peer,
-    mut request: Request<Incoming>,
+    mut request: Request<Metered<Incoming>>,
 ) -> Result<Response<Body>, Infallible> {
     let deadline = Deadline::from_headers(request.headers());
     request.extensions_mut().insert(peer);

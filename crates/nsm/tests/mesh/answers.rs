@@ -68,6 +68,8 @@ pub(crate) fn evil(lab: &str) {
             register_payload: None,
             dial_timeout: harness::PATIENCE,
             max_token_lifetime: Duration::from_secs(600),
+            guard: Default::default(),
+            registry_answers: Default::default(),
             metrics: Arc::new(Metrics::default()),
         };
         let ends = NAMESPACES.map(|name| {

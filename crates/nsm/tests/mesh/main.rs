@@ -12,6 +12,7 @@ mod config;
 mod context;
 mod functions;
 mod harness;
+mod hostile;
 mod killed;
 mod node;
 mod operate;
@@ -41,6 +42,10 @@ fn inside() {
         "hardware addresses" => context::hardware_addresses(&lab),
         job if job.starts_with("lease ") => context::lease(&lab, &job["lease ".len()..]),
         job if job.starts_with("steer ") => steering::steer(&lab, &job["steer ".len()..]),
-        other => panic!("no such job: {other}"),
+        other => match other.split_once(' ') {
+            Some(("mangle", socket)) => hostile::mangle(&lab, socket),
+            Some(("forge", socket)) => hostile::forge(&lab, socket),
+            _ => panic!("no such job: {other}"),
+        },
     }
 }

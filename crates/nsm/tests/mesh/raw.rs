@@ -7,6 +7,8 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use bytes::{Buf as _, BufMut as _};
 use hyper::client::conn::http2::{self, SendRequest};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use nsm_api::{
@@ -22,7 +24,11 @@ use nsm_api::{
 use nsm_identity::{FileId, Identity, Leaf, Source, SpiffeId, Svid, Token, token};
 use nsm_transport::{FdStream, FdTable, Pool, PoolConfig};
 use tokio_rustls::{TlsConnector, rustls::pki_types::ServerName};
-use tonic::{Status, body::Body};
+use tonic::{
+    Status,
+    body::Body,
+    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
+};
 
 use crate::harness;
 
@@ -40,19 +46,43 @@ impl Raw {
     /// Connects to a socket of the node.
     pub(crate) async fn connect(lab: &str, socket: &str) -> Self {
         let identity = Source::from_env().await.expect("an identity").current();
+        Self::connect_as(lab, socket, identity).await.expect("an authenticated connection")
+    }
+
+    /// Connects as somebody; `None` if that one is refused.
+    pub(crate) async fn connect_as(lab: &str, socket: &str, identity: Arc<Identity>) -> Option<Self> {
         let path = harness::url(lab, socket);
         let path = path.strip_prefix("unix://").expect("a Unix socket");
         let stream = FdStream::new(tokio::net::UnixStream::connect(path).await.expect("it listens"));
         let fds = stream.fds().clone();
         let connector = TlsConnector::from(identity.client_config().clone());
         let name = ServerName::try_from("localhost").expect("a name");
-        let tls = connector.connect(name, stream).await.expect("handshake");
+        let tls = connector.connect(name, stream).await.ok()?;
         let certificate = tls.get_ref().1.peer_certificates().expect("mTLS")[0].clone().into_owned();
         let peer = Leaf::parse(certificate).expect("an SVID").id().clone();
-        let (sender, connection) =
-            http2::handshake(TokioExecutor::new(), TokioIo::new(tls)).await.expect("HTTP/2");
+        let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(tls)).await.ok()?;
         tokio::spawn(connection);
-        Self { identity, peer, fds, sender }
+        let raw = Self { identity, peer, fds, sender };
+        // In TLS 1.3 a client is done before the server has looked at its certificate.
+        let healthy = raw.bytes("/grpc.health.v1.Health/Check", Vec::new(), None, None).await;
+        healthy.is_ok().then_some(raw)
+    }
+
+    /// Sends these bytes as the message of a call, and returns those of the first answer.
+    pub(crate) async fn bytes(
+        &self,
+        method: &str,
+        message: Vec<u8>,
+        token: Option<Token>,
+        path: Option<String>,
+    ) -> Result<Vec<u8>, Status> {
+        let mut headers: Vec<(&'static str, String)> = vec![("grpc-timeout", "2S".into())];
+        if let Some(token) = token {
+            headers.push(("nsm-client-token", token.jwt().into()));
+            headers.push(("nsm-client-token-expires", token.expires_rfc3339()));
+        }
+        headers.extend(path.map(|path| ("path", path)));
+        exchange(&self.sender, method, message, headers).await
     }
 
     /// An honest token.
@@ -86,6 +116,85 @@ impl Raw {
         let service = tower::service_fn(move |call| sender.clone().send_request(call));
         NetworkServiceClient::with_origin(service, origin()).close(call).await.map(drop)
     }
+}
+
+/// A connection without TLS: the Workload API's.
+pub(crate) async fn plain(lab: &str, socket: &str) -> SendRequest<Body> {
+    let path = harness::url(lab, socket);
+    let path = path.strip_prefix("unix://").expect("a Unix socket");
+    let stream = tokio::net::UnixStream::connect(path).await.expect("it listens");
+    let (sender, connection) =
+        http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.expect("HTTP/2");
+    tokio::spawn(connection);
+    sender
+}
+
+/// One call with bytes for a message; of a stream the first message counts, and nothing is an empty one.
+pub(crate) async fn exchange(
+    sender: &SendRequest<Body>,
+    method: &str,
+    message: Vec<u8>,
+    headers: Vec<(&'static str, String)>,
+) -> Result<Vec<u8>, Status> {
+    let sender = sender.clone();
+    let service = tower::service_fn(move |call| sender.clone().send_request(call));
+    let mut client = tonic::client::Grpc::with_origin(service, origin());
+    let mut call = tonic::Request::new(message);
+    for (key, value) in headers {
+        call.metadata_mut().insert(key, value.parse().expect("ASCII"));
+    }
+    client.ready().await.map_err(|e| Status::unknown(format!("transport error: {e}")))?;
+    let path = method.parse().expect("a method");
+    let mut answers = client.server_streaming(call, path, Bytewise).await?.into_inner();
+    Ok(answers.message().await?.unwrap_or_default())
+}
+
+/// Messages as the bytes that they are.
+#[derive(Debug, Clone, Copy)]
+struct Bytewise;
+
+impl Codec for Bytewise {
+    type Encode = Vec<u8>;
+    type Decode = Vec<u8>;
+    type Encoder = Self;
+    type Decoder = Self;
+
+    fn encoder(&mut self) -> Self {
+        *self
+    }
+
+    fn decoder(&mut self) -> Self {
+        *self
+    }
+}
+
+impl Encoder for Bytewise {
+    type Item = Vec<u8>;
+    type Error = Status;
+
+    fn encode(&mut self, item: Vec<u8>, out: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        out.put_slice(&item);
+        Ok(())
+    }
+}
+
+impl Decoder for Bytewise {
+    type Item = Vec<u8>;
+    type Error = Status;
+
+    fn decode(&mut self, bytes: &mut DecodeBuf<'_>) -> Result<Option<Vec<u8>>, Status> {
+        let mut item = vec![0; bytes.remaining()];
+        bytes.copy_to_slice(&mut item);
+        Ok(Some(item))
+    }
+}
+
+/// A token with any claims, signed by this identity's key.
+pub(crate) fn sign(identity: &Identity, claims: &serde_json::Value) -> String {
+    let part = |text: &str| URL_SAFE_NO_PAD.encode(text);
+    let unsigned = format!("{}.{}", part(r#"{"alg":"ES256","typ":"JWT"}"#), part(&claims.to_string()));
+    let signature = identity.svid().sign(unsigned.as_bytes()).expect("signed");
+    format!("{unsigned}.{}", URL_SAFE_NO_PAD.encode(signature))
 }
 
 fn origin() -> tonic::transport::Uri {

@@ -1,0 +1,429 @@
+//! Peers that mean harm or are broken, with a valid identity, against every role that serves: each field of each
+//! message mangled, and tokens that prove nothing. Whatever comes, a status goes back, the process lives, its memory
+//! stays bounded, and nothing is left.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::TcpStream,
+    time::{Duration, SystemTime},
+};
+
+use nsm_api::pb::{
+    connection::{Connection, MonitorScopeSelector, PathSegment},
+    connectioncontext::{
+        ConnectionContext, DnsConfig, DnsContext, EthernetContext, IpContext, IpNeighbor, PolicyRoute, Route,
+    },
+    networkservice::NetworkServiceRequest,
+    registry::{
+        Destination, Match, NetworkService, NetworkServiceEndpoint, NetworkServiceEndpointQuery,
+        NetworkServiceLabels, NetworkServiceQuery,
+    },
+};
+use nsm_hostile::Schema;
+use nsm_identity::{Token, ca::Authority};
+use nsm_lab::{Plan, plan::PodEntry};
+use prost::Message;
+use rand::{SeedableRng as _, rngs::StdRng};
+use rustix::process::Signal;
+use serde_json::json;
+use tonic::{Code, Status};
+
+use crate::{
+    harness::{Mesh, eventually},
+    raw::{self, Raw, file, good, in_runtime, set_inode},
+};
+
+/// Pod `m` has the manager's identity: the forwarder listens to nobody else.
+const PODS: &str = "\
+- {name: a, node: node1}
+- {name: m, node: node1}
+- {name: gw, node: node1, endpoint: {services: [plain], cidrPrefix: [172.16.1.0/24]}}
+";
+const REQUEST: &str = "/networkservice.NetworkService/Request";
+const CLOSE: &str = "/networkservice.NetworkService/Close";
+const MONITOR: &str = "/connection.MonitorConnection/MonitorConnections";
+const SERVICES: &str = "/registry.NetworkServiceRegistry/";
+const ENDPOINTS: &str = "/registry.NetworkServiceEndpointRegistry/";
+/// Roles that serve, where they listen, whom the test has to be, and where they show their metrics.
+const ROLES: [(&str, &str, &str, &str, u16); 4] = [
+    ("node1/manager", "nsm.io.sock", "a", "node1", 9101),
+    ("node1/forwarder", "forwarder.sock", "m", "node1", 9102),
+    ("gw", "gw.sock", "a", "gw", 9103),
+    ("registry", "registry.socket", "a", "node1", 9104),
+];
+/// Mangled messages of each kind that each role gets, and as many of the kind where chance decides.
+const OF_A_KIND: usize = 160;
+const AT_RANDOM: usize = 40;
+/// What a process may have more when all is over: buffers that its allocator keeps.
+const GROWTH_KIB: u64 = 64 * 1024;
+
+fn up(test: &str) -> Option<Mesh> {
+    Mesh::up_with(test, PODS, |plan: &mut Plan| {
+        let node = plan.paths().node("node1");
+        for process in &mut plan.processes {
+            if process.name == "registry" {
+                let at = process.args.iter().position(|arg| arg == "--listen-on").expect("it listens") + 1;
+                process.args[at] += &format!(",unix://{}", node.join("registry.socket").display());
+            }
+            if let Some((.., port)) = ROLES.iter().find(|(name, ..)| *name == process.name) {
+                let address = format!("127.0.0.1:{port}");
+                process.env.insert("NSM_PROMETHEUS_LISTEN_ON".into(), address);
+            }
+        }
+        let manager = format!("spiffe://{}.lab/node1/manager", plan.lab);
+        plan.pods.retain(|entry| entry.pod != "m");
+        plan.pods.push(PodEntry { pod: "m".into(), node: "node1".into(), spiffe_id: manager });
+    })
+}
+
+#[test]
+fn every_role_survives_every_field_mangled() {
+    let Some(mesh) = up("every_role_survives_every_field_mangled") else { return };
+    // Pools, allocators and caches are warm before memory is measured.
+    mesh.warm(&["a"]);
+    let names = ["identity", "registry", "node1/manager", "node1/forwarder", "gw"];
+    let before = names.map(|name| (name, mesh.pid(name), rss_kib(&mesh, name)));
+    for (name, socket, pod, ..) in ROLES {
+        mesh.inside(pod, &format!("mangle {socket}"));
+        assert_eq!(
+            mesh.pid(name),
+            before.iter().find(|(n, ..)| *n == name).expect("a role").1,
+            "{name} lives"
+        );
+    }
+    mesh.inside("a", "mangle identity.sock");
+    for (name, pid, kib) in before {
+        assert_eq!(mesh.pid(name), pid, "{name} lives");
+        let now = rss_kib(&mesh, name);
+        assert!(now < kib + GROWTH_KIB, "{name} had {kib} KiB and has {now} KiB");
+    }
+    for (name, _, _, namespace, port) in ROLES {
+        let metrics = metrics(&mesh, namespace, port);
+        assert!(metrics.contains("nsm_refusals_total{"), "{name} has counted nothing: {metrics}");
+        assert!(!metrics.contains("nsm_panics_total") || metrics.contains("nsm_panics_total 0"), "{name}");
+    }
+    mesh.nothing_is_left(&["a", "m", "gw"]);
+    mesh.warm(&["a"]);
+}
+
+#[test]
+fn every_role_refuses_and_counts_tokens_that_prove_nothing() {
+    let Some(mesh) = up("every_role_refuses_and_counts_tokens_that_prove_nothing") else { return };
+    for (name, socket, pod, namespace, port) in ROLES {
+        mesh.inside(pod, &format!("forge {socket}"));
+        let page = metrics(&mesh, namespace, port);
+        for reason in
+            ["peer_signed", "own_name", "tokens_chained", "tokens_expired", "trust_domain", "one_audience"]
+        {
+            let count = page.lines().any(|line| {
+                line.starts_with("nsm_refusals_total{") && line.contains(&format!("reason=\"{reason}\""))
+            });
+            assert!(count, "{name} has not counted {reason}: {page}");
+        }
+        assert!(page.contains("reason=\"handshake\""), "{name} has not counted the stranger: {page}");
+        let id = if pod == "m" { "node1/manager" } else { "pod/a" };
+        let (log, who) = (mesh.log(name), format!("{id} (unix:pid="));
+        assert!(log.contains(&who), "{name} does not say whom it refused ({who}): {log}");
+    }
+    mesh.nothing_is_left(&["a", "m", "gw"]);
+}
+
+/// The programs at their most talkative: no JWT and no key may be in what they say.
+#[test]
+fn no_log_of_a_mesh_shows_a_token_even_at_trace_level() {
+    let test = "no_log_of_a_mesh_shows_a_token_even_at_trace_level";
+    let mesh = Mesh::up_with(test, PODS, |plan: &mut Plan| {
+        for process in &mut plan.processes {
+            process.env.insert("NSM_LOG_LEVEL".into(), "trace".into());
+        }
+    });
+    let Some(mesh) = mesh else { return };
+    mesh.client("nsc", "a", "kernel://plain/nsm0", &["--log-level", "trace"]);
+    mesh.ready(&["nsc"]);
+    mesh.inside("a", "forge nsm.io.sock");
+    mesh.end("nsc", Signal::TERM);
+    mesh.lost("a", "nsm0");
+    let mut traced = 0;
+    for entry in std::fs::read_dir(mesh.lab.plan.paths().root.join("logs")).expect("logs").flatten() {
+        let log = std::fs::read_to_string(entry.path()).unwrap_or_default();
+        traced += usize::from(log.contains("TRACE"));
+        // The beginning of every JWT (`{"alg"`), of a PKCS#8 key in base64, and of one in PEM.
+        for secret in ["eyJhbGci", "MIGHAgEAMBMGByqGSM49", "PRIVATE KEY"] {
+            let shown = log.lines().find(|line| line.contains(secret));
+            assert_eq!(shown, None, "{} shows a secret", entry.path().display());
+        }
+    }
+    assert!(traced >= 6, "all processes trace: {traced}");
+}
+
+fn rss_kib(mesh: &Mesh, name: &str) -> u64 {
+    let path = format!("/proc/{}/status", mesh.pid(name).as_raw_nonzero());
+    let status = std::fs::read_to_string(path).expect("it lives");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS");
+    line.trim().trim_end_matches(" kB").parse().expect("a number")
+}
+
+fn metrics(mesh: &Mesh, namespace: &str, port: u16) -> String {
+    let namespace = mesh.lab.namespace(namespace).unwrap_or_else(|e| panic!("{}", e.chain()));
+    eventually("metrics", || {
+        let get = || {
+            let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+            stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).map(|_| answer)
+        };
+        namespace.run(get).map_err(|e| e.to_string())?.map_err(|e: std::io::Error| e.to_string())
+    })
+}
+
+/// Sends one role everything that it serves, mangled.
+pub(crate) fn mangle(lab: &str, socket: &str) {
+    in_runtime(async {
+        let schema = Schema::new(nsm_api::DESCRIPTORS).expect("descriptors");
+        let mut chance = StdRng::seed_from_u64(4);
+        if socket == "identity.sock" {
+            return mangle_identity(lab).await;
+        }
+        let raw = Raw::connect(lab, socket).await;
+        let mut sent = 0;
+        for (method, message, good) in messages(socket) {
+            let all: Vec<_> = schema.mangled(message, &good).collect();
+            // Evenly over all fields and changes, beginning elsewhere for each role.
+            let step = (all.len() / OF_A_KIND).max(1);
+            let chosen = all.into_iter().skip(socket.len() % step).step_by(step);
+            let random =
+                (0..AT_RANDOM).map(|_| schema.at_random(message, &good, &mut chance)).collect::<Vec<_>>();
+            for mangled in chosen.chain(random) {
+                let answer = send(&raw, method, mangled.bytes).await;
+                sent += 1;
+                check(&mangled.what, &answer);
+                match answer {
+                    Ok(bytes) if method == REQUEST => undo(&raw, CLOSE, bytes).await,
+                    Ok(bytes) if method.ends_with("/Register") => {
+                        undo(&raw, &method.replace("/Register", "/Unregister"), bytes).await;
+                    }
+                    _ => {}
+                }
+            }
+        }
+        println!("{socket}: {sent} mangled messages");
+    });
+}
+
+/// The Workload API is served without TLS, and its requests are empty: what can be wrong is everything around them.
+async fn mangle_identity(lab: &str) {
+    let method = "/SpiffeWorkloadAPI/FetchX509SVID";
+    let empty = vec![
+        ("a field that it has not", vec![0x0a, 0x03, b'a', b'b', b'c']),
+        ("a length that lies", vec![0x0a, 0xff, 0xff, 0xff, 0xff, 0x0f]),
+        ("an endless number", vec![0xff; 20]),
+        ("half a megabyte", [vec![0x0a, 0x80, 0x80, 0x20], vec![0; 512 * 1024]].concat()),
+        ("5 MiB", vec![0; 5 * 1024 * 1024]),
+    ];
+    for header in [None, Some("true"), Some("false"), Some("")] {
+        for (what, bytes) in &empty {
+            for method in [method, "/SpiffeWorkloadAPI/FetchX509Bundles", "/SpiffeWorkloadAPI/FetchJWTSVID"] {
+                let raw = raw::plain(lab, "identity.sock").await;
+                let headers = header.map(|value| ("workload.spiffe.io", value.to_owned()));
+                let answer = raw::exchange(&raw, method, bytes.clone(), headers.into_iter().collect()).await;
+                check(what, &answer);
+            }
+        }
+    }
+}
+
+/// A status that a caller of gRPC knows, and not the end of the connection.
+fn check(what: &str, answer: &Result<Vec<u8>, Status>) {
+    let Err(status) = answer else { return };
+    let text = status.message();
+    assert!(!text.contains("panic"), "{what}: {text}");
+    assert!(
+        !["transport error", "connection closed", "broken pipe", "h2 protocol"]
+            .iter()
+            .any(|end| text.contains(end)),
+        "{what} ended the connection: {status:?}"
+    );
+}
+
+/// A good message of each kind that a role takes.
+fn messages(socket: &str) -> Vec<(&'static str, &'static str, Vec<u8>)> {
+    if socket == "registry.socket" {
+        return registry_messages();
+    }
+    let (url, _) = file("/proc/self/ns/net");
+    let mut request = good("raw-0", "nsm0", url);
+    // A namespace that never comes would be waited for, each time.
+    set_inode(&mut request, "");
+    let conn = request.connection.as_mut().expect("good");
+    conn.labels.insert("app".into(), "x".into());
+    let route = || Route { prefix: "10.0.0.0/8".into(), next_hop: "172.16.1.0".into() };
+    let ip_context = IpContext {
+        src_ip_addrs: vec!["172.16.1.1/32".into()],
+        dst_ip_addrs: vec!["172.16.1.0/32".into()],
+        src_routes: vec![route()],
+        dst_routes: vec![route()],
+        excluded_prefixes: vec!["10.96.0.0/12".into()],
+        ip_neighbors: vec![IpNeighbor {
+            ip: "172.16.1.0".into(),
+            hardware_address: "02:00:00:00:00:01".into(),
+        }],
+        policies: vec![PolicyRoute {
+            from: "172.16.1.1/32".into(),
+            routes: vec![route()],
+            ..PolicyRoute::default()
+        }],
+        ..IpContext::default()
+    };
+    conn.context = Some(ConnectionContext {
+        ip_context: Some(ip_context),
+        dns_context: Some(DnsContext {
+            configs: vec![DnsConfig {
+                dns_server_ips: vec!["10.0.0.1".into()],
+                search_domains: vec!["x".into()],
+            }],
+        }),
+        ethernet_context: Some(EthernetContext {
+            src_mac: "02:00:00:00:00:01".into(),
+            ..EthernetContext::default()
+        }),
+        mtu: 1400,
+        ..ConnectionContext::default()
+    });
+    let close = conn.encode_to_vec();
+    let path_segments = conn.path.clone().expect("good").path_segments;
+    let selector = MonitorScopeSelector { path_segments, network_services: vec!["plain".into()] };
+    let mut all = vec![
+        (REQUEST, "networkservice.NetworkServiceRequest", request.encode_to_vec()),
+        (CLOSE, "connection.Connection", close),
+        (MONITOR, "connection.MonitorScopeSelector", selector.encode_to_vec()),
+    ];
+    if socket == "nsm.io.sock" {
+        all.extend(registry_messages());
+    }
+    all
+}
+
+fn registry_messages() -> Vec<(&'static str, &'static str, Vec<u8>)> {
+    let labels = || [("app".to_owned(), "x".to_owned())].into();
+    let service = NetworkService {
+        name: "mangled".into(),
+        payload: "IP".into(),
+        matches: vec![Match {
+            source_selector: labels(),
+            routes: vec![Destination { destination_selector: labels(), weight: 1 }],
+            ..Match::default()
+        }],
+        path_ids: vec!["x".into()],
+    };
+    let endpoint = NetworkServiceEndpoint {
+        name: "mangled-nse".into(),
+        network_service_names: vec!["mangled".into()],
+        network_service_labels: [("mangled".to_owned(), NetworkServiceLabels { labels: labels() })].into(),
+        url: "tcp://127.0.0.1:1".into(),
+        ..NetworkServiceEndpoint::default()
+    };
+    let services = NetworkServiceQuery { network_service: Some(service.clone()), watch: false };
+    let endpoints =
+        NetworkServiceEndpointQuery { network_service_endpoint: Some(endpoint.clone()), watch: false };
+    let (of_service, of_endpoint) = ("registry.NetworkService", "registry.NetworkServiceEndpoint");
+    vec![
+        ("/registry.NetworkServiceRegistry/Register", of_service, service.encode_to_vec()),
+        ("/registry.NetworkServiceRegistry/Find", "registry.NetworkServiceQuery", services.encode_to_vec()),
+        ("/registry.NetworkServiceRegistry/Unregister", of_service, service.encode_to_vec()),
+        ("/registry.NetworkServiceEndpointRegistry/Register", of_endpoint, endpoint.encode_to_vec()),
+        (
+            "/registry.NetworkServiceEndpointRegistry/Find",
+            "registry.NetworkServiceEndpointQuery",
+            endpoints.encode_to_vec(),
+        ),
+        ("/registry.NetworkServiceEndpointRegistry/Unregister", of_endpoint, endpoint.encode_to_vec()),
+    ]
+}
+
+async fn send(raw: &Raw, method: &str, bytes: Vec<u8>) -> Result<Vec<u8>, Status> {
+    let path = json!({"Index": 0, "PathSegments": null}).to_string();
+    raw.bytes(method, bytes, Some(raw.token()), Some(path)).await
+}
+
+async fn undo(raw: &Raw, method: &str, bytes: Vec<u8>) {
+    // What it was may be gone already: a service that the operator owns stays.
+    let _ = send(raw, method, bytes).await;
+}
+
+/// Sends one role calls whose tokens prove nothing; each is refused.
+pub(crate) fn forge(lab: &str, socket: &str) {
+    in_runtime(async {
+        let now = SystemTime::now();
+        let raw = Raw::connect(lab, socket).await;
+        let (me, peer, own) = (raw.identity.id().clone(), raw.peer.clone(), raw.identity.svid());
+        let forger = Authority::new(me.trust_domain(), now).expect("a CA");
+        let hour = Duration::from_secs(3600);
+        let forged = forger.identity(&me, hour, now).expect("an identity");
+        let other = format!("{}/pod/b", me.trust_domain().id()).parse().expect("an ID");
+        let posing = raw::sign(&raw.identity, &json!({"sub": other, "aud": [peer], "exp": 4_000_000_000u64}));
+        let many =
+            raw::sign(&raw.identity, &json!({"sub": me, "aud": [peer, other], "exp": 4_000_000_000u64}));
+        let elsewhere = Authority::new("elsewhere.example".parse().expect("a domain"), now).expect("a CA");
+        let foreign_id = "spiffe://elsewhere.example/client".parse().expect("an ID");
+        let foreign = elsewhere.identity(&foreign_id, hour, now).expect("an identity");
+        let received = |jwt: String| Some(Token::received(jwt, now + hour));
+        let before = raw.token_of(foreign.svid(), &me, now).jwt().to_owned();
+        let cases: Vec<(&str, Option<Token>, Vec<String>)> = vec![
+            ("another key's signature", Some(raw.token_of(forged.svid(), &peer, now)), vec![]),
+            ("in another's name", received(posing), vec![]),
+            ("for another", Some(raw.token_of(own, &other, now)), vec![]),
+            ("for many", received(many), vec![]),
+            ("of yesterday", Some(raw.token_of(own, &peer, now - hour - Duration::from_secs(90))), vec![]),
+            ("no token", None, vec![]),
+            ("nonsense", received("a.b.c".into()), vec![]),
+            ("a hop of a strange domain before us", Some(raw.token()), vec![before]),
+            ("a cut path", Some(raw.token()), vec!["cut".into()]),
+        ];
+        for (what, token, before) in cases {
+            let (method, bytes, path) = if socket == "registry.socket" {
+                let path = (what != "a cut path").then(|| {
+                    let own = before.iter().map(|token| json!({"token": token}));
+                    let segments: Vec<_> = own.chain([json!({"token": ""})]).collect();
+                    json!({"Index": segments.len() - 1, "PathSegments": segments}).to_string()
+                });
+                let service = NetworkService { name: "forged".into(), ..NetworkService::default() };
+                (format!("{SERVICES}Register"), service.encode_to_vec(), path)
+            } else {
+                (REQUEST.to_owned(), with_path(what, &before).encode_to_vec(), None)
+            };
+            let status = raw.bytes(&method, bytes, token, path).await.expect_err(what);
+            assert_eq!(status.code(), Code::PermissionDenied, "{what}: {}", status.message());
+            let text = status.message();
+            assert!(text.contains("no sufficient privileges") && !text.contains("eyJ"), "{what}: {text}");
+        }
+        // Whoever is of another domain does not even come in.
+        let stranger = Raw::connect_as(lab, socket, foreign.into()).await;
+        assert!(stranger.is_none(), "{socket} let a stranger in");
+        let impostor = Raw::connect_as(lab, socket, forged.into()).await;
+        assert!(impostor.is_none(), "{socket} let an impostor in");
+        let _ = ENDPOINTS;
+    });
+}
+
+fn with_path(what: &str, before: &[String]) -> NetworkServiceRequest {
+    let (url, _) = file("/proc/self/ns/net");
+    let mut request = good("raw-0", "nsm0", url);
+    set_inode(&mut request, "");
+    let conn: &mut Connection = request.connection.as_mut().expect("good");
+    if what == "a cut path" {
+        conn.path = None;
+        return request;
+    }
+    let path = conn.path.as_mut().expect("good");
+    for token in before {
+        let segment = PathSegment {
+            name: "before".into(),
+            id: "before-0".into(),
+            token: token.clone(),
+            ..PathSegment::default()
+        };
+        path.path_segments.insert(0, segment);
+        path.index += 1;
+    }
+    request
+}

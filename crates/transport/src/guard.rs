@@ -1,0 +1,221 @@
+//! What keeps peers within bounds, and what is counted when they are not.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use http_body::{Body, Frame};
+use nsm_identity::{SpiffeId, policy::Policies};
+use parking_lot::Mutex;
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family},
+    registry::Registry,
+};
+use tonic::{Code, Status};
+
+use crate::server::Limits;
+
+/// What a role checks of its callers, what it lets them use, and where it counts what it refuses. Clones count
+/// together.
+#[derive(Debug, Clone, Default)]
+pub struct Guard {
+    /// The checks of paths.
+    pub policies: Arc<Policies>,
+    /// Bounds of what peers may use.
+    pub limits: Limits,
+    /// The counters.
+    pub refusals: Refusals,
+}
+
+/// Counts what a server refuses, by status code and reason.
+#[derive(Clone, Default)]
+pub struct Refusals(Family<Labels, Counter>);
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Labels {
+    code: String,
+    reason: &'static str,
+}
+
+/// Why a call is refused, in a word for counters: the source of a [`Status`] that a handler answers with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Refusal(pub &'static str);
+
+impl Refusal {
+    /// Adds the word to a status.
+    #[must_use]
+    pub fn mark(self, mut status: Status) -> Status {
+        status.set_source(Arc::new(self));
+        status
+    }
+}
+
+impl Refusals {
+    /// Shows the counters with a role's own.
+    pub fn register(&self, registry: &mut Registry) {
+        registry.register(
+            "refusals",
+            "Calls and connections that were refused, by code and reason",
+            self.0.clone(),
+        );
+    }
+
+    /// How often something was refused for this reason.
+    #[must_use]
+    pub fn of(&self, reason: &str) -> u64 {
+        let codes = (0..=16).map(Code::from);
+        let labels = codes.map(|code| Labels { code: format!("{code:?}"), reason: word(reason) });
+        labels.filter_map(|labels| self.0.get(&labels).map(|counter| counter.get())).sum()
+    }
+
+    pub(crate) fn count(&self, code: Code, reason: &'static str) {
+        self.0.get_or_create(&Labels { code: format!("{code:?}"), reason }).inc();
+    }
+}
+
+/// The words are few, and looked for in tests only.
+fn word(reason: &str) -> &'static str {
+    const WORDS: [&str; 20] = [
+        "path_cut",
+        "tokens_valid",
+        "tokens_expired",
+        "tokens_chained",
+        "peer_signed",
+        "own_name",
+        "trust_domain",
+        "one_audience",
+        "policy_file",
+        "client_allowed",
+        "on_node",
+        "no_token",
+        "malformed",
+        "handshake",
+        "connections",
+        "connections_of_one",
+        "in_flight",
+        "watches",
+        "slow_reader",
+        "other",
+    ];
+    WORDS.into_iter().find(|word| *word == reason).unwrap_or("other")
+}
+
+/// The word for a refusal that no handler gave one.
+pub(crate) fn reason(status: &Status) -> &'static str {
+    let mut source = std::error::Error::source(status);
+    while let Some(error) = source {
+        if let Some(Refusal(reason)) = error.downcast_ref() {
+            return reason;
+        }
+        source = error.source();
+    }
+    "other"
+}
+
+/// Connections of each identity, on all sockets of a server.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Census(Arc<Mutex<HashMap<SpiffeId, usize>>>);
+
+impl Census {
+    /// Counts a connection for as long as what is returned lives; `None` beyond the bound.
+    pub(crate) fn enter(&self, id: &SpiffeId, most: usize) -> Option<Counted> {
+        let mut open = self.0.lock();
+        let of_one = open.entry(id.clone()).or_default();
+        if *of_one >= most {
+            return None;
+        }
+        *of_one += 1;
+        Some(Counted { census: self.clone(), id: id.clone() })
+    }
+}
+
+/// One connection in a [`Census`].
+#[derive(Debug)]
+pub(crate) struct Counted {
+    census: Census,
+    id: SpiffeId,
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let mut open = self.census.0.lock();
+        if let Some(of_one) = open.get_mut(&self.id) {
+            *of_one -= 1;
+            if *of_one == 0 {
+                open.remove(&self.id);
+            }
+        }
+    }
+}
+
+/// A request's body whose bytes count against what its connection may have in flight: a peer that begins ten thousand
+/// messages and ends none would otherwise fill the memory within every bound on messages.
+pub(crate) struct Metered<B> {
+    inner: B,
+    in_flight: Arc<AtomicUsize>,
+    most: usize,
+    taken: usize,
+}
+
+impl<B> Metered<B> {
+    pub(crate) fn new(inner: B, in_flight: Arc<AtomicUsize>, most: usize) -> Self {
+        Self { inner, in_flight, most, taken: 0 }
+    }
+}
+
+impl<B> Drop for Metered<B> {
+    fn drop(&mut self) {
+        self.in_flight.fetch_sub(self.taken, Ordering::Relaxed);
+    }
+}
+
+impl<B: Body<Data = Bytes, Error = hyper::Error> + Unpin> Body for Metered<B> {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let this = self.get_mut();
+        let frame = match std::task::ready!(Pin::new(&mut this.inner).poll_frame(cx)) {
+            None => return Poll::Ready(None),
+            Some(Err(error)) => {
+                return Poll::Ready(Some(Err(Status::cancelled(format!("the call ended early: {error}")))));
+            }
+            Some(Ok(frame)) => frame,
+        };
+        let bytes = frame.data_ref().map_or(0, Bytes::len);
+        this.taken += bytes;
+        let all = this.in_flight.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        if all > this.most {
+            let text = format!(
+                "the calls in flight on this connection hold {all} bytes; at most {} are accepted",
+                this.most
+            );
+            return Poll::Ready(Some(Err(Refusal("in_flight").mark(Status::resource_exhausted(text)))));
+        }
+        Poll::Ready(Some(Ok(frame)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> http_body::SizeHint {
+        self.inner.size_hint()
+    }
+}
+
+impl fmt::Debug for Refusals {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Refusals").finish_non_exhaustive()
+    }
+}
