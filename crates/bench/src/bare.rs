@@ -77,6 +77,8 @@ pub(crate) fn veths(count: usize, supervisor: &Supervisor) -> Result<Vec<MadeBar
         each(count, supervisor, |index, addresses| {
             let (near, far) = ends(index, addresses, &client, &endpoint, None)?;
             let wire = WirePlan::veth(format!("bare-{index}"), near, far);
+            let [src, dst] = addresses.map(|ip| [IpAddr::from(ip)]);
+            let wire = wire.introduced(&src, &dst);
             kernel.apply(&wire, &[&client, &endpoint]).map_err(Error::kernel("make a wire"))?;
             Ok(())
         })

@@ -107,7 +107,7 @@ impl Topology {
              - apiVersion: networkservicemesh.io/v1\n  \
                kind: NetworkService\n  \
                metadata: {{name: {SERVICE}}}\n  \
-               spec: {{payload: ETHERNET}}\n\
+               spec: {{payload: IP}}\n\
              nodes: [{nodes}]\n\
              daemons: {daemons}\n\
              pods:\n\

@@ -11,9 +11,10 @@
 use std::{fmt, net::IpAddr, sync::Arc};
 
 use async_trait::async_trait;
+use ipnet::IpNet;
 use nsm_api::{
     mechanism::{LOCAL, REMOTE, interface_name, key, kind},
-    path,
+    path, payload,
     pb::{
         connection::{Connection, Mechanism, State},
         networkservice::NetworkServiceRequest,
@@ -124,7 +125,8 @@ impl CrossConnect {
         let end = |side, m| end(fds, side, m, conn);
         match (near.r#type.as_str(), far.r#type.as_str()) {
             (kind::KERNEL, kind::KERNEL) => {
-                Ok(WirePlan::veth(&conn.id, end(Side::Near, near)?, end(Side::Far, far)?))
+                let plan = WirePlan::veth(&conn.id, end(Side::Near, near)?, end(Side::Far, far)?);
+                Ok(if carries_ip(conn) { introduced(plan, conn) } else { plan })
             }
             (kind::KERNEL, kind::VXLAN) => {
                 Ok(WirePlan::vxlan(&conn.id, self.vxlan(far, true)?, Side::Near, end(Side::Near, near)?))
@@ -403,6 +405,21 @@ fn note_traffic(conn: &mut Connection, traffic: &Traffic) {
         let counters = traffic.counters().map(|(name, value)| (name.to_owned(), value.to_string()));
         segment.metrics.extend(counters);
     }
+}
+
+/// A service that is registered without a payload carries IP.
+fn carries_ip(conn: &Connection) -> bool {
+    matches!(conn.payload.as_str(), payload::IP | "")
+}
+
+/// On a wire that carries IP whatever has an address is at its other end, also behind a function without addresses.
+fn introduced(plan: WirePlan, conn: &Connection) -> WirePlan {
+    let ip = conn.context.as_ref().and_then(|context| context.ip_context.as_ref());
+    let addresses = |nets: fn(&nsm_api::pb::connectioncontext::IpContext) -> &Vec<String>| {
+        let nets = ip.map(nets).into_iter().flatten();
+        nets.filter_map(|net| net.parse::<IpNet>().ok()).map(|net| net.addr()).collect::<Vec<_>>()
+    };
+    plan.introduced(&addresses(|ip| &ip.src_ip_addrs), &addresses(|ip| &ip.dst_ip_addrs))
 }
 
 /// The wire's context in the kernel crate's own words.

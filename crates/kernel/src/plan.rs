@@ -120,6 +120,10 @@ pub struct Neighbour {
     pub ip: IpAddr,
     /// Hardware address.
     pub mac: Mac,
+    /// Nobody asks whether it is still there, and the kernel never forgets it, nor counts it among the at most 1024
+    /// neighbours that all namespaces together may have (`gc_thresh3`). Without it, it is asked after a while.
+    #[serde(default)]
+    pub permanent: bool,
 }
 
 /// A policy route: packets that match take the routes of a table of their own (data-plane 2.11).
@@ -307,6 +311,28 @@ impl WirePlan {
     /// A wire between two pods of this node.
     pub fn veth(id: impl Into<String>, near: EndPlan, far: EndPlan) -> Self {
         Self { id: id.into(), construction: Construction::Veth, near: Some(near), far: Some(far) }
+    }
+
+    /// Tells each end of a veth pair that carries nothing but IP where the other's addresses are: at the only other
+    /// interface there is (data-plane 2.10). Neither asks then, not for the first packet either. `src` are the addresses
+    /// behind the near end, `dst` those behind the far one; hardware addresses that are open are chosen, the same for
+    /// the same wire.
+    #[must_use]
+    pub fn introduced(mut self, src: &[IpAddr], dst: &[IpAddr]) -> Self {
+        if let (Construction::Veth, Some(near), Some(far)) =
+            (&self.construction, &mut self.near, &mut self.far)
+        {
+            let near_mac = *near.mac.get_or_insert_with(|| Mac::of(&self.id, Side::Near));
+            let far_mac = *far.mac.get_or_insert_with(|| Mac::of(&self.id, Side::Far));
+            for (end, others, mac) in [(near, dst, far_mac), (far, src, near_mac)] {
+                for &ip in others {
+                    if !end.neighbours.iter().any(|known| known.ip == ip) {
+                        end.neighbours.push(Neighbour { ip, mac, permanent: true });
+                    }
+                }
+            }
+        }
+        self
     }
 
     /// The part of a wire between nodes that is on this one.
@@ -520,7 +546,7 @@ impl EndPlan {
         for (ip, mac) in &context.neighbours {
             let what = "the IP address of a neighbour";
             let ip = ip.parse().map_err(|_| Invalid::Text { text: ip.clone(), what })?;
-            self.neighbours.push(Neighbour { ip, mac: mac.parse()? });
+            self.neighbours.push(Neighbour { ip, mac: mac.parse()?, permanent: false });
         }
         self.addresses = own;
         self.mtu = Some(context.mtu).filter(|mtu| *mtu != 0);
@@ -700,7 +726,7 @@ impl fmt::Display for Route {
 
 impl fmt::Display for Neighbour {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} at {}", self.ip, self.mac)
+        write!(f, "{} at {}{}", self.ip, self.mac, if self.permanent { " permanent" } else { "" })
     }
 }
 
@@ -832,6 +858,23 @@ impl FromStr for Mac {
             text: text.into(),
             what: "a hardware address like 02:00:00:00:00:01",
         })
+    }
+}
+
+impl Mac {
+    /// The address of an end of a wire whose plan leaves it open: local, of one interface (IEEE 802), from a hash of the
+    /// wire's id (FNV-1a).
+    fn of(id: &str, side: Side) -> Self {
+        let side = match side {
+            Side::Near => 0,
+            Side::Far => 1,
+        };
+        let hash = id.bytes().chain([side]).fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+        let [mut first, b, c, d, e, f, ..] = hash.to_be_bytes();
+        first = first & 0xfc | 0x02;
+        Self([first, b, c, d, e, f])
     }
 }
 

@@ -524,7 +524,8 @@ pub(crate) fn neighbour(ifindex: u32, neighbour: &Neighbour) -> NeighbourMessage
     let mut message = NeighbourMessage::default();
     message.header.family = family(neighbour.ip);
     message.header.ifindex = ifindex;
-    message.header.state = NeighbourState::Reachable;
+    message.header.state =
+        if neighbour.permanent { NeighbourState::Permanent } else { NeighbourState::Reachable };
     message.attributes = vec![
         NeighbourAttribute::Destination(neighbour_address(neighbour.ip)),
         NeighbourAttribute::LinkLayerAddress(neighbour.mac.0.to_vec()),
@@ -546,7 +547,8 @@ pub(crate) fn neighbour_of(message: &Message) -> Option<(Neighbour, bool)> {
             _ => {}
         }
     }
-    Some((Neighbour { ip: ip?, mac: mac? }, ours))
+    let permanent = message.header.state == NeighbourState::Permanent;
+    Some((Neighbour { ip: ip?, mac: mac?, permanent }, ours))
 }
 
 // === rules ===

@@ -82,7 +82,7 @@ fn end(side: Side, ns: NsId) -> impl Strategy<Value = EndPlan> {
                     Ipv4Addr::from(0xac10_0400 | u32::from(n)).into()
                 };
                 if end.neighbours.iter().all(|other| other.ip != ip) {
-                    end.neighbours.push(Neighbour { ip, mac });
+                    end.neighbours.push(Neighbour { ip, mac, permanent: false });
                 }
             }
             end

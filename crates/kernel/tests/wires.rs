@@ -84,8 +84,7 @@ fn a_refresh_changes_what_differs_and_nothing_else() {
         Route::via(net("10.0.0.0/8"), "172.16.1.2".parse().unwrap()),
         Route::on_device(net("10.97.0.0/16")),
     ];
-    near.neighbours =
-        vec![Neighbour { ip: "172.16.1.2".parse().unwrap(), mac: "02:00:00:00:00:02".parse().unwrap() }];
+    near.neighbours = vec![neighbour("172.16.1.2", "02:00:00:00:00:02", false)];
     near.mtu = Some(1446);
     near.alias = "server-other".into();
     let changed = node.kernel.apply(&plan, &node.known()).unwrap();
@@ -130,6 +129,53 @@ fn a_wire_that_is_made_hears_who_looks_for_its_ipv6_addresses() {
         }
         node.kernel.remove(&plan, nsids(&made), &[]).unwrap();
     }
+}
+
+fn neighbour(ip: &str, mac: &str, permanent: bool) -> Neighbour {
+    Neighbour { ip: ip.parse().unwrap(), mac: mac.parse().unwrap(), permanent }
+}
+
+/// A wire that carries IP asks for nobody: both ends know where the other's addresses are, from the first packet on.
+#[test]
+fn the_ends_of_an_ip_wire_know_each_other() {
+    let Some(node) = node("the_ends_of_an_ip_wire_know_each_other") else { return };
+    let plan = node.veth("wire-1", "nsm0");
+    let ips = |ends: [&str; 2]| ends.map(|ip| ip.parse().unwrap());
+    let (src, dst) = (ips(["172.16.1.3", "2001:db8::3"]), ips(["172.16.1.2", "2001:db8::2"]));
+    let plan = plan.introduced(&src, &dst);
+    let made = node.kernel.apply(&plan, &node.known()).unwrap();
+    assert_eq!(
+        (made.near.unwrap().mac, made.far.unwrap().mac),
+        (plan.near.as_ref().unwrap().mac.unwrap(), plan.far.as_ref().unwrap().mac.unwrap())
+    );
+    for (pod, address) in
+        [(&node.client, "172.16.1.2"), (&node.client, "2001:db8::2"), (&node.endpoint, "172.16.1.3")]
+    {
+        let entry = output(pod, &format!("ip neigh show {address}"));
+        assert!(entry.contains("PERMANENT"), "{entry}");
+    }
+    // Nobody asks: a filter that drops every question and answer changes nothing.
+    for pod in [&node.client, &node.endpoint] {
+        for line in [
+            "nft add table netdev t",
+            "nft add chain netdev t c { type filter hook ingress device nsm0 priority 0 ; }",
+            "nft add rule netdev t c ether type arp drop",
+            "nft add rule netdev t c icmpv6 type { nd-neighbor-solicit , nd-neighbor-advert } drop",
+        ] {
+            output(pod, line);
+        }
+    }
+    for address in ["172.16.1.2", "2001:db8::2"] {
+        assert!(reaches(&node.client, &node.endpoint, address), "{}", output(&node.client, "ip neigh"));
+    }
+    // Found as planned, without a write; and what others know stays theirs.
+    assert_eq!(difference(&plan, &node.kernel.snapshot(&plan, &node.known()).unwrap()), []);
+    assert_eq!(node.kernel.apply(&plan, &node.known()).unwrap().writes, 0);
+    // An entry of the context wins over what we would say.
+    let mut told = node.veth("wire-2", "nsm1");
+    told.near.as_mut().unwrap().neighbours = vec![neighbour("172.16.1.2", "02:00:00:00:00:02", false)];
+    let told = told.introduced(&src, &dst);
+    assert_eq!(told.near.unwrap().neighbours[0], neighbour("172.16.1.2", "02:00:00:00:00:02", false));
 }
 
 #[test]

@@ -51,8 +51,7 @@ struct Amounts {
     /// local, two-nodes or both
     #[arg(long, global = true, default_value = "both", value_parser = topologies)]
     topology: Topologies,
-    /// How many wires to ask for. The kernel knows at most 1024 neighbours of one family, in all namespaces together, and
-    /// a local wire has two (net.ipv4.neigh.default.gc_thresh3 of the host)
+    /// How many wires to ask for
     #[arg(long, global = true, default_value_t = 200, value_parser = clap::value_parser!(u16).range(1..=4000))]
     wires: u16,
     /// How many wires to ask for at a time; each is a row of its own
