@@ -36,6 +36,8 @@ use crate::{
 
 /// How long a wire that the mesh calls down is asked for as it was, before another endpoint may take its place.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// As above, when the endpoint is not found. It may be gone, or a registry has just come back and has not heard of it.
+const UNFOUND: Duration = Duration::from_secs(1);
 /// A wire that goes down sooner than this after it was asked for has not come up in truth.
 const SETTLED: Duration = Duration::from_secs(1);
 
@@ -310,7 +312,7 @@ impl Drop for Wire {
 }
 
 /// When to stop asking for a wire as it was. A restarted hop takes it up again as it is, and packets flow meanwhile: only
-/// when that does not come about, or the endpoint is known to be gone, the mesh shall choose another.
+/// when that does not come about the mesh shall choose another.
 #[derive(Debug, Default)]
 struct GiveUp(Option<Instant>);
 
@@ -321,7 +323,7 @@ impl GiveUp {
         if unasked {
             return;
         }
-        let patience = if error.code == tonic::Code::NotFound { Duration::ZERO } else { PATIENCE };
+        let patience = if error.code == tonic::Code::NotFound { UNFOUND } else { PATIENCE };
         let at = Instant::now() + patience;
         self.0 = Some(self.0.map_or(at, |earlier| at.min(earlier)));
     }
@@ -413,8 +415,6 @@ async fn keep(
                     tracing::warn!(connection = %id, %error, "the wire cannot be refreshed; trying again");
                 }
                 attempt = attempt.saturating_add(1);
-                // An endpoint that is known to be gone has no packets to pass, whatever answers in its place.
-                dead |= error.code == tonic::Code::NotFound;
                 give_up.after(&error);
             }
         }
@@ -512,6 +512,20 @@ mod tests {
             hub.update(conn(state), None);
             wants.await;
         }
+    }
+
+    /// A registry that has just come back has not heard of its endpoints, and packets pass meanwhile.
+    #[tokio::test(start_paused = true)]
+    async fn an_endpoint_that_is_not_found_may_come_back() {
+        let mut give_up = GiveUp::default();
+        give_up.after(&Error::unavailable("the manager cannot be reached"));
+        tokio::time::advance(PATIENCE * 2).await;
+        assert!(!give_up.is_due(), "nobody was asked");
+        give_up.after(&Error::unavailable("a hop behind it cannot be reached").at("manager"));
+        give_up.after(&Error::not_found("the endpoint").at("forwarder"));
+        assert!(!give_up.is_due());
+        tokio::time::advance(UNFOUND).await;
+        assert!(give_up.is_due(), "it is gone, and others may serve");
     }
 
     #[test]
