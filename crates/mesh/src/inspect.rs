@@ -488,9 +488,7 @@ impl Inspector {
             reporter.set_service_status(SERVICE, tonic_health::ServingStatus::Serving).await;
             let mut routes = tonic::service::RoutesBuilder::default();
             routes.add_service(face).add_service(health);
-            if let Some(reflection) = nsm_transport::reflection(&[SERVICE]) {
-                routes.add_service(reflection);
-            }
+            routes.add_service(nsm_transport::Reflection::of(&[SERVICE]));
             let server = tonic::transport::Server::builder().add_routes(routes.routes());
             if let Err(error) = server.serve_with_incoming(callers).await {
                 tracing::warn!(error = %crate::error::explain(&error), "this process cannot be looked at any more");

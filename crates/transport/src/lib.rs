@@ -40,6 +40,7 @@ mod fd;
 mod guard;
 mod peer;
 mod pool;
+mod reflection;
 mod server;
 mod trace;
 mod url;
@@ -53,7 +54,8 @@ pub use guard::{Guard, Refusal, Refusals};
 pub use nsm_identity::{FileId, UnixPeer};
 pub use peer::{Peer, PeerError, client_token};
 pub use pool::{Connection, DialError, Pool, PoolConfig, ResponseBody};
-pub use server::{Limits, Server, reflection};
+pub use reflection::Reflection;
+pub use server::{Limits, Server};
 pub use trace::{Propagation, is_traced, propagate};
 pub use url::{DialTarget, DialUrl, ListenUrl, UrlError};
 

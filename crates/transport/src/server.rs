@@ -34,6 +34,7 @@ use crate::{
     delivery::DeliveredBody,
     guard::{self, Census, Counted, Guard, Metered, Refusals},
     peer::{Peer, Wire},
+    reflection::Reflection,
     trace,
     url::ListenUrl,
 };
@@ -156,11 +157,7 @@ impl Server {
         for service in services {
             reporter.set_service_status(service, tonic_health::ServingStatus::Serving).await;
         }
-        let mut routes = routes.add_service(health);
-        if let Some(reflection) = reflection(services) {
-            routes = routes.add_service(reflection);
-        }
-        let routes = routes.prepare();
+        let routes = routes.add_service(health).add_service(Reflection::of(services)).prepare();
         let (limits, census) = (self.limits, Census::default());
         let (stop, stopped) = watch::channel(());
         let mut accepting = JoinSet::new();
@@ -200,23 +197,6 @@ impl Server {
             }
         }
     }
-}
-
-/// gRPC reflection, which tells of these services and of health; `None`: the descriptors are broken, which a test would
-/// have found.
-pub fn reflection(
-    services: &[&str],
-) -> Option<
-    tonic_reflection::server::v1::ServerReflectionServer<
-        impl tonic_reflection::server::v1::ServerReflection + use<>,
-    >,
-> {
-    let builder = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(nsm_api::DESCRIPTORS)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .with_service_name("grpc.health.v1.Health");
-    let builder = services.iter().fold(builder, |builder, name| builder.with_service_name(*name));
-    builder.build_v1().inspect_err(|reason| error!(%reason, "no reflection")).ok()
 }
 
 enum Socket {
