@@ -91,6 +91,7 @@ fn test(all: bool) -> Result<()> {
     stages.run("format", cargo(&["fmt", "--all", "--check"]))?;
     let clippy = ["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"];
     stages.run("lints", cargo(&clippy))?;
+    stages.upstream();
     stages.run("build", cargo(&["test", "--workspace", "--no-run", "--quiet"]))?;
     let ignored: &[&str] = if all { &["--include-ignored"] } else { &[] };
     // Doc tests in the same call: a call of their own selects other features, and builds half of it again.
@@ -181,6 +182,21 @@ impl Stages {
         let status = command.status().with_context(|| format!("start {command:?}"))?;
         self.done.push((name, began.elapsed(), status.success()));
         Ok(())
+    }
+
+    /// Builds upstream's program before the tests that need it, so that none of them waits for it. Without Go they say
+    /// so themselves.
+    fn upstream(&mut self) {
+        eprintln!("== upstream");
+        let began = Instant::now();
+        let built = match nsm_upstream::build() {
+            Ok(_) | Err(nsm_upstream::Error::NoGo) => true,
+            Err(error) => {
+                eprintln!("{error}");
+                false
+            }
+        };
+        self.done.push(("upstream", began.elapsed(), built));
     }
 
     /// Runs tests, passing on what is worth reading and collecting the `SKIPPED test: why` lines.

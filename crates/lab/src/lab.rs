@@ -206,7 +206,7 @@ impl Lab {
         }
         let program = Program {
             name: name.to_owned(),
-            exe: self.exe.clone(),
+            exe: process.exe.clone().unwrap_or_else(|| self.exe.clone()),
             args: process.args.clone(),
             env,
             log: at.log(name),

@@ -94,13 +94,15 @@ pub struct PlannedFile {
     pub content: String,
 }
 
-/// One `nsm` process.
+/// One process, `nsm` as a rule.
 #[derive(Debug, Clone)]
 pub struct Process {
     /// `registry`, `node1/manager`, `client`.
     pub name: String,
     /// Namespace without the lab's prefix.
     pub namespace: String,
+    /// Its program, where that is not the lab's `nsm`: one that takes the same arguments.
+    pub exe: Option<PathBuf>,
     /// Arguments of `nsm`.
     pub args: Vec<String>,
     /// Environment on top of the lab's own.
@@ -168,6 +170,7 @@ impl Plan {
         let mut processes = vec![Process {
             name: "identity".into(),
             namespace: "underlay".into(),
+            exe: None,
             args: strings(&["identity", "--config", &at.identity_config().to_string_lossy()]),
             env: BTreeMap::new(),
             after: Vec::new(),
@@ -177,6 +180,7 @@ impl Plan {
         let daemon = |name: &str, node: &str, args: Vec<String>, after: Vec<String>| Process {
             name: name.into(),
             namespace: node.into(),
+            exe: None,
             args,
             env: BTreeMap::from([("SPIFFE_ENDPOINT_SOCKET".into(), at.url(node, "identity.sock"))]),
             after,
@@ -374,7 +378,8 @@ impl fmt::Display for Plan {
         writeln!(f, "  {}", self.paths().identity_config().display())?;
         writeln!(f, "processes")?;
         for process in &self.processes {
-            writeln!(f, "  {} in {}: nsm {}", process.name, process.namespace, process.args.join(" "))?;
+            let program = process.exe.as_deref().unwrap_or(Path::new("nsm")).display();
+            writeln!(f, "  {} in {}: {program} {}", process.name, process.namespace, process.args.join(" "))?;
             if !process.after.is_empty() {
                 writeln!(f, "    after {}", process.after.join(", "))?;
             }
@@ -535,6 +540,7 @@ fn pod_process(pod: &Pod, at: &Paths, after: Vec<String>, files: &mut Vec<Planne
     Some(Process {
         name: pod.name.clone(),
         namespace: pod.name.clone(),
+        exe: None,
         args,
         env,
         after,

@@ -1,8 +1,5 @@
 //! Upstream's programs as peers in every position of a registration.
-//!
-//! `NSM_UPSTREAM_PEER` names the program (`interop/` builds it: upstream's published modules, a role
-//! per process). Without it these tests say that they did not run.
-#![allow(clippy::unwrap_used, clippy::print_stdout)]
+#![allow(clippy::unwrap_used)]
 
 use std::{
     net::TcpListener,
@@ -45,14 +42,18 @@ impl Drop for Lab {
 
 impl Lab {
     async fn start(test: &str) -> Option<Self> {
-        let Some(peer) = std::env::var_os("NSM_UPSTREAM_PEER") else {
-            println!("SKIPPED {test}: NSM_UPSTREAM_PEER does not name a program with upstream's roles");
-            return None;
-        };
-        let (dir, peer) = (TempDir::new().unwrap(), peer.into());
+        let peer = nsm_upstream::program(test)?;
+        let dir = TempDir::new().unwrap();
         let mut lab = Self { children: vec![], dir, peer, source: None, stops: vec![] };
-        let socket = lab.path("agent");
-        lab.run(&["workload", "-socket", &socket]);
+        let config = lab.dir.path().join("identity.json");
+        let entry = |name: &str, exe: &std::path::Path| serde_json::json!({"spiffeId": format!("spiffe://test.nsm/{name}"), "selectors": {"exe": exe}});
+        let text = serde_json::json!({
+            "trustDomain": "test.nsm",
+            "sockets": [{"path": lab.path("agent")}],
+            "entries": [entry("theirs", &lab.peer), entry("ours", &std::env::current_exe().unwrap())],
+        });
+        std::fs::write(&config, text.to_string()).unwrap();
+        lab.run(&["identity", "--config", &config.display().to_string()]);
         lab.source = Some(timeout(PATIENCE, Source::open(&lab.url("agent"))).await.unwrap().unwrap());
         Some(lab)
     }
@@ -123,45 +124,48 @@ impl Lab {
 
     fn their_registry(&mut self) {
         let url = self.url("registry");
-        self.run(&["registry", "-listen", &url]);
+        self.run(&["registry", "--listen-on", &url]);
     }
 
     fn their_manager(&mut self) {
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let listen = format!("{},tcp://127.0.0.1:{port}", self.url("manager"));
         let registry = self.url("registry");
-        self.run(&["manager", "-name", "manager", "-listen", &listen, "-registry", &registry]);
+        self.run(&["manager", "--name", "manager", "--listen-on", &listen, "--registry-url", &registry]);
     }
 
     fn their_endpoint(&mut self) {
         let (manager, own) = (self.url("manager"), self.url("their-nse"));
         self.run(&[
             "endpoint",
-            "-name",
+            "--name",
             "their-nse",
-            "-connect",
+            "--connect-to",
             &manager,
-            "-listen",
+            "--listen-on",
             &own,
-            "-service",
+            "--service-names",
             "svc",
+            "--payload",
+            "IP",
         ]);
     }
 
     fn their_forwarder(&mut self) {
         let (manager, own) = (self.url("manager"), self.url("their-fwd"));
-        self.run(&["forwarder", "-name", "their-fwd", "-connect", &manager, "-listen", &own]);
+        self.run(&["forwarder", "--name", "their-fwd", "--connect-to", &manager, "--listen-on", &own]);
     }
 
     /// Upstream's client makes three connections through whatever there is.
     async fn their_client_connects(&mut self) {
         let mut command = tokio::process::Command::new(&self.peer);
         let manager = self.url("manager");
-        command.args(["client", "-name", "nsc", "-connect", &manager, "-service", "svc", "-n", "3"]);
+        let wanted = ["--network-services", "kernel://svc/nsm0", "--count", "3"];
+        command.args(["client", "--name", "nsc", "--connect-to", &manager]).args(wanted);
         command.env("SPIFFE_ENDPOINT_SOCKET", self.url("agent")).kill_on_drop(true);
         let output = timeout(PATIENCE, command.output()).await.unwrap().unwrap();
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        assert!(text.contains("connected 3"), "{text}");
+        assert!(output.status.success() && text.contains("measured"), "{text}");
     }
 
     async fn stop(mut self) {

@@ -1,6 +1,4 @@
 //! Upstream's Go programs as peers: TLS, tokens, policies and descriptors in both directions.
-//!
-//! Needs the interop peer built from upstream's modules: set `NSM_UPSTREAM_PEER` to its path.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::{
@@ -29,14 +27,6 @@ use tokio::{
 use tonic::{Request, Response, Status, service::Routes};
 
 const PATIENCE: Duration = Duration::from_secs(60);
-
-fn upstream(test: &str) -> Option<PathBuf> {
-    let peer = std::env::var_os("NSM_UPSTREAM_PEER").map(PathBuf::from).filter(|path| path.exists());
-    if peer.is_none() {
-        println!("SKIPPED {test}: NSM_UPSTREAM_PEER does not name upstream's interop peer");
-    }
-    peer
-}
 
 struct Process(Child);
 
@@ -175,7 +165,7 @@ impl NetworkService for Manager {
 
 #[tokio::test]
 async fn upstreams_client_is_served() {
-    let Some(peer) = upstream("upstreams_client_is_served") else { return };
+    let Some(peer) = nsm_upstream::program("upstreams_client_is_served") else { return };
     let mut lab = Lab::start(peer);
     let url: ListenUrl = lab.socket("manager").parse().unwrap();
     let server = Server::bind(lab.source().await, &[url]).await.unwrap();
@@ -186,11 +176,14 @@ async fn upstreams_client_is_served() {
         let _ = stopped.await;
     }));
     let connect = lab.socket("manager");
-    lab.run("client", &["-connect", &connect, "-name", "nsc", "-n", "20", "-heal=false"]);
-    lab.log_says("client", "close n=").await;
+    let wanted = ["--network-services", "kernel://svc/nsm0", "--count", "20", "--heal=false"];
+    lab.run("client", &[&["--connect-to", &connect, "--name", "nsc"], &wanted[..]].concat());
+    lab.log_says("client", "measured").await;
     let log = std::fs::read_to_string(lab.dir.path().join("client.log")).unwrap();
-    assert!(log.contains("connected 20") && !log.contains("ERROR"), "{log}");
-    println!("{log}");
+    for call in ["called NetworkService/Request ", "called NetworkService/Close "] {
+        let good = |line: &&str| line.contains(call) && line.ends_with("code=OK");
+        assert_eq!(log.lines().filter(good).count(), 20, "{log}");
+    }
     for _ in 0..20 {
         requests.recv().await.unwrap();
     }
@@ -223,17 +216,19 @@ fn request(netns: FileId, name: &str) -> Request<NetworkServiceRequest> {
 
 #[tokio::test]
 async fn upstreams_chain_is_asked() {
-    let Some(peer) = upstream("upstreams_chain_is_asked") else { return };
+    let Some(peer) = nsm_upstream::program("upstreams_chain_is_asked") else { return };
     let mut lab = Lab::start(peer);
     let manager = lab.socket("manager");
     let registry = lab.socket("registry");
-    lab.run("registry", &["-listen", &registry]);
+    lab.run("registry", &["--listen-on", &registry]);
     lab.log_says("registry", "ready").await;
-    lab.run("manager", &["-name", "mgr", "-listen", &manager, "-registry", &registry]);
+    lab.run("manager", &["--name", "mgr", "--listen-on", &manager, "--registry-url", &registry]);
     lab.log_says("manager", "ready").await;
     let (forwarder, endpoint) = (lab.socket("forwarder"), lab.socket("endpoint"));
-    lab.run("forwarder", &["-name", "fwd", "-connect", &manager, "-listen", &forwarder]);
-    lab.run("endpoint", &["-name", "nse", "-connect", &manager, "-listen", &endpoint, "-service", "svc"]);
+    for (role, socket) in [("forwarder", &forwarder), ("endpoint", &endpoint)] {
+        let arguments = ["--name", role, "--connect-to", &manager, "--listen-on", socket];
+        lab.run(role, &[&arguments[..], &["--service-names", "svc"]].concat());
+    }
     lab.log_says("forwarder", "ready").await;
     lab.log_says("endpoint", "ready").await;
 
