@@ -103,6 +103,14 @@ impl UnixPeer {
     ///
     /// # Errors
     /// The peer has exited, or may not be inspected.
+    pub fn netns(&self) -> io::Result<OwnedFd> {
+        self.facts(|proc| std::fs::File::open(proc.join("ns/net")).map(OwnedFd::from))
+    }
+
+    /// Device and inode of the network namespace that the peer is in.
+    ///
+    /// # Errors
+    /// The peer is gone, or may not be looked at.
     pub fn netns_id(&self) -> io::Result<FileId> {
         self.facts(|proc| FileId::of_path(proc.join("ns/net")))
     }

@@ -10,7 +10,9 @@ use std::{
 use async_trait::async_trait;
 use futures::{StreamExt as _, TryStreamExt as _, stream::BoxStream};
 use nsm_api::{
-    limits, path,
+    limits,
+    mechanism::{InodeUrl, key},
+    path,
     pb::{
         connection::{
             Connection, ConnectionEvent, MonitorScopeSelector, PathSegment,
@@ -19,7 +21,7 @@ use nsm_api::{
         networkservice::{NetworkServiceRequest, network_service_client::NetworkServiceClient},
     },
 };
-use nsm_transport::{Connection as Channel, Peer, Pool};
+use nsm_transport::{Connection as Channel, FileId, Peer, Pool};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
@@ -39,6 +41,9 @@ use crate::{
 /// How long before its own deadline a hop stops waiting, at most: time for an answer to come back on a busy machine.
 const LONGEST_MARGIN: std::time::Duration = std::time::Duration::from_millis(300);
 
+/// How long connecting for events may take: the neighbour has just answered, and nobody waits for this.
+const FOLLOWING: std::time::Duration = std::time::Duration::from_secs(15);
+
 /// Hands requests to the next hop that an element above has set.
 #[derive(Debug)]
 pub struct Dial {
@@ -53,7 +58,8 @@ impl Dial {
     /// Over this pool, for the hop called `me`, telling `hub` what the next hops tell.
     #[must_use]
     pub fn new(pool: Pool, me: &str, hub: Arc<Hub>, dial_timeout: std::time::Duration) -> Self {
-        let follower = Arc::new(Follower { me: me.into(), hub, streams: Mutex::default() });
+        let follower =
+            Arc::new(Follower { me: me.into(), hub, pool: pool.clone(), streams: Mutex::default() });
         Self { pool, follower, dial_timeout, check_answers: false, own_namespace: None }
     }
 
@@ -92,7 +98,7 @@ impl Dial {
             |e: &Error| e.hop.is_none() || e.code == Code::DeadlineExceeded || e.code == Code::Cancelled;
         let stands = cx.scope.get::<Dialed>().is_some_and(|before| before.target == *target);
         if !stands && result.as_ref().is_err_and(|e| made(e) || e.code == Code::Unavailable) {
-            tokio::spawn(async move { hop.close(asked, Instant::now() + Release::TIME).await });
+            tokio::spawn(async move { hop.close(asked, None, Instant::now() + Release::TIME).await });
         }
         result
     }
@@ -120,7 +126,7 @@ impl Dial {
         if let Some(Caller { peer: caller, .. }) = &cx.caller {
             auth::sign_for_caller(&mut answer, caller, peer)?;
         }
-        self.follower.follow(target, hop, &answer.id);
+        self.follower.follow(target, &answer.id);
         Ok(answer)
     }
 }
@@ -155,7 +161,9 @@ impl Element for Dial {
         _: Next<'_>,
     ) -> Result<Connection> {
         let target = cx.next_hop.clone().ok_or_else(|| Error::internal("no element chose a next hop"))?;
+        let sent: Vec<_> = fds::mechanisms(&request).filter_map(|m| m.inode().ok().flatten()).collect();
         let answer = self.call(cx, &target, request).await?;
+        let theirs = inode(&answer).filter(|url| !sent.contains(url));
         if cx.scope.get::<Dialed>().is_some_and(|old| old.target != target)
             && let Some(old) = cx.scope.take::<Dialed>()
         {
@@ -163,11 +171,11 @@ impl Element for Dial {
             tokio::spawn(async move { old.release(&Release::now(Reason::Reselect)).await });
         }
         match cx.scope.get_mut::<Dialed>() {
-            Some(dialed) => dialed.conn = answer.clone(),
+            Some(dialed) => (dialed.conn, dialed.theirs) = (answer.clone(), theirs),
             None => {
                 let (pool, follower) = (self.pool.clone(), Arc::clone(&self.follower));
-                let conn = answer.clone();
-                cx.scope.lease(Dialed { pool, follower, target, conn, dial_timeout: self.dial_timeout });
+                let (conn, dial_timeout) = (answer.clone(), self.dial_timeout);
+                cx.scope.lease(Dialed { pool, follower, target, conn, theirs, dial_timeout });
             }
         }
         Ok(answer)
@@ -176,12 +184,12 @@ impl Element for Dial {
     async fn close_forgotten(&self, cx: &mut Context<'_>, conn: Connection, _: Next<'_>) -> Result<()> {
         // Nobody above found out where it went: what is there ends with its token.
         let Some(target) = cx.next_hop.clone() else { return Ok(()) };
-        self.reach(&target, cx.deadline).await?.close(conn, cx.deadline).await
+        let named = inode(&conn);
+        self.reach(&target, cx.deadline).await?.close(conn, named, cx.deadline).await
     }
 }
 
 /// A next hop that can be asked now.
-#[derive(Clone)]
 enum Reached {
     /// Over this channel.
     Channel(Channel),
@@ -246,30 +254,20 @@ impl Reached {
         }
     }
 
-    async fn close(self, conn: Connection, deadline: Instant) -> Result<()> {
+    /// Closes there; `theirs` is the file that the connection names and that did not come from us.
+    async fn close(self, mut conn: Connection, theirs: Option<InodeUrl>, deadline: Instant) -> Result<()> {
         let channel = match self {
             Self::Channel(channel) => channel,
             Self::Inside(hop, peer) => return hop.close(&peer, deadline, conn).await,
         };
+        if let Some(named) = theirs {
+            accompany(&mut conn, named, &channel);
+        }
         let mut call = tonic::Request::new(conn);
         call.set_timeout(deadline.saturating_duration_since(Instant::now()));
         match tokio::time::timeout_at(deadline, NetworkServiceClient::new(channel).close(call)).await {
             Ok(answer) => answer.map(drop).map_err(Error::from),
             Err(_) => Err(Error::new(Code::DeadlineExceeded, "the next hop did not close in time")),
-        }
-    }
-
-    /// What it tells of its connections.
-    async fn events(&self, selector: MonitorScopeSelector) -> Result<Events, tonic::Status> {
-        match self {
-            Self::Channel(channel) => {
-                let mut client = MonitorConnectionClient::new(channel.clone());
-                let events = client.monitor_connections(selector).await?.into_inner();
-                Ok(events.map_ok(Arc::new).boxed())
-            }
-            Self::Inside(hop, _) => {
-                Ok(ReceiverStream::new(hop.hub().watch(selector, Viewer::All)?).map(Ok).boxed())
-            }
         }
     }
 }
@@ -284,6 +282,8 @@ struct Dialed {
     target: NextHop,
     /// As the next hop answered: own index and id.
     conn: Connection,
+    /// The file that it names and that did not come from us.
+    theirs: Option<InodeUrl>,
     dial_timeout: std::time::Duration,
 }
 
@@ -306,7 +306,25 @@ impl Lease for Dialed {
         let hop = reach(&self.pool, &self.target, self.dial_timeout, cx.deadline)
             .await
             .map_err(|e| Error::unavailable(format!("{} cannot be told to close: {e}", self.target)))?;
-        hop.close(conn, cx.deadline).await
+        hop.close(conn, self.theirs, cx.deadline).await
+    }
+}
+
+/// The file that a connection's mechanism names.
+fn inode(conn: &Connection) -> Option<InodeUrl> {
+    conn.mechanism.as_ref()?.inode().ok()?
+}
+
+/// Sends the descriptor of the file that a Close names, if it is what the next hop named itself: its own namespace. An
+/// upstream endpoint waits for it, until the deadline, before it gives anything back, and no descriptor is kept here.
+/// What we cannot send is not named.
+fn accompany(conn: &mut Connection, named: InodeUrl, channel: &Channel) {
+    let own = channel.peer().unix().and_then(|unix| unix.netns().ok());
+    let own = own.filter(|fd| FileId::of(fd).is_ok_and(|id| (id.dev, id.ino) == (named.dev, named.ino)));
+    match (own, &mut conn.mechanism) {
+        (Some(fd), _) => drop(channel.send_fd(fd)),
+        (None, Some(mechanism)) => drop(mechanism.parameters.remove(key::INODE_URL)),
+        (None, None) => {}
     }
 }
 
@@ -326,21 +344,22 @@ fn freshen(conn: &mut Connection, fresh: &Connection) {
 struct Follower {
     me: String,
     hub: Arc<Hub>,
+    pool: Pool,
     streams: Mutex<HashMap<NextHop, BTreeSet<String>>>,
 }
 
 impl Follower {
     /// Follows the connection with this id (ours) at that neighbour.
-    fn follow(self: &Arc<Self>, target: &NextHop, hop: &Reached, id: &str) {
+    fn follow(self: &Arc<Self>, target: &NextHop, id: &str) {
         let mut streams = self.streams.lock();
         if let Some(ids) = streams.get_mut(target) {
             ids.insert(id.to_owned());
             return;
         }
         streams.insert(target.clone(), BTreeSet::from([id.to_owned()]));
-        let (this, target, hop) = (Arc::clone(self), target.clone(), hop.clone());
+        let (this, target) = (Arc::clone(self), target.clone());
         tokio::spawn(async move {
-            if let Err(status) = this.stream(&target, hop).await {
+            if let Err(status) = this.stream(&target).await {
                 tracing::info!(next = %target, %status, "the next hop's events ended");
             }
             // Together: who follows this neighbour anew right now must not be told of the old stream's end.
@@ -349,10 +368,28 @@ impl Follower {
         });
     }
 
-    async fn stream(&self, target: &NextHop, hop: Reached) -> Result<(), tonic::Status> {
+    /// What a neighbour tells of its connections.
+    async fn events(
+        &self,
+        target: &NextHop,
+        selector: MonitorScopeSelector,
+    ) -> Result<Events, tonic::Status> {
+        match target.way() {
+            Way::Inside(hop) => {
+                Ok(ReceiverStream::new(hop.hub().watch(selector, Viewer::All)?).map(Ok).boxed())
+            }
+            Way::Dial(target) => {
+                let channel = self.pool.streams(target.clone(), FOLLOWING).await?;
+                let events = MonitorConnectionClient::new(channel).monitor_connections(selector).await?;
+                Ok(events.into_inner().map_ok(Arc::new).boxed())
+            }
+        }
+    }
+
+    async fn stream(&self, target: &NextHop) -> Result<(), tonic::Status> {
         let own = PathSegment { name: self.me.clone(), ..PathSegment::default() };
         let selector = MonitorScopeSelector { path_segments: vec![own], ..MonitorScopeSelector::default() };
-        let mut events = hop.events(selector).await?;
+        let mut events = self.events(target, selector).await?;
         while let Some(event) = events.try_next().await? {
             // A neighbour speaks for the connections that we have with it, and no others.
             let ours: BTreeSet<String> = {

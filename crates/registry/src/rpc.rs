@@ -206,7 +206,10 @@ impl<T: Remote> Directory<T> for Upstream {
     }
 
     async fn find(&self, query: T, watch: bool, _: Option<&Peer>) -> Result<Events<T>, Error> {
-        let deadline = (!watch).then(|| Instant::now() + CALL);
-        find(self.connect().await?, query, watch, deadline).await
+        if watch {
+            let connection = self.pool.streams(&self.url, self.dial).await?;
+            return find(connection, query, watch, None).await;
+        }
+        find(self.connect().await?, query, watch, Some(Instant::now() + CALL)).await
     }
 }

@@ -93,6 +93,8 @@ struct State {
     /// The last that came and were not fit to keep, to tell who asks for them.
     unfit: VecDeque<FileId>,
     queued: VecDeque<Arc<OwnedFd>>,
+    /// How many were queued so far.
+    sent: usize,
     /// The peer is authenticated; until then it gets little room.
     trusted: bool,
     /// A task is closing what nobody takes.
@@ -117,7 +119,13 @@ impl FdTable {
         let mut state = self.0.lock();
         if !state.closed {
             state.queued.push_back(fd.into());
+            state.sent += 1;
         }
+    }
+
+    /// How many descriptors were sent so far, those that still wait for bytes to travel with included.
+    pub fn sent(&self) -> usize {
+        self.0.lock().sent
     }
 
     /// Removes one received descriptor of this file, waiting for it until `deadline`.

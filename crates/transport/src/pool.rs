@@ -5,6 +5,11 @@
 //! keeps its identity, and *new* calls get a new connection when our SVID was renewed, or when half of what was left of
 //! the peer's certificate is over: the peer has a newer one by then, and tokens it signs on the old connection would
 //! soon expire. Calls in flight finish where they are.
+//!
+//! Upstream's servers keep every descriptor that they receive until the connection ends, which with a connection for
+//! each wire is soon. Ours end after they have carried a number of descriptors, or a short time after the last use: new
+//! calls get a new one, and the peer lets go. Streams would keep such a connection open for as long as they last, so
+//! they have one of their own ([`Pool::streams`]).
 
 use std::{
     collections::HashMap,
@@ -60,6 +65,10 @@ pub struct PoolConfig {
     pub max_token_lifetime: Duration,
     /// A connection that nobody uses is closed after this time.
     pub idle: Duration,
+    /// After so many descriptors a connection gets no new calls.
+    pub descriptors: usize,
+    /// A connection that has carried descriptors and that nobody uses is closed after this time.
+    pub idle_with_descriptors: Duration,
     /// How long connecting and the handshake may take, however patient the callers are.
     pub dial: Duration,
     /// What callers check of the paths in answers.
@@ -71,6 +80,9 @@ impl Default for PoolConfig {
         Self {
             max_token_lifetime: DEFAULT_MAX_LIFETIME,
             idle: Duration::from_secs(60),
+            // Two a wire, and a handshake costs as much as two calls; Go's programs have the hard limit of open files.
+            descriptors: 1024,
+            idle_with_descriptors: Duration::from_secs(15),
             dial: Duration::from_secs(15),
             policies: Arc::default(),
         }
@@ -94,7 +106,14 @@ struct Inner {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Key {
     Tcp(String),
-    Unix { file: FileId, changed: (i64, i64) },
+    Unix { file: FileId, changed: (i64, i64), lane: Lane },
+}
+
+/// What a connection is for, where descriptors can travel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Lane {
+    Calls,
+    Streams,
 }
 
 enum Slot {
@@ -119,6 +138,8 @@ struct Link {
     max_token_lifetime: Duration,
     /// New calls go elsewhere from then on.
     retire: SystemTime,
+    /// … and after so many descriptors.
+    descriptors: usize,
     used: Mutex<Instant>,
     /// Why the connection ended.
     end: Arc<OnceLock<String>>,
@@ -184,7 +205,7 @@ impl From<DialError> for Status {
 impl Pool {
     /// A pool that dials with the newest identity of `source`. Needs a tokio runtime.
     pub fn new(source: Source, config: PoolConfig) -> Self {
-        let idle = config.idle;
+        let tidying = config.clone();
         let pool = Self(Arc::new(Inner {
             source: source.clone(),
             config,
@@ -192,7 +213,7 @@ impl Pool {
             dials: AtomicU64::default(),
             handshakes: AtomicU64::default(),
         }));
-        tokio::spawn(tidy(Arc::downgrade(&pool.0), source, idle));
+        tokio::spawn(tidy(Arc::downgrade(&pool.0), source, tidying));
         pool
     }
 
@@ -211,8 +232,29 @@ impl Pool {
         target: impl Into<DialTarget>,
         patience: Duration,
     ) -> Result<Connection, DialError> {
-        let target = target.into();
-        let key = key(&target)?;
+        self.lane(target.into(), Lane::Calls, patience).await
+    }
+
+    /// As [`Pool::get`], a connection for streams that last: those of all callers share it, and no descriptors are to be
+    /// sent on it.
+    ///
+    /// # Errors
+    /// There is none within `patience`.
+    pub async fn streams(
+        &self,
+        target: impl Into<DialTarget>,
+        patience: Duration,
+    ) -> Result<Connection, DialError> {
+        self.lane(target.into(), Lane::Streams, patience).await
+    }
+
+    async fn lane(
+        &self,
+        target: DialTarget,
+        lane: Lane,
+        patience: Duration,
+    ) -> Result<Connection, DialError> {
+        let key = key(&target, lane)?;
         let result = {
             let identity = self.0.source.current();
             let mut slots = self.0.slots.lock();
@@ -317,12 +359,13 @@ impl Pool {
 }
 
 /// Closes what is idle, broken or outdated.
-async fn tidy(pool: Weak<Inner>, source: Source, idle: Duration) {
+async fn tidy(pool: Weak<Inner>, source: Source, config: PoolConfig) {
     let mut identity = source.current();
+    let shortest = config.idle.min(config.idle_with_descriptors);
     loop {
         tokio::select! {
             renewed = source.changed(&identity) => identity = renewed,
-            () = sleep(idle.clamp(Duration::from_millis(20), Duration::from_secs(2)) / 2) => {}
+            () = sleep(shortest.clamp(Duration::from_millis(20), Duration::from_secs(2)) / 2) => {}
         }
         let Some(pool) = pool.upgrade() else { return };
         let mut unwanted = Vec::new();
@@ -330,6 +373,7 @@ async fn tidy(pool: Weak<Inner>, source: Source, idle: Duration) {
             Slot::Dialing { .. } => true,
             Slot::Ready(connection) => {
                 let in_use = Arc::strong_count(&connection.0) > 1;
+                let idle = if connection.sent() > 0 { config.idle_with_descriptors } else { config.idle };
                 let keep = connection.takes_new_calls(&identity)
                     && (in_use || connection.0.used.lock().elapsed() < idle);
                 if !keep {
@@ -375,6 +419,12 @@ impl Connection {
         !self.is_closed()
             && Arc::ptr_eq(self.0.peer.identity(), identity)
             && SystemTime::now() < self.0.retire
+            && self.sent() < self.0.descriptors
+    }
+
+    /// How many descriptors it has carried.
+    fn sent(&self) -> usize {
+        self.fds().map_or(0, FdTable::sent)
     }
 
     fn prepare(&self, request: &mut Request<tonic::body::Body>) -> Result<(), Status> {
@@ -548,6 +598,7 @@ async fn open(
         max_token_lifetime: config.max_token_lifetime,
         policies: config.policies.clone(),
         retire: now + left / 2,
+        descriptors: config.descriptors.max(1),
         used: Mutex::new(Instant::now()),
         end,
         peer,
@@ -633,12 +684,12 @@ async fn connect_unix(path: &std::ffi::OsStr) -> io::Result<UnixStream> {
     }
 }
 
-fn key(target: &DialTarget) -> Result<Key, DialError> {
+fn key(target: &DialTarget, lane: Lane) -> Result<Key, DialError> {
     let unix = |meta: io::Result<std::fs::Metadata>| {
         let meta = meta.map_err(|e| DialError::Connect { url: target.to_string(), source: Arc::new(e) })?;
         let file = FileId { dev: meta.dev(), ino: meta.ino() };
         // File systems reuse inode numbers; not with the same time.
-        Ok(Key::Unix { file, changed: (meta.ctime(), meta.ctime_nsec()) })
+        Ok(Key::Unix { file, changed: (meta.ctime(), meta.ctime_nsec()), lane })
     };
     match target {
         DialTarget::Url(DialUrl::Tcp(host_port)) => Ok(Key::Tcp(host_port.clone())),

@@ -456,6 +456,69 @@ async fn unused_connections_are_closed() {
     lab.stop().await;
 }
 
+/// Upstream's servers keep what they received until the connection ends.
+#[tokio::test]
+async fn a_connection_that_has_carried_descriptors_ends_and_no_call_fails() {
+    let lab = Lab::start().await;
+    let config = PoolConfig { descriptors: 3, ..Default::default() };
+    let pool = Pool::new(Source::fixed(identity(&lab.authority, "client", HOUR)), config);
+    // A stream that lasts as long as the mesh.
+    let streams = pool.streams(lab.unix(), PATIENCE).await.unwrap();
+    let selector = MonitorScopeSelector::default();
+    let mut events = MonitorConnectionClient::new(streams).monitor_connections(selector).await.unwrap();
+    events.get_mut().message().await.unwrap().unwrap();
+    let first = pool.get(lab.unix(), PATIENCE).await.unwrap();
+    let in_flight = tokio::spawn({
+        let mut calls = client(&first);
+        async move { calls.request(ask("wait")).await }
+    });
+    until(|| lab.handler.started.load(Ordering::SeqCst) == 1).await;
+    let (mut sent, mut all) = (0, vec![first]);
+    while sent < 10 {
+        let connection = pool.get(lab.unix(), PATIENCE).await.unwrap();
+        let file = File::open("/proc/self/ns/net").unwrap();
+        let id = FileId::of(&file).unwrap();
+        assert!(connection.send_fd(OwnedFd::from(file)));
+        client(&connection).request(ask_fd("fd", Some(id))).await.unwrap();
+        sent += 1;
+        all.push(connection);
+    }
+    assert_eq!(pool.handshakes(), 1 + 4, "10 descriptors, 3 for each connection, and the streams'");
+    lab.handler.release.add_permits(1);
+    in_flight.await.unwrap().unwrap();
+    drop(all);
+    // What is left is the newest, and the streams'; the server has let go of the others.
+    assert_eq!(pool.len(), 2);
+    until(|| server_sockets(&lab) == 2).await;
+    lab.stop().await;
+}
+
+/// How many connections to the lab's Unix socket the kernel knows.
+fn server_sockets(lab: &Lab) -> usize {
+    let path = lab.unix().to_string().replace("unix://", "");
+    let table = std::fs::read_to_string("/proc/net/unix").unwrap();
+    // State 03 is connected; a listening socket has 01.
+    table.lines().filter(|line| line.ends_with(&path) && line.contains(" 0001 03 ")).count()
+}
+
+#[tokio::test]
+async fn a_connection_that_has_carried_descriptors_is_not_kept_for_long() {
+    let lab = Lab::start().await;
+    let config = PoolConfig { idle_with_descriptors: Duration::from_millis(50), ..Default::default() };
+    let pool = Pool::new(Source::fixed(identity(&lab.authority, "client", HOUR)), config);
+    let connection = pool.get(lab.unix(), PATIENCE).await.unwrap();
+    let without = pool.get(lab.tcp(), PATIENCE).await.unwrap();
+    let file = File::open("/proc/self/ns/net").unwrap();
+    let id = FileId::of(&file).unwrap();
+    connection.send_fd(OwnedFd::from(file));
+    client(&connection).request(ask_fd("fd", Some(id))).await.unwrap();
+    drop((connection, without));
+    until(|| pool.len() == 1).await;
+    pool.get(lab.tcp(), PATIENCE).await.unwrap();
+    assert_eq!(pool.handshakes(), 2, "the one without descriptors is the same");
+    lab.stop().await;
+}
+
 #[tokio::test]
 async fn rotation_moves_new_calls_and_lets_old_ones_finish() {
     let lab = Lab::start().await;
