@@ -15,7 +15,7 @@
 use std::fmt;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::thread;
@@ -33,6 +33,9 @@ use crate::sys;
 
 /// Where `ip netns` keeps its named namespaces.
 pub const NAMED: &str = "/run/netns";
+
+/// The file system that namespaces are files of: `NSFS_MAGIC` of `linux/magic.h`.
+const NSFS: rustix::fs::FsWord = 0x6e73_6673;
 
 /// The identity of a namespace while anything holds it: device and inode of its nsfs file. On the wire this is
 /// `inode://<dev>/<ino>` (data-plane 2.2). A number may be used again after its namespace is gone.
@@ -98,11 +101,13 @@ impl Namespace {
         })
     }
 
-    /// Takes over a descriptor, for instance one that came over a Unix socket.
+    /// Takes over a descriptor, for instance one that came over a Unix socket. It may be opened `O_PATH`, as upstream's
+    /// programs open what they send.
     ///
     /// # Errors
     /// [`Error::NotANamespace`] if it refers to anything else.
     pub fn from_fd(fd: OwnedFd) -> Result<Self> {
+        let fd = opened(fd)?;
         if !sys::is_network_namespace(fd.as_fd()) {
             return Err(Error::NotANamespace("the descriptor".into()));
         }
@@ -295,6 +300,19 @@ fn mounted() -> io::Result<Vec<(u64, PathBuf)>> {
             Some((ino, unescape(fields.next()?)))
         })
         .collect())
+}
+
+/// A descriptor that one can ask, for one that only names its file. Nothing but a namespace is opened for it: opening a
+/// file of another kind could wait, or do something.
+fn opened(fd: OwnedFd) -> Result<OwnedFd> {
+    let identify = |e| failed("identify a network namespace".into(), e);
+    let only_named = rustix::fs::fcntl_getfl(&fd).map_err(identify)?.contains(OFlags::PATH);
+    if !only_named || rustix::fs::fstatfs(&fd).map_err(identify)?.f_type != NSFS {
+        return Ok(fd);
+    }
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|e| failed("open a network namespace that came by name only".into(), e))
 }
 
 fn unescape(field: &str) -> PathBuf {

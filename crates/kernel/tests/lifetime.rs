@@ -91,3 +91,19 @@ fn a_descriptor_of_something_else_is_refused() {
     assert!(Namespace::open("/proc/self/ns/mnt").is_err());
     assert!(Namespace::open("/proc/self/status").is_err());
 }
+
+/// Upstream's programs open `O_PATH` what they send, and such a descriptor answers no questions.
+#[test]
+fn a_namespace_that_came_by_name_only_is_one() {
+    use rustix::fs::{Mode, OFlags, open};
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let named = |path: &str| Namespace::from_fd(open(path, flags, Mode::empty()).unwrap());
+    let namespace = named("/proc/self/ns/net").unwrap();
+    assert_eq!(namespace.id(), Namespace::current().unwrap().id());
+    // It is as good as any other: its descriptor can be asked again.
+    let copy = std::os::fd::AsFd::as_fd(&namespace).try_clone_to_owned().unwrap();
+    assert_eq!(Namespace::from_fd(copy).unwrap().id(), namespace.id());
+    for path in ["/proc/self/ns/mnt", "/proc/self/exe", "/dev/null", "/proc"] {
+        assert!(matches!(named(path), Err(nsm_kernel::Error::NotANamespace(_))), "{path}");
+    }
+}
