@@ -32,8 +32,8 @@ import (
 	"github.com/networkservicemesh/sdk/pkg/tools/token"
 )
 
-// The log is what tests believe. A line is a verb, a method and facts, as `served NetworkService/Request peer=spiffe://… code=OK`, and
-// what was asked and answered on lines of their own:
+// The log is what tests believe. A line is a verb, a method and facts, as
+// `served NetworkService/Request peer=spiffe://… code=OK asked=(conn=c-0 …) answered=(…)`:
 //
 //	served, called     a call that came, that went, with the answer's code
 //	serving, calling   a stream that was opened
@@ -89,6 +89,7 @@ func describe(message any) string {
 	}
 }
 
+// connection tells what tests look for; every field ends with a blank.
 func connection(c *networkservice.Connection) string {
 	client := ""
 	if segments := c.GetPath().GetPathSegments(); len(segments) > 0 {
@@ -102,7 +103,7 @@ func connection(c *networkservice.Connection) string {
 			parameters += key + ":" + value + ";"
 		}
 	}
-	return fmt.Sprintf("conn=%s service=%s nse=%s state=%s hops=%d mechanism=%s/%s parameters=%s src=%s dst=%s excluded=%s extra=%v labels=%v",
+	return fmt.Sprintf("conn=%s service=%s nse=%s state=%s hops=%d mechanism=%s/%s parameters=%s src=%s dst=%s excluded=%s extra=%v labels=%v ",
 		client, c.GetNetworkService(), c.GetNetworkServiceEndpointName(), c.GetState(), len(c.GetPath().GetPathSegments()),
 		mechanism.GetCls(), mechanism.GetType(), parameters,
 		strings.Join(c.GetContext().GetIpContext().GetSrcIpAddrs(), ","), strings.Join(c.GetContext().GetIpContext().GetDstIpAddrs(), ","),
@@ -152,12 +153,10 @@ func code(err error) string {
 
 func serveUnary(ctx context.Context, request any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
 	answer, err := handle(ctx, request)
-	say("served "+method(info.FullMethod), "peer", caller(ctx), "code", code(err))
-	tell("  asked " + method(info.FullMethod) + " peer=" + caller(ctx) + " " + describe(request))
+	say("served "+method(info.FullMethod), "peer", caller(ctx), "code", code(err), "asked", "("+describe(request)+")", "answered", "("+describe(answer)+")")
 	if err != nil {
 		return answer, err
 	}
-	tell("  answered " + method(info.FullMethod) + " peer=" + caller(ctx) + " " + describe(answer))
 	return newer(answer), nil
 }
 
@@ -189,11 +188,7 @@ func serveStream(server any, stream grpc.ServerStream, info *grpc.StreamServerIn
 func callUnary(ctx context.Context, full string, request, answer any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 	var p peer.Peer
 	err := invoke(ctx, full, newer(request), answer, conn, append(opts, grpc.Peer(&p))...)
-	say("called "+method(full), "peer", who(p.AuthInfo), "code", code(err))
-	tell("  asked " + method(full) + " peer=" + who(p.AuthInfo) + " " + describe(request))
-	if err == nil {
-		tell("  answered " + method(full) + " peer=" + who(p.AuthInfo) + " " + describe(answer))
-	}
+	say("called "+method(full), "peer", who(p.AuthInfo), "code", code(err), "asked", "("+describe(request)+")", "answered", "("+describe(answer)+")")
 	return err
 }
 
@@ -243,6 +238,8 @@ func secure(ctx context.Context, o *options) *security {
 		grpc.ChainUnaryInterceptor(serveUnary), grpc.ChainStreamInterceptor(serveStream),
 	}
 	s.dial = []grpc.DialOption{
+		// As upstream's own programs have it: only so their time for connecting bounds anything.
+		grpc.WithBlock(),
 		grpc.WithTransportCredentials(grpcfd.TransportCredentials(credentials.NewTLS(client))),
 		grpc.WithDefaultCallOptions(grpc.WaitForReady(true), grpc.PerRPCCredentials(token.NewPerRPCCredentials(s.tokens))),
 		grpc.WithChainUnaryInterceptor(callUnary, func(ctx context.Context, m string, request, answer any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {

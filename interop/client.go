@@ -67,7 +67,8 @@ func request(o *options, index int, wanted *url.URL) *networkservice.NetworkServ
 
 func runClient(ctx context.Context, o *options) {
 	s := secure(ctx, o)
-	c := newClient(ctx, o, s)
+	// The signal ends the waiting; wires are closed after it.
+	c := newClient(context.WithoutCancel(ctx), o, s)
 	wanted := urls(o.networkServices)
 	if o.count > 0 {
 		measure(ctx, o, c, wanted[0])
@@ -98,7 +99,6 @@ func runClient(ctx context.Context, o *options) {
 	ready()
 	<-ctx.Done()
 	for _, wire := range wires {
-		// The signal has ended the other one; what upstream's chain refreshed or healed it knows by the id.
 		last, cancel := context.WithTimeout(context.Background(), o.timeout)
 		if _, err := c.Close(last, wire); err != nil {
 			say("wire", "not-closed", err)

@@ -7,6 +7,7 @@ import (
 	"net/url"
 	"os"
 	"strings"
+	"time"
 
 	"github.com/edwarnicke/genericsync"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -182,17 +183,26 @@ func endpoint(ctx context.Context, o *options) {
 			must(serviceRegistry(ctx, s, urls(o.connectTo)[0]).Register(ctx, &registryapi.NetworkService{Name: name, Payload: o.payload}))
 		}
 	}
-	register(ctx, o, s, &registryapi.NetworkServiceEndpoint{
+	unregister := register(ctx, o, s, &registryapi.NetworkServiceEndpoint{
 		Name: o.name, NetworkServiceNames: names, NetworkServiceLabels: labels, Url: urls(o.listenOn)[0].String(),
 	})
 	serveUntilEnd(ctx)
+	unregister()
 }
 
 // register registers by the descriptor of the own socket, and refreshes as long as the process lives.
-func register(ctx context.Context, o *options, s *security, nse *registryapi.NetworkServiceEndpoint) {
-	must(registryclient.NewNetworkServiceEndpointRegistryClient(ctx,
+func register(ctx context.Context, o *options, s *security, nse *registryapi.NetworkServiceEndpoint) (unregister func()) {
+	// The one that unregisters outlives the signal.
+	last := context.WithoutCancel(ctx)
+	c := registryclient.NewNetworkServiceEndpointRegistryClient(last,
 		registryclient.WithClientURL(urls(o.connectTo)[0]), registryclient.WithDialOptions(s.dial...),
 		registryclient.WithNSEAdditionalFunctionality(registrysendfd.NewNetworkServiceEndpointRegistryClient()),
 		registryclient.WithAuthorizeNSERegistryClient(registryauthorize.NewNetworkServiceEndpointRegistryClient(policies("client"))),
-	).Register(ctx, nse))
+	)
+	registered := must(c.Register(ctx, nse))
+	return func() {
+		soon, cancel := context.WithTimeout(last, 5*time.Second)
+		defer cancel()
+		_, _ = c.Unregister(soon, registered)
+	}
 }

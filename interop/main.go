@@ -18,6 +18,7 @@ import (
 	"net/url"
 	"os"
 	"os/signal"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -59,7 +60,12 @@ func parse(role string, arguments []string) *options {
 	f.StringVar(&o.config, "config", "", "configuration of nsm identity, as JSON (identity)")
 	f.StringVar(&o.token, "token", "honest", "honest, forged, expired or misdirected: what stands in nsm-client-token")
 	f.BoolVar(&o.once, "once", false, "give up after the first try (client)")
-	f.BoolVar(&o.registerService, "register-service", true, "register the services too (endpoint)")
+	o.registerService = true
+	f.Func("register-service", "true or false: register the services too (endpoint)", func(text string) (err error) {
+		// Not one of Go's own flags of that kind, which take no value of their own.
+		o.registerService, err = strconv.ParseBool(text)
+		return err
+	})
 	f.BoolVar(&o.verbose, "verbose", false, "upstream's own log too")
 	f.BoolVar(&o.unknownMechanism, "unknown-mechanism", false, "prefer a mechanism that nobody has heard of (client)")
 	f.BoolVar(&o.heal, "heal", true, "follow the wires, and ask again for those that fall (client)")
@@ -73,6 +79,9 @@ func parse(role string, arguments []string) *options {
 		f.StringVar(&o.unused, ignored, "", "nothing: ours has it")
 	}
 	_ = f.Parse(arguments)
+	if f.NArg() > 0 {
+		fail("what is " + f.Arg(0) + "?")
+	}
 	return o
 }
 

@@ -96,13 +96,23 @@ impl Mesh {
     }
 
     fn up_as(test: &str, daemons: Daemons, pods: &str, change: impl FnOnce(&mut Plan)) -> Option<Self> {
+        let nodes = if pods.contains("node: node2") { "node1, node2" } else { "node1" };
+        Self::up_scenario(test, daemons, &format!("{SERVICES}nodes: [{nodes}]\npods:\n{pods}"), change)
+    }
+
+    /// As [`Mesh::up_with`], with another scenario, which gets its name here.
+    pub(crate) fn up_scenario(
+        test: &str,
+        daemons: Daemons,
+        scenario: &str,
+        change: impl FnOnce(&mut Plan),
+    ) -> Option<Self> {
         if may_not(test) {
             return None;
         }
         let name =
             format!("t{}-{}", std::process::id(), test.split('_').take(4).collect::<Vec<_>>().join("-"));
-        let nodes = if pods.contains("node: node2") { "node1, node2" } else { "node1" };
-        let text = format!("name: {name}\n{SERVICES}nodes: [{nodes}]\npods:\n{pods}");
+        let text = format!("name: {name}\n{scenario}");
         let file = PathBuf::from(format!("{test}.yaml"));
         let mut scenario = Scenario::parse(&text, &file).unwrap_or_else(|e| panic!("{e}\n{text}"));
         scenario.daemons = daemons;
@@ -414,8 +424,17 @@ pub(crate) fn records(lab: &str) -> Vec<PathBuf> {
 }
 
 /// Waits until something holds; what is in its way is said when it does not.
-pub(crate) fn eventually<T>(what: &str, mut look: impl FnMut() -> Result<T, String>) -> T {
-    let end = Instant::now() + PATIENCE;
+pub(crate) fn eventually<T>(what: &str, look: impl FnMut() -> Result<T, String>) -> T {
+    eventually_within(PATIENCE, what, look)
+}
+
+/// As [`eventually`], with another patience.
+pub(crate) fn eventually_within<T>(
+    patience: Duration,
+    what: &str,
+    mut look: impl FnMut() -> Result<T, String>,
+) -> T {
+    let end = Instant::now() + patience;
     loop {
         match look() {
             Ok(found) => return found,

@@ -13,6 +13,7 @@ mod context;
 mod functions;
 mod harness;
 mod hostile;
+mod interop;
 mod killed;
 mod node;
 mod operate;
@@ -44,6 +45,7 @@ fn inside() {
         job if job.starts_with("steer ") => steering::steer(&lab, &job["steer ".len()..]),
         other => match other.split_once(' ') {
             Some(("mangle", socket)) => hostile::mangle(&lab, socket),
+            Some(("lies", socket)) => interop::lies(&lab, socket),
             Some(("forge", socket)) => hostile::forge(&lab, socket),
             _ => panic!("no such job: {other}"),
         },
