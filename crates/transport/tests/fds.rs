@@ -126,7 +126,9 @@ fn a_thousand_calls_at_once_with_the_same_and_different_descriptors() {
         let served = tokio::spawn(server.serve(Routes::new(NetworkServiceServer::new(Mirror)), &[], async {
             let _ = stopped.await;
         }));
-        let pool = Pool::new(source("client"), PoolConfig::default());
+        // All on one connection.
+        let config = PoolConfig { descriptors: usize::MAX, ..PoolConfig::default() };
+        let pool = Pool::new(source("client"), config);
         let url: DialUrl = url.to_string().parse().unwrap();
         // 250 files of their own, and one that every call sends.
         let files = files(&dir, 251);
