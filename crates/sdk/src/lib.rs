@@ -1,4 +1,5 @@
-//! The public library: clients and endpoints of a network service mesh.
+//! The public library: clients, endpoints and network functions of a network service mesh. [`program`] is the short way
+//! into it; `examples/` of the repository has whole programs.
 
 pub mod client;
 pub mod endpoint;
@@ -10,4 +11,9 @@ mod predecessor;
 pub mod prefix_client;
 pub mod prefix_server;
 pub mod prefixes;
+pub mod program;
 pub mod provides;
+
+pub use nsm_api::pb;
+pub use nsm_mesh::{Chain, Context, Element, Error, Lease, Next, Release, Result, chain};
+pub use program::{Program, Serving};

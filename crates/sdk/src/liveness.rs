@@ -37,6 +37,13 @@ pub struct Liveness {
     pub timeout: Duration,
 }
 
+impl Default for Liveness {
+    /// As `nsm client` probes: a check every 200 ms, answered within a second.
+    fn default() -> Self {
+        Self { interval: Duration::from_millis(200), timeout: Duration::from_secs(1) }
+    }
+}
+
 /// What a check has found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {

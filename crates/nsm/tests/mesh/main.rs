@@ -10,6 +10,7 @@ mod client;
 mod common;
 mod config;
 mod context;
+mod examples;
 mod functions;
 mod harness;
 mod hostile;
