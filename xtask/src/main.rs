@@ -82,7 +82,12 @@ fn bench(args: &[String]) -> Result<()> {
     let commit = commit.ok().filter(|said| said.status.success()).map(|said| said.stdout);
     let commit = commit.map(|id| String::from_utf8_lossy(&id).trim().to_owned());
     let told: Vec<_> = commit.iter().flat_map(|id| ["--commit", id]).collect();
-    nsm(&[&["bench"], &told[..]].concat(), args)
+    let mut args = args.to_vec();
+    if args.iter().any(|arg| arg == "interop") && !args.iter().any(|arg| arg.starts_with("--upstream")) {
+        let upstream = nsm_upstream::build()?;
+        args.extend(["--upstream".to_owned(), upstream.to_string_lossy().into_owned()]);
+    }
+    nsm(&[&["bench"], &told[..]].concat(), &args)
 }
 
 fn test(all: bool) -> Result<()> {

@@ -16,6 +16,7 @@ mod bare;
 mod client;
 mod error;
 mod figures;
+mod interop;
 mod setup;
 mod traffic;
 
@@ -33,6 +34,7 @@ use serde::Serialize;
 pub use client::{ClientOptions, client};
 pub use error::Error;
 pub use figures::{Amounts, Machine, Results, Row, Target, Times, Value, is_debug};
+pub use interop::beside_upstream;
 
 /// The network service that is asked for.
 const SERVICE: &str = "bench";

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command as Program, ExitCode};
 use std::time::Duration;
 
@@ -35,6 +35,13 @@ enum Command {
     Throughput,
     /// Pings over a wire, beside a bare veth pair or a hand-made VXLAN
     Latency,
+    /// Ours beside upstream's programs: the same roles and counts, both in one run (`cargo xtask bench interop` builds
+    /// upstream's)
+    Interop {
+        /// The program with upstream's roles, built from interop/
+        #[arg(long, env = "NSM_UPSTREAM_PEER", value_name = "FILE")]
+        upstream: PathBuf,
+    },
     /// Ask for wires and ping through them, as ordered on stdin (started by the others in the client's pod)
     #[command(hide = true)]
     Client {
@@ -95,6 +102,7 @@ fn topologies(text: &str) -> Result<Topologies, String> {
 /// Runs a command; must be called before any thread of a runtime is started.
 pub(crate) fn run(bench: Bench) -> Result<ExitCode> {
     let all = BTreeSet::from([Measure::Setup, Measure::Throughput, Measure::Latency]);
+    let mut upstream = None;
     let measures = match bench.command {
         Some(Command::Client { connect_to, common }) => {
             common::run(&common.clone(), "bench", "bench", async {
@@ -102,6 +110,10 @@ pub(crate) fn run(bench: Bench) -> Result<ExitCode> {
                 Ok(nsm_bench::client(ClientOptions { connect_to }, source).await?)
             })?;
             return Ok(ExitCode::SUCCESS);
+        }
+        Some(Command::Interop { upstream: program }) => {
+            upstream = Some(program);
+            BTreeSet::new()
         }
         Some(Command::Setup) => BTreeSet::from([Measure::Setup]),
         Some(Command::Throughput) => BTreeSet::from([Measure::Throughput]),
@@ -118,10 +130,15 @@ pub(crate) fn run(bench: Bench) -> Result<ExitCode> {
         return confined(&exe);
     }
     nsm_lab::settle_in()?;
-    measure(bench.amounts, measures, &exe)
+    measure(bench.amounts, measures, upstream.as_deref(), &exe)
 }
 
-fn measure(amounts: Amounts, measures: BTreeSet<Measure>, exe: &std::path::Path) -> Result<ExitCode> {
+fn measure(
+    amounts: Amounts,
+    measures: BTreeSet<Measure>,
+    upstream: Option<&Path>,
+    exe: &Path,
+) -> Result<ExitCode> {
     let options = Options {
         topologies: amounts.topology.0,
         measures,
@@ -138,7 +155,10 @@ fn measure(amounts: Amounts, measures: BTreeSet<Measure>, exe: &std::path::Path)
     let mut progress = |text: &str| {
         let _ = writeln!(io::stderr(), "{text}");
     };
-    let results = nsm_bench::run(&options, exe, &mut progress)?;
+    let results = match upstream {
+        Some(upstream) => nsm_bench::beside_upstream(&options, exe, upstream, &mut progress)?,
+        None => nsm_bench::run(&options, exe, &mut progress)?,
+    };
     let text = if amounts.json { results.json() } else { results.text(Format::text()) };
     io::stdout().lock().write_all(text.as_bytes()).context("write the results")?;
     if let Some(name) = amounts.save {

@@ -97,6 +97,31 @@ fn all_wires_come_up_and_nothing_is_left() {
 }
 
 #[test]
+fn ours_and_upstreams_programs_are_measured_in_one_run() {
+    let test = "ours_and_upstreams_programs_are_measured_in_one_run";
+    if may_not(test) {
+        return;
+    }
+    let Some(upstream) = nsm_upstream::program(test) else { return };
+    let lab = name("beside");
+    let args = ["interop", "--wires", "4", "--upstream", &upstream.to_string_lossy()];
+    let output = bench(&lab, &args).output().expect("start nsm");
+    assert!(output.status.success(), "{}", text(&output));
+    let results: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    for id in ["request.ours", "request.upstream", "close.ours", "close.upstream"] {
+        let times = &row(&results, "local", &format!("interop.{id}"))["value"]["times"];
+        assert_eq!(times["count"], 4, "{id}: {times}");
+    }
+    assert!(number(&results, "local", "interop.ratio") > 0.0);
+    assert_eq!(traces(&lab), Vec::<String>::new());
+    // What is no program of upstream's is said to be none.
+    let args = ["interop", "--wires", "1", "--upstream", "/bin/true"];
+    let output = bench(&lab, &args).output().expect("start nsm");
+    assert!(!output.status.success(), "{}", text(&output));
+    assert_eq!(traces(&lab), Vec::<String>::new());
+}
+
+#[test]
 fn an_interrupted_run_removes_everything() {
     if may_not("an_interrupted_run_removes_everything") {
         return;

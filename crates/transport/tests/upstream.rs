@@ -104,6 +104,23 @@ impl Lab {
         }
     }
 
+    /// Starts a registry, a manager, a forwarder and an endpoint of upstream's; tells the manager's URL.
+    async fn chain(&mut self) -> String {
+        let (manager, registry) = (self.socket("manager"), self.socket("registry"));
+        self.run("registry", &["--listen-on", &registry]);
+        self.log_says("registry", "ready").await;
+        self.run("manager", &["--name", "mgr", "--listen-on", &manager, "--registry-url", &registry]);
+        self.log_says("manager", "ready").await;
+        let (forwarder, endpoint) = (self.socket("forwarder"), self.socket("endpoint"));
+        for (role, socket) in [("forwarder", &forwarder), ("endpoint", &endpoint)] {
+            let arguments = ["--name", role, "--connect-to", &manager, "--listen-on", socket];
+            self.run(role, &[&arguments[..], &["--service-names", "svc"]].concat());
+        }
+        self.log_says("forwarder", "ready").await;
+        self.log_says("endpoint", "ready").await;
+        manager
+    }
+
     async fn source(&self) -> Source {
         timeout(PATIENCE, Source::open(&self.api())).await.unwrap().unwrap()
     }
@@ -218,20 +235,7 @@ fn request(netns: FileId, name: &str) -> Request<NetworkServiceRequest> {
 async fn upstreams_chain_is_asked() {
     let Some(peer) = nsm_upstream::program("upstreams_chain_is_asked") else { return };
     let mut lab = Lab::start(peer);
-    let manager = lab.socket("manager");
-    let registry = lab.socket("registry");
-    lab.run("registry", &["--listen-on", &registry]);
-    lab.log_says("registry", "ready").await;
-    lab.run("manager", &["--name", "mgr", "--listen-on", &manager, "--registry-url", &registry]);
-    lab.log_says("manager", "ready").await;
-    let (forwarder, endpoint) = (lab.socket("forwarder"), lab.socket("endpoint"));
-    for (role, socket) in [("forwarder", &forwarder), ("endpoint", &endpoint)] {
-        let arguments = ["--name", role, "--connect-to", &manager, "--listen-on", socket];
-        lab.run(role, &[&arguments[..], &["--service-names", "svc"]].concat());
-    }
-    lab.log_says("forwarder", "ready").await;
-    lab.log_says("endpoint", "ready").await;
-
+    let manager = lab.chain().await;
     let pool = Pool::new(lab.source().await, PoolConfig::default());
     let url: DialUrl = manager.parse().unwrap();
     let connection = pool.get(&url, PATIENCE).await.unwrap();
@@ -252,4 +256,47 @@ async fn upstreams_chain_is_asked() {
         drop(fds.take(id, Instant::now() + PATIENCE).await.unwrap());
     }
     assert_eq!(pool.handshakes(), 1);
+}
+
+/// Upstream's manager keeps what it received until the connection ends: with one connection for ever it would run out of
+/// descriptors, with one that is left after some it does not.
+#[tokio::test]
+async fn upstreams_manager_lets_go_of_descriptors_when_connections_end() {
+    const WIRES: usize = 40;
+    const LIMIT: usize = 8;
+    let test = "upstreams_manager_lets_go_of_descriptors_when_connections_end";
+    let Some(peer) = nsm_upstream::program(test) else { return };
+    let mut lab = Lab::start(peer);
+    let manager = lab.chain().await;
+    let pid = lab.processes[1].0.id();
+    let kept = || {
+        let files = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+        let paths = files.filter_map(|file| std::fs::read_link(file.path()).ok());
+        paths.filter(|path| path.to_string_lossy().contains("/pod-")).count()
+    };
+    let url: DialUrl = manager.parse().unwrap();
+    let mut counts = Vec::new();
+    for descriptors in [usize::MAX, LIMIT] {
+        let pool = Pool::new(lab.source().await, PoolConfig { descriptors, ..PoolConfig::default() });
+        for i in 0..WIRES {
+            // A file for each, as each pod has a namespace of its own.
+            let path = lab.dir.path().join(format!("pod-{descriptors}-{i}"));
+            std::fs::write(&path, "").unwrap();
+            let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
+            let file = rustix::fs::open(&path, flags, rustix::fs::Mode::empty()).unwrap();
+            let id = FileId::of(&file).unwrap();
+            let connection = pool.get(&url, PATIENCE).await.unwrap();
+            connection.send_fd(file);
+            let mut client = NetworkServiceClient::new(connection);
+            let answer = client.request(request(id, &format!("c{i}"))).await.unwrap().into_inner();
+            let mut close = Request::new(answer);
+            close.set_timeout(Duration::from_secs(15));
+            client.close(close).await.unwrap();
+        }
+        counts.push(kept());
+    }
+    println!("descriptors kept after {WIRES} wires: {counts:?}");
+    assert!(counts[0] >= WIRES, "it does not keep them any more: then connections need not end, {counts:?}");
+    // The first pool is gone, and with it its connection.
+    assert!(counts[1] <= 2 * LIMIT, "{counts:?}");
 }

@@ -700,3 +700,200 @@ pub(crate) fn lies(lab: &str, socket: &str) {
         }
     });
 }
+
+/// A client and its endpoint on one node, as other tests of the mesh have them.
+const PODS: &str = "\
+- {name: a, node: node1}
+- {name: b, node: node1}
+- {name: gw, node: node1, endpoint: {services: [plain], cidrPrefix: [172.16.0.0/16]}}
+";
+
+#[test]
+#[ignore = "takes minutes; cargo xtask test --all runs it"]
+fn five_thousand_wires_leave_no_descriptors_at_upstreams_programs() {
+    churn("five_thousand_wires_leave_no_descriptors_at_upstreams_programs", 5000, 1024);
+}
+
+/// Makes and closes wires through upstream's manager to upstream's endpoint, the client and the forwarder being ours.
+/// Upstream's programs keep the descriptor of each namespace until the connection ends that it came on; with as many
+/// namespaces as wires that is tested in `nsm-transport`.
+fn churn(test: &str, wires: usize, limit: usize) {
+    if harness::may_not(test) {
+        return;
+    }
+    let Some(upstream) = nsm_upstream::program(test) else { return };
+    let mesh = Mesh::up_with(test, PODS, |plan| {
+        for process in plan.processes.iter_mut().filter(|p| ["node1/manager", "gw"].contains(&&*p.name)) {
+            process.exe = Some(upstream.clone());
+        }
+    });
+    let Some(mesh) = mesh else { return };
+    let lab = &mesh.lab.plan.lab;
+    let watched = [("node1/manager", "a"), ("gw", "gw")].map(|(name, pod)| {
+        let inode = fs::metadata(format!("/run/netns/{lab}.{pod}")).expect("a namespace");
+        let inode = std::os::unix::fs::MetadataExt::ino(&inode);
+        (name, format!("/proc/{}/fd", mesh.pid(name).as_raw_nonzero()), format!("net:[{inode}]"))
+    });
+    let count = |directory: &str, wanted: &str| {
+        let files: Vec<_> = fs::read_dir(directory).into_iter().flatten().flatten().collect();
+        let of_it =
+            |file: &&fs::DirEntry| fs::read_link(file.path()).is_ok_and(|to| to.as_os_str() == wanted);
+        (files.iter().filter(of_it).count(), files.len())
+    };
+    let before = watched.each_ref().map(|(_, directory, wanted)| count(directory, wanted));
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let began = Instant::now();
+    let peaks = std::thread::scope(|scope| {
+        let watcher = scope.spawn(|| {
+            let mut peaks = [(0, 0); 2];
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                for (peak, (_, directory, wanted)) in peaks.iter_mut().zip(&watched) {
+                    let (of_it, all) = count(directory, wanted);
+                    *peak = (peak.0.max(of_it), peak.1.max(all));
+                }
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            peaks
+        });
+        let worked = catch_unwind(AssertUnwindSafe(|| mesh.inside("a", &format!("churn {wires} {limit}"))));
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        let peaks = watcher.join().expect("no panic");
+        assert!(worked.is_ok(), "some wires did not come up");
+        peaks
+    });
+    println!(
+        "{wires} wires in {:.1} s, at most {limit} descriptors a connection",
+        began.elapsed().as_secs_f64()
+    );
+    for ((name, ..), (peak, before)) in watched.iter().zip(peaks.iter().zip(&before)) {
+        println!(
+            "  {name}: {} descriptors of the namespace at most ({} before), {} open files ({} before)",
+            peak.0, before.0, peak.1, before.1
+        );
+    }
+    // Two connections may overlap, and the manager holds a second descriptor while a wire is being made.
+    assert!(peaks[0].0 <= 2 * limit + 50, "{peaks:?}");
+    assert!(peaks[0].0 < wires, "it piled up: {peaks:?}");
+    // The forwarder's limit is the default one.
+    assert!(peaks[1].0 <= 2 * 1024 + 50, "{peaks:?}");
+    let calls = mesh.log("node1/manager").matches("served NetworkService/Request").count();
+    assert!(calls >= wires, "{calls} requests in the manager's log");
+    mesh.no_wire_is_left(&["a"]);
+}
+
+/// The client of [`churn`], as a process in its pod: several wires at a time.
+pub(crate) fn make_and_close(lab: &str, amounts: &str) {
+    use nsm_sdk::{
+        client::{Client, ClientConfig},
+        own_end::OwnNamespace,
+        prefixes::AwarenessGroups,
+    };
+    use nsm_transport::{DialUrl, Pool, PoolConfig};
+    let (wires, limit) = amounts.split_once(' ').expect("two numbers");
+    let (wires, limit): (usize, usize) = (wires.parse().expect("a number"), limit.parse().expect("a number"));
+    in_runtime(async {
+        let source = nsm_identity::Source::from_env().await.expect("an identity");
+        let manager: DialUrl = harness::url(lab, "nsm.io.sock").parse().expect("a URL");
+        let config = ClientConfig {
+            name: "churn".into(),
+            connect_to: (&manager).into(),
+            dial_timeout: Duration::from_secs(5),
+            request_timeout: Duration::from_secs(15),
+            labels: BTreeMap::new(),
+            awareness_groups: AwarenessGroups::default(),
+            takes_over: false,
+            liveness: None,
+        };
+        let pool = Pool::new(source, PoolConfig { descriptors: limit, ..PoolConfig::default() });
+        let client = Client::new(config, pool.clone(), OwnNamespace::open().expect("a namespace"));
+        let next = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let askers: Vec<_> = (0..8)
+            .map(|_| {
+                let (client, next) = (std::sync::Arc::clone(&client), std::sync::Arc::clone(&next));
+                tokio::spawn(async move {
+                    loop {
+                        let index = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                        if index >= wires {
+                            return;
+                        }
+                        let url = format!("kernel://plain/c{index}").parse().expect("a URL");
+                        let wire =
+                            client.request(index, &url).await.unwrap_or_else(|e| panic!("{index}: {e}"));
+                        wire.close().await.unwrap_or_else(|e| panic!("close {index}: {e}"));
+                    }
+                })
+            })
+            .collect();
+        for asker in askers {
+            asker.await.expect("no panic");
+        }
+        assert!(pool.handshakes() as usize >= wires / limit, "{} handshakes", pool.handshakes());
+    });
+}
+
+/// Another Workload API than ours: it refuses whom it does not know yet, has CAs that change, one for each of two trust
+/// domains, and forgets everything when it is killed.
+#[test]
+fn wires_live_on_another_workload_api_through_rotation_and_restart() {
+    let test = "wires_live_on_another_workload_api_through_rotation_and_restart";
+    if harness::may_not(test) {
+        return;
+    }
+    let Some(upstream) = nsm_upstream::program(test) else { return };
+    let mesh = Mesh::up_with(test, PODS, |plan| {
+        for process in plan.processes.iter_mut().filter(|process| process.name == "identity") {
+            process.exe = Some(upstream.clone());
+        }
+        // It is entered later.
+        plan.pods.retain(|pod| pod.pod != "b");
+    });
+    let Some(mut mesh) = mesh else { return };
+    mesh.lab.plan.pods.push(nsm_lab::plan::PodEntry {
+        pod: "b".into(),
+        node: "node1".into(),
+        spiffe_id: "spiffe://elsewhere.lab/pod/b".into(),
+    });
+    mesh.client("stranger", "b", "kernel://plain/nsm0", &[]);
+    harness::eventually("who is not entered is refused", || {
+        let log = mesh.log("identity");
+        if log.contains("refused FetchX509SVID") { Ok(()) } else { Err(log) }
+    });
+    mesh.lab.write_identity_config().unwrap_or_else(|e| panic!("{}", e.chain()));
+    let mesh = mesh;
+    let log = || mesh.log("identity");
+    mesh.client("client", "a", "kernel://plain/nsm0", &[]);
+    mesh.ready(&["client"]);
+    let was = mesh.has("a", "nsm0").index;
+    let names = ["pod/a", "pod/gw", "node1/manager", "node1/forwarder", "registry"];
+    let told = |times: usize| {
+        harness::eventually(&format!("everybody has {times} certificates"), || {
+            let of = |name: &&&str| log().matches(&format!("{name} federated=")).count() < times;
+            names.iter().find(of).map_or(Ok(()), |name| Err(format!("{name}: {}", log())))
+        });
+    };
+    let works = |name: &str| {
+        mesh.client(name, "a", &format!("kernel://plain/{name}"), &[]);
+        mesh.ready(&[name]);
+        mesh.end(name, Signal::TERM);
+        assert_eq!(mesh.has("a", "nsm0").index, was, "the first wire is as it was");
+    };
+    for times in 2..4 {
+        mesh.signal("identity", Signal::HUP);
+        told(times);
+        works(&format!("turn{times}"));
+    }
+    // Whoever is of another trust domain, whose roots came along with the rotation, is served as anybody else.
+    mesh.ready(&["stranger"]);
+    mesh.end("stranger", Signal::TERM);
+    // Killed, it comes back with other CAs than anybody has.
+    let before = log().matches("sent FetchX509SVID").count();
+    mesh.end("identity", Signal::KILL);
+    mesh.restart("identity");
+    harness::eventually("everybody asks again", || {
+        let now = log().matches("sent FetchX509SVID").count();
+        if now >= before + names.len() { Ok(()) } else { Err(log()) }
+    });
+    works("again");
+    mesh.end("client", Signal::TERM);
+    mesh.nothing_is_left(&["a", "b", "gw"]);
+}

@@ -47,6 +47,7 @@ fn inside() {
         other => match other.split_once(' ') {
             Some(("mangle", socket)) => hostile::mangle(&lab, socket),
             Some(("lies", socket)) => interop::lies(&lab, socket),
+            Some(("churn", amounts)) => interop::make_and_close(&lab, amounts),
             Some(("forge", socket)) => hostile::forge(&lab, socket),
             _ => panic!("no such job: {other}"),
         },
