@@ -75,10 +75,11 @@ impl Liveness {
             Ok(socket) => socket,
             Err(verdict) => return verdict,
         };
-        let begin = Instant::now();
+        let step = self.timeout / u32::from(REQUESTS);
         let mut why = "no answer".to_owned();
         for number in 1..=REQUESTS {
-            let end = begin + self.timeout * u32::from(number) / u32::from(REQUESTS);
+            // Counted from the request on: a process that got no time to run has not waited.
+            let end = Instant::now() + step;
             if let Ok(Err(error)) = timeout_at(end, socket.send(&request(to, number))).await {
                 // The neighbour does not answer, or a rule of this namespace says no: lost, like a lost packet.
                 why = error.to_string();

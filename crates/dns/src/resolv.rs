@@ -1,0 +1,287 @@
+//! `resolv.conf`: read by the rules of resolvers (resolv.conf(5)), pointed to the local forwarder, and restored.
+//!
+//! The file may be a mount of its own, shared by the containers of a pod, so it is written in place. What was in it
+//! stays in it as comments, in upstream's form: whoever comes after a killed client, ours or upstream's, finds it. At no
+//! moment is the original only in memory: one write puts the new text over the old one, then the rest is cut off.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Read as _},
+    net::IpAddr,
+    os::unix::fs::{FileExt as _, MetadataExt as _},
+    path::{Path, PathBuf},
+};
+
+use crate::config::{self, Config};
+
+/// The first line of a file that was taken over.
+const MARK: &str = "# modified";
+/// Bytes of a file that is taken for a resolv.conf.
+const MAX: u64 = 64 << 10;
+
+/// Why the file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Reading or writing failed.
+    #[error(
+        "{path} cannot be {what}: {source}; names of services are not resolved (NSM_RESOLV_CONF names the file, NSM_LOCAL_DNS_SERVER_ENABLED=false leaves it alone)"
+    )]
+    Io {
+        /// Which file.
+        path: PathBuf,
+        /// `read` or `written`.
+        what: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// It is no resolv.conf.
+    #[error(
+        "{0} is no resolv.conf: it has more than {MAX} bytes or is not text; expected lines such as `nameserver 10.96.0.10`"
+    )]
+    Strange(PathBuf),
+    /// It belongs to the node.
+    #[error(
+        "{0} is the node's, and this process is in another network namespace than the node: what it says of names would hold for everybody there; expected a file of the pod's own, mounted over it or named by NSM_RESOLV_CONF"
+    )]
+    OfTheNode(PathBuf),
+}
+
+/// A `resolv.conf`.
+#[derive(Debug, Clone)]
+pub struct ResolvConf {
+    path: PathBuf,
+}
+
+impl ResolvConf {
+    /// The one at a path that somebody chose.
+    #[must_use]
+    pub fn at(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into() }
+    }
+
+    /// `/etc/resolv.conf`, if it is this pod's.
+    ///
+    /// # Errors
+    /// [`Error::OfTheNode`].
+    pub fn of_this_pod() -> Result<Self, Error> {
+        let path = PathBuf::from("/etc/resolv.conf");
+        // With the mounts of the first process that we see, but not its network.
+        let id = |process: &str, kind: &str| {
+            std::fs::metadata(format!("/proc/{process}/ns/{kind}")).map(|meta| (meta.dev(), meta.ino())).ok()
+        };
+        let differs = |kind: &str| id("1", kind).is_some_and(|first| Some(first) != id("self", kind));
+        let mounted = is_mount(&path);
+        if differs("net") && !differs("mnt") && !mounted {
+            Err(Error::OfTheNode(path))
+        } else {
+            Ok(Self { path })
+        }
+    }
+
+    /// Puts back what was there before it was taken over, by a predecessor that was killed too; says whether it was. Only
+    /// what bears the mark is touched: a person's file may look like the unmarked form.
+    ///
+    /// # Errors
+    /// A file that cannot be read or written.
+    pub fn restore(&self) -> Result<bool, Error> {
+        let text = self.read()?;
+        match original(&text).filter(|_| text.starts_with(MARK)) {
+            Some(original) => self.write(&original).map(|()| true),
+            None => Ok(false),
+        }
+    }
+
+    /// Points it to `server`; returns what it said before.
+    ///
+    /// # Errors
+    /// A file that cannot be read or written.
+    pub fn take_over(&self, server: IpAddr) -> Result<Config, Error> {
+        let text = self.read()?;
+        let text = original(&text).unwrap_or(text);
+        let config = configured(&text);
+        self.write(&taken_over(&text, server))?;
+        Ok(config)
+    }
+
+    fn read(&self) -> Result<String, Error> {
+        let failed = |source| Error::Io { path: self.path.clone(), what: "read", source };
+        let mut bytes = Vec::new();
+        File::open(&self.path).and_then(|f| f.take(MAX + 1).read_to_end(&mut bytes)).map_err(failed)?;
+        let fits = bytes.len() as u64 <= MAX;
+        String::from_utf8(bytes).ok().filter(|_| fits).ok_or_else(|| Error::Strange(self.path.clone()))
+    }
+
+    fn write(&self, text: &str) -> Result<(), Error> {
+        write_in_place(&self.path, text).map_err(|source| Error::Io {
+            path: self.path.clone(),
+            what: "written",
+            source,
+        })
+    }
+}
+
+/// What it configures.
+#[must_use]
+pub fn configured(text: &str) -> Config {
+    let mut config = Config::default();
+    for (keyword, mut values) in directives(text) {
+        match keyword {
+            "nameserver" => config.servers.extend(values.next().and_then(config::server)),
+            // The last of them counts.
+            "search" | "domain" => config.search = values.filter_map(config::domain).collect(),
+            _ => {}
+        }
+    }
+    config
+}
+
+/// The text that points to `server` and has `text` in its comments. Search domains are the server's affair from now on.
+#[must_use]
+pub fn taken_over(text: &str, server: IpAddr) -> String {
+    let mut new = MARK.to_owned();
+    for line in text.split('\n') {
+        new.push_str("\n#");
+        new.push_str(line);
+    }
+    new.push_str("\n\n");
+    for line in text.lines() {
+        if directives(line).any(|(keyword, _)| !["nameserver", "search", "domain"].contains(&keyword)) {
+            new.push_str(line);
+            new.push('\n');
+        }
+    }
+    new.push_str(&format!("nameserver {server}\n"));
+    new
+}
+
+/// What was there before it was taken over, if it was: marked, or, as newer upstream has it, with name servers in its
+/// comments and only this machine beside them.
+#[must_use]
+pub fn original(text: &str) -> Option<String> {
+    let marked = text.strip_prefix(MARK).and_then(|rest| rest.strip_prefix('\n'));
+    let block = marked.unwrap_or(text);
+    let lines = block.split('\n').map_while(|line| line.strip_prefix('#'));
+    let original = lines.collect::<Vec<_>>().join("\n");
+    if marked.is_some() {
+        return Some(original);
+    }
+    let now = configured(text).servers;
+    let only_us = !now.is_empty() && now.iter().all(|server| server.ip().is_loopback());
+    (only_us && !configured(&original).servers.is_empty()).then_some(original)
+}
+
+fn directives(text: &str) -> impl Iterator<Item = (&str, std::str::SplitWhitespace<'_>)> {
+    text.lines().filter(|line| !line.starts_with(['#', ';'])).filter_map(|line| {
+        let mut words = line.split_whitespace();
+        Some((words.next()?, words))
+    })
+}
+
+/// One write, then the cut: whoever is killed in between leaves empty lines.
+fn write_in_place(path: &Path, text: &str) -> io::Result<()> {
+    let file = OpenOptions::new().write(true).open(path)?;
+    let old = usize::try_from(file.metadata()?.len()).unwrap_or(usize::MAX);
+    let mut bytes = text.as_bytes().to_vec();
+    bytes.resize(bytes.len().max(old), b'\n');
+    file.write_all_at(&bytes, 0)?;
+    file.set_len(text.len() as u64)
+}
+
+fn is_mount(path: &Path) -> bool {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let target = path.to_string_lossy();
+    mounts.lines().any(|line| line.split(' ').nth(4) == Some(&*target))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    const POD: &str = "search default.svc.cluster.local svc.cluster.local\nnameserver\t10.96.0.10\nnameserver 10.96.0.11\n; old\noptions ndots:5\n";
+    const LOCAL: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
+
+    #[test]
+    fn the_text_is_as_upstream_writes_it() {
+        assert_eq!(
+            taken_over(POD, LOCAL),
+            "# modified\n#search default.svc.cluster.local svc.cluster.local\n#nameserver\t10.96.0.10\n#nameserver 10.96.0.11\n#; old\n#options ndots:5\n#\n\noptions ndots:5\nnameserver 127.0.0.1\n"
+        );
+    }
+
+    #[test]
+    fn resolvers_rules_hold() {
+        let config = configured(POD);
+        assert_eq!(config.servers.len(), 2, "several servers, and tabs");
+        assert_eq!(config.search.len(), 2);
+        let last = configured(
+            "domain a.example\nsearch b.example c.example\n# nameserver 1.1.1.1\nnameserver nonsense\n",
+        );
+        assert_eq!((last.servers.len(), last.search.len()), (0, 2));
+        assert_eq!(last.search[0].to_string(), "b.example.");
+        assert_eq!(configured(&taken_over(POD, LOCAL)).servers, ["127.0.0.1:53".parse().unwrap()]);
+    }
+
+    #[test]
+    fn what_upstream_left_is_recovered() {
+        // Without the mark: what upstream writes today.
+        let left = "#nameserver 10.96.0.10\n#search a.example\n\nnameserver 127.0.0.1\n";
+        assert_eq!(original(left).unwrap(), "nameserver 10.96.0.10\nsearch a.example");
+        assert_eq!(original(POD), None);
+        assert_eq!(
+            original("# nameserver 1.2.3.4 is broken\nnameserver 10.0.0.1\n"),
+            None,
+            "a person's comment"
+        );
+        assert_eq!(original(""), None);
+    }
+
+    #[test]
+    fn a_file_is_written_in_place_and_restored() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("resolv.conf");
+        std::fs::write(&path, POD).unwrap();
+        let inode = std::fs::metadata(&path).unwrap().ino();
+        let file = ResolvConf::at(&path);
+        assert!(!file.restore().unwrap(), "nothing to restore");
+        let first = file.take_over(LOCAL).unwrap();
+        let taken = std::fs::read_to_string(&path).unwrap();
+        // A killed one's successor takes over what is taken over.
+        assert_eq!(file.take_over(LOCAL).unwrap(), first);
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), taken);
+        assert!(file.restore().unwrap());
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), POD);
+        assert_eq!(std::fs::metadata(&path).unwrap().ino(), inode);
+    }
+
+    #[test]
+    fn what_cannot_be_used_is_said() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("resolv.conf");
+        let file = ResolvConf::at(&path);
+        let error = file.restore().unwrap_err().to_string();
+        assert!(error.contains("resolv.conf cannot be read: No such file"), "{error}");
+        assert!(error.contains("NSM_LOCAL_DNS_SERVER_ENABLED=false leaves it alone"), "{error}");
+        std::fs::write(&path, vec![b'x'; 70_000]).unwrap();
+        assert!(
+            file.take_over(LOCAL)
+                .unwrap_err()
+                .to_string()
+                .contains("is no resolv.conf: it has more than 65536")
+        );
+        std::fs::write(&path, [0xff, 0xfe]).unwrap();
+        assert!(file.take_over(LOCAL).is_err());
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn every_text_comes_back(text in "([ -~\\t]{0,30}\n){0,6}[ -~]{0,10}") {
+            proptest::prop_assert_eq!(original(&taken_over(&text, LOCAL)).unwrap(), text);
+        }
+
+        #[test]
+        fn nothing_panics(text: String) {
+            let _ = (configured(&text), original(&text));
+        }
+    }
+}
