@@ -240,6 +240,7 @@ pub async fn client(options: ClientOptions, source: Source) -> Result<(), Error>
         // Nobody was here before, and probes would be measured with the rest.
         takes_over: false,
         liveness: None,
+        names: None,
     };
     let client = Client::new(config, Pool::new(source, PoolConfig::default()), namespace);
     let mut orders = orders()?;

@@ -1,12 +1,18 @@
 //! Flags and environment of every role, and the call that starts it.
 
-use std::{net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use clap::Args;
 use ipnet::IpNet;
 use nsm_api::nsurl::NsUrl;
 use nsm_cnf::{filter::Unfiltered, rules::Rules, works::Role};
+use nsm_dns::{Names, Options};
 use nsm_identity::SpiffeId;
 use nsm_manager::{Candidate, ExcludedPrefixes, tell::ToldOfRegistry};
 use nsm_mesh::{Inside, NextHop, auth::OnlyFrom, inspect::Neighbour, metrics::Metrics};
@@ -461,6 +467,17 @@ pub(crate) struct Client {
     /// How long the endpoint has to answer one of the four pings of a probe
     #[arg(long, env = "NSM_LIVENESS_CHECK_TIMEOUT", default_value = "1s", value_parser = positive_duration)]
     liveness_check_timeout: Duration,
+    /// Serve names with the DNS servers and search domains that wires bring. Nothing is listened on and no file is
+    /// touched before a wire brings one
+    #[arg(long, env = "NSM_LOCAL_DNS_SERVER_ENABLED", default_value_t = true, action = clap::ArgAction::Set)]
+    local_dns_server_enabled: bool,
+    /// Where names are served; programs only ask port 53
+    #[arg(long, env = "NSM_LOCAL_DNS_SERVER_ADDRESS", default_value = "127.0.0.1:53")]
+    local_dns_server_address: SocketAddr,
+    /// The file that tells programs whom to ask; without this: /etc/resolv.conf, unless that is the node's. It is
+    /// restored at the end, or when a client starts after one that was killed
+    #[arg(long, env = "NSM_RESOLV_CONF", value_name = "FILE")]
+    resolv_conf: Option<PathBuf>,
     /// Give up after the first try instead of trying until the wires are there
     #[arg(long)]
     once: bool,
@@ -479,7 +496,13 @@ impl Client {
         let (process, shutdown) = (self.common.process(), Shutdown::on_signals()?);
         let urls = wanted(&self.network_services)?;
         let source = process.identity().await?;
+        // Programs that run before the sidecar ask as if there were no mesh, as with upstream.
+        let names = (self.local_dns_server_enabled && !self.init).then(|| {
+            let listen_on = self.local_dns_server_address;
+            Arc::new(Names::new(Options { listen_on, resolv_conf: self.resolv_conf }))
+        });
         let config = ClientConfig {
+            names: names.clone(),
             name: self.name,
             connect_to: (&self.connect_to).into(),
             dial_timeout: self.dial_timeout,
@@ -538,6 +561,9 @@ impl Client {
             Some(Err(_)) | None => {}
         }
         close_all(wires).await;
+        if let Some(names) = names {
+            names.stop().await;
+        }
         match asked {
             None if self.init => {
                 let cause = pending.map_or_else(String::new, |failures| format!(": {failures}"));

@@ -16,6 +16,7 @@ use nsm_api::{
         networkservice::NetworkServiceRequest,
     },
 };
+use nsm_dns::Names;
 use nsm_mesh::{
     Answer, Call, Connections, Context, Element, Error, Next, NextHop, Result, chain,
     dial::Dial,
@@ -27,6 +28,7 @@ use nsm_transport::{DialTarget, Pool};
 use tokio::{task::AbortHandle, time::Instant};
 
 use crate::{
+    dns::DnsContexts,
     failures::Failures,
     liveness::{Liveness, Verdict},
     own_end::{ClientEnd, OwnNamespace},
@@ -61,6 +63,8 @@ pub struct ClientConfig {
     pub takes_over: bool,
     /// How wires are probed; `None`: they are not. The process has to be in the namespace of its wires.
     pub liveness: Option<Liveness>,
+    /// Whom to tell of the DNS servers that wires bring.
+    pub names: Option<Arc<Names>>,
 }
 
 /// An edge client. Its chain is a list that one can read: see [`Client::new`].
@@ -123,6 +127,7 @@ impl Client {
         let chain = chain![
             Monitor { hub: Arc::clone(&hub), terminates: false }, // what the mesh tells of our wires
             prefixes.clone(),                                     // what our other wires use already
+            DnsContexts(config.names.clone()),                    // what names they bring
             ClientEnd(namespace),                                 // where they end
             To(config.connect_to.clone().into()),                 // the manager of this node
             dial,

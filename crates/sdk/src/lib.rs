@@ -2,6 +2,7 @@
 //! into it; `examples/` of the repository has whole programs.
 
 pub mod client;
+pub mod dns;
 pub mod endpoint;
 pub mod failures;
 pub mod ipam;
