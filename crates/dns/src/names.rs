@@ -1,7 +1,11 @@
 //! Names for a client: nothing happens until a wire brings DNS servers. Then the forwarder listens and `resolv.conf`
 //! points to it, until the client ends.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use tokio::sync::Mutex;
 
@@ -19,7 +23,7 @@ const OWN: &str = "";
 pub struct Options {
     /// Where to listen.
     pub listen_on: SocketAddr,
-    /// What to point there; `None`: `/etc/resolv.conf`, if it is this pod's.
+    /// What to point there; `None`: `/etc/resolv.conf`, if it is a mount of its own.
     pub resolv_conf: Option<PathBuf>,
 }
 
@@ -29,6 +33,8 @@ pub struct Names {
     options: Options,
     /// `None`: no wire has brought DNS servers yet, or it could not be begun.
     server: Mutex<Option<Server>>,
+    /// It could not be begun, and that was said: each refresh tries again.
+    told: AtomicBool,
 }
 
 /// Why names cannot be served.
@@ -50,7 +56,7 @@ impl Names {
     /// Puts back what a killed predecessor left.
     #[must_use]
     pub fn new(options: Options) -> Self {
-        let names = Self { options, server: Mutex::default() };
+        let names = Self { options, server: Mutex::default(), told: AtomicBool::new(false) };
         match names.file().and_then(|file| file.restore()) {
             Ok(true) => tracing::info!("resolv.conf is as it was before an earlier client was killed"),
             Ok(false) => {}
@@ -67,7 +73,8 @@ impl Names {
         if server.is_none() && configs.iter().any(|config| !config.servers.is_empty()) {
             match self.begin().await {
                 Ok(begun) => *server = Some(begun),
-                Err(error) => tracing::error!(%error, "no DNS"),
+                Err(error) if !self.told.swap(true, Ordering::Relaxed) => tracing::error!(%error, "no DNS"),
+                Err(error) => tracing::debug!(%error, "still no DNS"),
             }
         }
         if let Some(server) = &*server {

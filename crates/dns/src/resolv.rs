@@ -8,7 +8,7 @@ use std::{
     fs::{File, OpenOptions},
     io::{self, Read as _},
     net::IpAddr,
-    os::unix::fs::{FileExt as _, MetadataExt as _},
+    os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
 };
 
@@ -39,9 +39,9 @@ pub enum Error {
         "{0} is no resolv.conf: it has more than {MAX} bytes or is not text; expected lines such as `nameserver 10.96.0.10`"
     )]
     Strange(PathBuf),
-    /// It belongs to the node.
+    /// Nothing says that it is this pod's.
     #[error(
-        "{0} is the node's, and this process is in another network namespace than the node: what it says of names would hold for everybody there; expected a file of the pod's own, mounted over it or named by NSM_RESOLV_CONF"
+        "{0} is no mount of its own, so it may be the node's, where what this pod resolves would hold for everybody; expected a file mounted over it, as containers have it, or NSM_RESOLV_CONF naming the file; names of services are not resolved"
     )]
     OfTheNode(PathBuf),
 }
@@ -59,23 +59,13 @@ impl ResolvConf {
         Self { path: path.into() }
     }
 
-    /// `/etc/resolv.conf`, if it is this pod's.
+    /// `/etc/resolv.conf`, if it is this pod's: container runtimes mount one over it, and so does `ip netns exec`.
     ///
     /// # Errors
     /// [`Error::OfTheNode`].
     pub fn of_this_pod() -> Result<Self, Error> {
         let path = PathBuf::from("/etc/resolv.conf");
-        // With the mounts of the first process that we see, but not its network.
-        let id = |process: &str, kind: &str| {
-            std::fs::metadata(format!("/proc/{process}/ns/{kind}")).map(|meta| (meta.dev(), meta.ino())).ok()
-        };
-        let differs = |kind: &str| id("1", kind).is_some_and(|first| Some(first) != id("self", kind));
-        let mounted = is_mount(&path);
-        if differs("net") && !differs("mnt") && !mounted {
-            Err(Error::OfTheNode(path))
-        } else {
-            Ok(Self { path })
-        }
+        if is_mount(&path) { Ok(Self { path }) } else { Err(Error::OfTheNode(path)) }
     }
 
     /// Puts back what was there before it was taken over, by a predecessor that was killed too; says whether it was. Only
@@ -189,13 +179,16 @@ fn write_in_place(path: &Path, text: &str) -> io::Result<()> {
 
 fn is_mount(path: &Path) -> bool {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let target = path.to_string_lossy();
-    mounts.lines().any(|line| line.split(' ').nth(4) == Some(&*target))
+    // Mount points are told without symbolic links.
+    let target = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    mounts.lines().any(|line| line.split(' ').nth(4).map(Path::new) == Some(&target))
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::os::unix::fs::MetadataExt as _;
+
     use super::*;
 
     const POD: &str = "search default.svc.cluster.local svc.cluster.local\nnameserver\t10.96.0.10\nnameserver 10.96.0.11\n; old\noptions ndots:5\n";

@@ -1,6 +1,7 @@
 //! Checking what a scenario expects, with a measured value for each.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -10,11 +11,12 @@ use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
+use crate::dns;
 use crate::lab::Lab;
 use crate::network::Seen;
 use crate::probe::{self, Connected, Echo};
 use crate::scenario::{
-    Expectation, Fault, FaultSignal, Http, Ping, PortState, Presence, SILENCE, Tcp, WITHIN,
+    Dns, Expectation, Fault, FaultSignal, Http, Ping, PortState, Presence, SILENCE, Tcp, WITHIN,
 };
 
 /// How long the ping of a fault runs before the fault and after the restart.
@@ -43,6 +45,10 @@ pub(crate) fn check(lab: &Lab, expectation: &Expectation) -> Outcome {
         Expectation::Ping(ping) => in_pod(lab, &ping.from, || check_ping(ping)),
         Expectation::Tcp(tcp) => check_tcp(lab, tcp),
         Expectation::Http(http) => in_pod(lab, &http.from, || check_http(http)),
+        Expectation::Dns(dns) => {
+            let resolv_conf = lab.plan.paths().resolv_conf(&dns.from);
+            in_pod(lab, &dns.from, || check_dns(dns, &resolv_conf))
+        }
         Expectation::Route(route) => present(lab, &route.pod, route.is, route.within, |seen| {
             let found = seen.routes.iter().find(|other| {
                 other.to == route.to
@@ -127,6 +133,26 @@ fn check_tcp(lab: &Lab, tcp: &Tcp) -> Finding {
             })
         }
     }
+}
+
+fn check_dns(dns: &Dns, resolv_conf: &Path) -> Finding {
+    probe::until(dns.within, |left| {
+        let began = Instant::now();
+        let found =
+            dns::resolve(resolv_conf, &dns.name, dns.address.is_some_and(|ip| ip.is_ipv6()), dns.tcp, left)?;
+        let measured = match &found[..] {
+            [] => format!("no such name, in {}", ms(began.elapsed())),
+            found => {
+                let list: Vec<_> = found.iter().map(ToString::to_string).collect();
+                format!("{} in {}", list.join(", "), ms(began.elapsed()))
+            }
+        };
+        match dns.address {
+            Some(address) if found.contains(&address) => Ok(measured),
+            None if found.is_empty() => Ok(measured),
+            _ => Err(measured),
+        }
+    })
 }
 
 fn check_http(http: &Http) -> Finding {

@@ -19,6 +19,7 @@ use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
+use crate::dns::DnsServer;
 use crate::network;
 use crate::plan::{Attested, Paths, Plan, Process, ROOT};
 use crate::process::{Condition, ProcessId, Program, Supervisor};
@@ -76,6 +77,7 @@ pub struct Lab {
     exe: PathBuf,
     namespaces: BTreeMap<String, Namespace>,
     servers: Mutex<Vec<HttpServer>>,
+    dns_servers: Mutex<Vec<DnsServer>>,
     since: u64,
     /// Held while this process lives; the kernel lets go of it whatever kills us.
     _lock: OwnedFd,
@@ -150,6 +152,7 @@ impl Lab {
             exe: exe.to_owned(),
             namespaces: BTreeMap::new(),
             servers: Mutex::default(),
+            dns_servers: Mutex::default(),
             since: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
             _lock: lock,
         };
@@ -259,6 +262,7 @@ impl Lab {
     /// Returns what could not be removed.
     pub fn down(&self) -> Vec<String> {
         self.servers.lock().clear();
+        self.dns_servers.lock().clear();
         let names = |client: bool| -> Vec<&str> {
             let of_kind = self.plan.processes.iter().filter(|process| process.client == client);
             of_kind.map(|process| process.name.as_str()).collect()
@@ -331,6 +335,11 @@ impl Lab {
             let started = HttpServer::start(self.namespace(&server.pod)?, &server.pod, &server.ports)?;
             self.servers.lock().push(started);
             progress(format!("{} serves HTTP on {:?}", server.pod, server.ports));
+        }
+        for server in &self.plan.dns_servers {
+            let started = DnsServer::start(self.namespace(&server.pod)?, &server.pod, server.names.clone())?;
+            self.dns_servers.lock().push(started);
+            progress(format!("{} serves DNS: {} names", server.pod, server.names.len()));
         }
         self.write_identity_config()
     }

@@ -4,6 +4,7 @@
 //! the expectations and takes everything down; [`Front`] is what the person at the terminal talks to.
 
 mod confine;
+mod dns;
 mod error;
 mod expect;
 mod front;

@@ -44,6 +44,8 @@ pub struct Plan {
     pub processes: Vec<Process>,
     /// HTTP servers of the lab itself.
     pub servers: Vec<Server>,
+    /// DNS servers of the lab itself.
+    pub dns_servers: Vec<DnsServer>,
     /// Who gets which SPIFFE ID besides the daemons (which are known by their pids).
     pub pods: Vec<PodEntry>,
     /// How long certificates live, as `nsm identity` reads it (`20s`); without it: its default.
@@ -149,6 +151,15 @@ pub struct Server {
     pub pod: String,
     /// Where it listens, on all addresses of both families.
     pub ports: Vec<u16>,
+}
+
+/// The lab's small DNS server in a pod.
+#[derive(Debug, Clone)]
+pub struct DnsServer {
+    /// The pod.
+    pub pod: String,
+    /// What it knows.
+    pub names: BTreeMap<String, Vec<IpAddr>>,
 }
 
 // === impl Plan ===
@@ -303,6 +314,10 @@ impl Plan {
                 .filter(|pod| !pod.serve.is_empty())
                 .map(|pod| Server { pod: pod.name.clone(), ports: pod.serve.clone() })
                 .collect(),
+            dns_servers: pods()
+                .filter(|pod| !pod.dns.is_empty())
+                .map(|pod| DnsServer { pod: pod.name.clone(), names: pod.dns.clone() })
+                .collect(),
             pods: pods()
                 .map(|pod| PodEntry {
                     pod: pod.name.clone(),
@@ -388,6 +403,10 @@ impl fmt::Display for Plan {
             let ports: Vec<_> = server.ports.iter().map(u16::to_string).collect();
             writeln!(f, "  HTTP server in {}: {}", server.pod, ports.join(", "))?;
         }
+        for server in &self.dns_servers {
+            let names: Vec<_> = server.names.keys().map(String::as_str).collect();
+            writeln!(f, "  DNS server in {}: {}", server.pod, names.join(", "))?;
+        }
         Ok(())
     }
 }
@@ -439,6 +458,12 @@ impl Paths {
     #[must_use]
     pub fn log(&self, process: &str) -> PathBuf {
         self.root.join("logs").join(format!("{}.log", process.replace('/', ".")))
+    }
+
+    /// The resolv.conf of a client's pod.
+    #[must_use]
+    pub fn resolv_conf(&self, pod: &str) -> PathBuf {
+        self.root.join(format!("{pod}.resolv.conf"))
     }
 
     /// Where a process says that it is ready.
@@ -507,6 +532,10 @@ fn pod_process(pod: &Pod, at: &Paths, after: Vec<String>, files: &mut Vec<Planne
     let mut args = strings(&["--name", &pod.name, "--connect-to", &at.url(&pod.node, "nsm.io.sock")]);
     let role = if let Some(services) = pod.wanted_services() {
         args.extend(["--network-services".into(), services]);
+        // Pods share the mounts of the node; what is written to /etc/resolv.conf would be written to the node's.
+        let path = at.resolv_conf(&pod.name);
+        args.extend(strings(&["--resolv-conf", &path.to_string_lossy()]));
+        files.push(PlannedFile { path, content: pod.resolv_conf.clone() });
         "client"
     } else if let Some(endpoint) = &pod.endpoint {
         args.extend(["--service-names".into(), endpoint.services.join(",")]);
@@ -514,6 +543,11 @@ fn pod_process(pod: &Pod, at: &Paths, after: Vec<String>, files: &mut Vec<Planne
         args.extend(["--cidr-prefix".into(), list(&endpoint.cidr_prefix)]);
         if !endpoint.routes.is_empty() {
             args.extend(["--routes".into(), list(&endpoint.routes)]);
+        }
+        if !endpoint.dns_configs.is_empty() {
+            // These types always serialise.
+            let configs = serde_json::to_string(&endpoint.dns_configs).unwrap_or_default();
+            args.extend(["--dns-configs".into(), configs]);
         }
         args.extend(strings(&["--register-service", "false"]));
         "endpoint"

@@ -31,7 +31,7 @@ use ipnet::IpNet;
 use nsm_api::nsurl::NsUrl;
 use nsm_api::resource;
 use serde::de::{Error as _, IgnoredAny};
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_saphyr::Spanned;
 
 use crate::Error;
@@ -114,6 +114,13 @@ pub struct Pod {
     /// Ports on which the lab's small HTTP server listens in this pod.
     #[serde(default)]
     pub serve: Vec<u16>,
+    /// Names and their addresses, which a small DNS server in this pod knows: it answers on port 53 of all addresses.
+    #[serde(default)]
+    pub dns: BTreeMap<String, Vec<IpAddr>>,
+    /// A client's `resolv.conf` before it has wires, as text; empty without this. Programs of the lab read it where the
+    /// client rewrites it: in the lab's directory, as `POD.resolv.conf`.
+    #[serde(default)]
+    pub resolv_conf: String,
     /// Network sysctls of the pod, as in a pod's `securityContext.sysctls`: `net.ipv4.ip_forward: "1"`.
     #[serde(default)]
     pub sysctls: BTreeMap<String, String>,
@@ -133,6 +140,20 @@ pub struct Endpoint {
     /// Networks behind the endpoint, told to every client as `src_routes` (`NSM_ROUTES`).
     #[serde(default)]
     pub routes: Vec<IpNet>,
+    /// What clients are told of DNS (`NSM_DNS_CONFIGS`), spelled as there.
+    #[serde(default)]
+    pub dns_configs: Vec<DnsConfig>,
+}
+
+/// A part of [`Endpoint::dns_configs`].
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct DnsConfig {
+    /// Whom to ask.
+    pub dns_server_ips: Vec<IpAddr>,
+    /// What names are searched with.
+    #[serde(default)]
+    pub search_domains: Vec<String>,
 }
 
 /// `nsm firewall`'s part of a pod.
@@ -193,6 +214,8 @@ pub enum Expectation {
     Tcp(Tcp),
     /// A page is served.
     Http(Http),
+    /// A name has an address, or none.
+    Dns(Dns),
     /// A route is there, or not.
     Route(Route),
     /// An interface is there, or not.
@@ -259,6 +282,24 @@ pub struct Http {
     pub status: u16,
     /// Text that the body must contain.
     pub body: Option<String>,
+    /// Bound.
+    #[serde(default = "within", deserialize_with = "duration")]
+    pub within: Duration,
+}
+
+/// See [`Expectation::Dns`].
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Dns {
+    /// The client's pod, whose resolv.conf says whom to ask.
+    pub from: String,
+    /// The name, as a program would write it: without a final dot the resolver's search domains count.
+    pub name: String,
+    /// What it is expected to be; without this: that there is no such name.
+    pub address: Option<IpAddr>,
+    /// Ask by TCP.
+    #[serde(default)]
+    pub tcp: bool,
     /// Bound.
     #[serde(default = "within", deserialize_with = "duration")]
     pub within: Duration,
@@ -543,6 +584,16 @@ impl Scenario {
                     .chain(tcp.listens_in.iter().map(|pod| ("tcp.listensIn", pod.as_str())))
                     .collect(),
                 Expectation::Http(http) => vec![("http.from", &http.from)],
+                Expectation::Dns(dns) => {
+                    if self.pod(&dns.from).is_some_and(|pod| pod.wanted_services().is_none()) {
+                        let message = format!(
+                            "expect[{i}].dns.from: {:?} is no client, so it has no resolv.conf of its own",
+                            dns.from
+                        );
+                        return Err((lines.expect[i], message));
+                    }
+                    vec![("dns.from", &dns.from)]
+                }
                 Expectation::Route(route) => vec![("route.pod", &route.pod)],
                 Expectation::Interface(interface) => vec![("interface.pod", &interface.pod)],
                 Expectation::Address(address) => vec![("address.pod", &address.pod)],
@@ -615,6 +666,13 @@ impl fmt::Display for Expectation {
             }
             Self::Tcp(Tcp { from, to, .. }) => write!(f, "{to} is blocked for {from}"),
             Self::Http(http) => write!(f, "{} GETs {}", http.from, http.url),
+            Self::Dns(Dns { from, name, address, tcp, .. }) => {
+                let how = if *tcp { " by TCP" } else { "" };
+                match address {
+                    Some(address) => write!(f, "{from} resolves {name} to {address}{how}"),
+                    None => write!(f, "{from} finds no {name}{how}"),
+                }
+            }
             Self::Route(route) => {
                 write!(f, "{} has {}route to {}", route.pod, no(&route.is, "a "), route.to)?;
                 route.via.iter().try_for_each(|via| write!(f, " via {via}"))?;

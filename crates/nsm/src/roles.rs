@@ -474,8 +474,8 @@ pub(crate) struct Client {
     /// Where names are served; programs only ask port 53
     #[arg(long, env = "NSM_LOCAL_DNS_SERVER_ADDRESS", default_value = "127.0.0.1:53")]
     local_dns_server_address: SocketAddr,
-    /// The file that tells programs whom to ask; without this: /etc/resolv.conf, unless that is the node's. It is
-    /// restored at the end, or when a client starts after one that was killed
+    /// The file that tells programs whom to ask; without this: /etc/resolv.conf if that is a mount of its own, as in
+    /// containers. It is restored at the end, or when a client starts after one that was killed
     #[arg(long, env = "NSM_RESOLV_CONF", value_name = "FILE")]
     resolv_conf: Option<PathBuf>,
     /// Give up after the first try instead of trying until the wires are there

@@ -200,3 +200,69 @@ fn an_unprobed_wire_stays_whatever_becomes_of_its_packets() {
     mesh.end("client", Signal::TERM);
     mesh.nothing_is_left(&["a", "b", "gw"]);
 }
+
+/// An endpoint with a DNS server beside it, of which its clients are told.
+const NAMED: &str = "\
+- {name: a, node: node1}
+- name: gw
+  node: node1
+  endpoint:
+    services: [plain]
+    cidrPrefix: [172.16.1.2/31]
+    dnsConfigs: [{dns_server_ips: [172.16.1.2], search_domains: [my.coredns.service]}]
+  dns: {my.app.my.coredns.service: [172.16.1.2]}
+";
+
+#[test]
+fn programs_resolve_names_of_wires_and_resolv_conf_is_restored_whatever_ends_the_client() {
+    let test = "programs_resolve_names_of_wires_and_resolv_conf_is_restored_whatever_ends_the_client";
+    let Some(mesh) = Mesh::up(test, NAMED) else { return };
+    let original = "# a person's comment\nnameserver\t10.96.0.10\noptions ndots:5\n";
+    let path = mesh.lab.plan.paths().root.join("a.conf");
+    std::fs::write(&path, original).expect("write");
+    let file = path.to_string_lossy().into_owned();
+    let now = || std::fs::read_to_string(&path).expect("read");
+    mesh.client("client", "a", "kernel://plain/nsm0", &["--resolv-conf", &file]);
+    mesh.ready(&["client"]);
+    assert!(now().ends_with("\noptions ndots:5\nnameserver 127.0.0.1\n"), "{}", now());
+    // The system's own resolver, which sees the file where a pod has it: mounted over /etc/resolv.conf.
+    if Command::new("getent").arg("--version").output().is_ok() {
+        for name in ["my.app", "my.app.my.coredns.service"] {
+            let script = format!("mount --bind {file} /etc/resolv.conf && getent ahostsv4 {name}");
+            let args = ["-m", "--propagation", "private", "sh", "-c", &script];
+            let namespace = mesh.lab.namespace("a").expect("a pod");
+            let output = namespace.run(|| Command::new("unshare").args(args).output());
+            let output = output.expect("enter").expect("start");
+            let said = String::from_utf8_lossy(&output.stdout).into_owned();
+            assert!(said.starts_with("172.16.1.2 "), "{name}: {said:?} {output:?}");
+        }
+    } else {
+        println!("SKIPPED part of {test}: getent is not installed, so the system's resolver is not asked");
+    }
+    // Killed, it leaves the file as it is; whoever comes next puts it back before anything else.
+    mesh.end("client", Signal::KILL);
+    assert_ne!(now(), original);
+    mesh.client("waiting", "a", "kernel://nobody/nsm0", &["--resolv-conf", &file]);
+    eventually("it is put back", || if now() == original { Ok(()) } else { Err(now()) });
+    mesh.end("waiting", Signal::TERM);
+    mesh.client("client", "a", "kernel://plain/nsm0", &["--resolv-conf", &file]);
+    mesh.ready(&["client"]);
+    assert_ne!(now(), original);
+    mesh.end("client", Signal::TERM);
+    assert_eq!(now(), original);
+
+    // The node's own file is not touched by a process of a pod that shares the node's mounts.
+    let node = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    mesh.client("careful", "a", "kernel://plain/nsm0", &[]);
+    mesh.ready(&["careful"]);
+    let says = "/etc/resolv.conf is no mount of its own, so it may be the node's";
+    let mounted = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    if mounted.lines().any(|line| line.split(' ').nth(4) == Some("/etc/resolv.conf")) {
+        println!("SKIPPED part of {test}: /etc/resolv.conf is a mount of its own here");
+    } else {
+        mesh.says("careful", says);
+        assert_eq!(std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default(), node);
+    }
+    mesh.end("careful", Signal::TERM);
+    mesh.nothing_is_left(&["a", "gw"]);
+}
