@@ -944,6 +944,12 @@ expect:
             process.starts_with("a.yaml:33: expect[1].fault.kill: no process \"node2/mangler\""),
             "{process}"
         );
+        let dns =
+            GOOD.replace("- ping: {from: client", "- dns: {from: fw, name: web}\n- ping: {from: client");
+        assert_eq!(
+            error(&dns),
+            "a.yaml:32: expect[0].dns.from: \"fw\" is no client, so it has no resolv.conf of its own"
+        );
         let duration = error(&GOOD.replace("300ms", "soon"));
         assert!(
             duration.contains("a.yaml:32:") && duration.contains("not a duration such as 500ms"),

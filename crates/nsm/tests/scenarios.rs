@@ -37,6 +37,7 @@ macro_rules! scenarios {
 }
 
 scenarios! {
+    dns: "dns",
     dual_stack: "dual-stack",
     kernel2kernel: "kernel2kernel",
     kernel2vxlan2kernel: "kernel2vxlan2kernel",
