@@ -138,6 +138,7 @@ impl Program {
             awareness_groups: Default::default(),
             takes_over: true,
             liveness: Some(Liveness::default()),
+            names: None,
         };
         let pool = Pool::new(self.source.clone(), PoolConfig::default());
         Ok(Client::new(config, pool, own_namespace()?))
