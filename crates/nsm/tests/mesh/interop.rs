@@ -803,6 +803,7 @@ pub(crate) fn make_and_close(lab: &str, amounts: &str) {
             awareness_groups: AwarenessGroups::default(),
             takes_over: false,
             liveness: None,
+            names: None,
         };
         let pool = Pool::new(source, PoolConfig { descriptors: limit, ..PoolConfig::default() });
         let client = Client::new(config, pool.clone(), OwnNamespace::open().expect("a namespace"));
