@@ -13,6 +13,8 @@ use std::{
     },
     path::{Path, PathBuf},
     sync::Arc,
+    thread,
+    time::{Duration, Instant},
 };
 
 use rustix::{
@@ -22,6 +24,9 @@ use rustix::{
 };
 
 use crate::Error;
+
+/// How long others may hold the lock of a socket's directory: a daemon that binds needs a moment.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
 /// The process at the other end of a Unix socket, pinned. When connecting it is the one that listens.
 #[derive(Debug, Clone)]
@@ -154,7 +159,8 @@ impl UnixSocket {
     /// The file gets mode 0777 (`control-plane.md` 14.4): who may do what is decided by attestation and mTLS.
     ///
     /// # Errors
-    /// [`Error::SocketInUse`] for a second daemon, [`Error::Socket`] for everything else.
+    /// [`Error::SocketInUse`] for a second daemon, [`Error::Socket`] for everything else, also for a directory whose lock
+    /// somebody else holds for more than 2 s.
     pub fn bind(path: &Path) -> Result<Self, Error> {
         let failed = |what| move |source| Error::Socket { path: path.into(), what, source };
         let dir = match path.parent() {
@@ -164,7 +170,7 @@ impl UnixSocket {
         fs::create_dir_all(dir).map_err(failed("make the directory of"))?;
         // Two daemons that start at once must not both find the old file dead and remove each other's.
         let lock = File::open(dir).map_err(failed("open the directory of"))?;
-        flock(&lock, FlockOperation::LockExclusive).map_err(|e| failed("lock the directory of")(e.into()))?;
+        lock_within(&lock, dir, LOCK_PATIENCE).map_err(failed("lock the directory of"))?;
         match try_connect(path) {
             // A listener whose backlog is full is alive, too.
             Ok(()) | Err(Errno::AGAIN) => return Err(Error::SocketInUse(path.into())),
@@ -205,6 +211,26 @@ impl Drop for UnixSocket {
         if FileId::of_path(&self.path).is_ok_and(|id| id == self.id) {
             // Nobody is left to tell if that fails.
             let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Locks a directory. Whoever may read it can hold its lock: nobody waits for that for ever.
+fn lock_within(lock: &File, dir: &Path, patience: Duration) -> io::Result<()> {
+    let until = Instant::now() + patience;
+    loop {
+        match flock(lock, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::AGAIN | Errno::INTR) if Instant::now() < until => {
+                thread::sleep(Duration::from_millis(20));
+            }
+            Err(Errno::AGAIN) => {
+                return Err(io::Error::other(format!(
+                    "another process has held the lock of {dir} for {patience:?}; `lslocks` names it: end it, or keep \
+                     others from reading the directory",
+                    dir = dir.display(),
+                )));
+            }
+            locked => return Ok(locked?),
         }
     }
 }

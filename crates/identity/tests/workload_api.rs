@@ -396,6 +396,19 @@ async fn a_second_daemon_is_refused_and_a_dead_ones_socket_replaced() {
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3, "no lock or temporary file is left");
 }
 
+#[test]
+fn a_lock_that_somebody_holds_stops_nobody_for_ever() {
+    let dir = tempfile::tempdir().unwrap();
+    let held = fs::File::open(dir.path()).unwrap();
+    held.lock().unwrap();
+    let error = UnixSocket::bind(&dir.path().join("a.sock")).unwrap_err();
+    let said = nsm_identity::explain(&error);
+    assert!(said.contains(&format!("the lock of {}", dir.path().display())), "{said}");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is bound without the lock");
+    held.unlock().unwrap();
+    drop(UnixSocket::bind(&dir.path().join("a.sock")).unwrap());
+}
+
 #[tokio::test]
 async fn addresses_of_the_api_are_checked() {
     for endpoint in ["", "tcp://127.0.0.1:1", "unix:relative", "/run/x.sock"] {

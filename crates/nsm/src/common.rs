@@ -217,7 +217,7 @@ fn serve_owner(common: &Common, role: &str, name: &str) -> Option<Served> {
     let explained = |e: &nsm_identity::Error| nsm_identity::explain(e);
     served
         .inspect_err(
-            |e| tracing::info!(error = %explained(e), "nobody can look at this process (NSM_INTROSPECT_DIR)"),
+            |e| tracing::warn!(error = %explained(e), "nobody can look at this process (NSM_INTROSPECT_DIR)"),
         )
         .ok()
 }
