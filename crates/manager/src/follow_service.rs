@@ -21,7 +21,7 @@ use nsm_api::{
         registry::{NetworkService, NetworkServiceEndpoint},
     },
 };
-use nsm_mesh::{Connections, Context, Element, Lease, Next, Reason, Release, Result, refresh};
+use nsm_mesh::{Connections, Context, Element, Lease, Next, Reason, Release, Result, Scope, refresh};
 use nsm_registry::ManagerRegistry;
 use parking_lot::Mutex;
 use tokio::{
@@ -196,6 +196,21 @@ impl Followed {
         }
     }
 
+    /// Follows, and leases what ends it. A connection goes by one service: a client may ask again with another.
+    fn hold(self: &Arc<Self>, scope: &mut Scope, service: String, id: String, live: Live) {
+        match scope.get_mut::<Follows>() {
+            Some(held) if held.service != service => {
+                self.unfollow(&held.service, &id);
+                held.service.clone_from(&service);
+            }
+            Some(_) => {}
+            None => {
+                scope.lease(Follows { followed: Arc::clone(self), service: service.clone(), id: id.clone() });
+            }
+        }
+        self.follow(&service, &id, live);
+    }
+
     fn unfollow(&self, service: &str, id: &str) {
         let mut services = self.services.lock();
         if let Some(entry) = services.get_mut(service) {
@@ -327,11 +342,7 @@ impl Element for FollowService {
         let answer = next.request(cx, request).await?;
         self.0.led_away.lock().remove(&id);
         let live = Live { endpoint: answer.network_service_endpoint_name.clone(), labels, led };
-        if cx.scope.get::<Follows>().is_none() {
-            let (followed, service, id) = (Arc::clone(&self.0), service.clone(), id.clone());
-            cx.scope.lease(Follows { followed, service, id });
-        }
-        self.0.follow(&service, &id, live);
+        self.0.hold(cx.scope, service, id, live);
         Ok(answer)
     }
 }
@@ -419,5 +430,18 @@ mod tests {
         }
         assert!(unwatched.try_recv() == Err(oneshot::error::TryRecvError::Closed));
         assert!(followed.services.lock().is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_changes_its_service_leaves_no_watch_behind() {
+        let (element, _news) = FollowService::new();
+        let (followed, mut scope) = (element.0, Scope::default());
+        for service in ["a", "b", "c", "c", "a"] {
+            followed.hold(&mut scope, service.into(), "u1".into(), live("x", true));
+            let watched: Vec<_> = followed.services.lock().keys().cloned().collect();
+            assert_eq!(watched, [service]);
+        }
+        assert!(scope.unwind(&Release::now(Reason::Closed)).await.is_empty());
+        assert!(followed.services.lock().is_empty(), "release ends the service that is followed now");
     }
 }
