@@ -10,7 +10,8 @@
 //! token: segments are told without theirs.
 
 use std::{
-    collections::{BTreeSet, VecDeque},
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet, VecDeque},
     fmt,
     path::Path,
     pin::Pin,
@@ -55,6 +56,8 @@ const MAX_TEXT: usize = 200;
 const MAX_ERROR: usize = 1000;
 /// Failures kept of one client and service.
 const MAX_OF_ONE: usize = 4;
+/// Failures kept of one caller: it chooses ids and names of clients as it likes.
+const MAX_OF_CALLER: usize = 32;
 /// Failures kept in all.
 const MAX_FAILURES: usize = 256;
 
@@ -132,8 +135,8 @@ impl Trail {
     }
 }
 
-/// The requests that failed lately, the newest last. Equal ones of a client in a row are one with a count, and one
-/// client and service cannot push out the others.
+/// The requests that failed lately, the newest last. Equal ones of a client in a row are one with a count. One
+/// caller cannot push out the others' with fresh names and ids, and callers without number push out the loudest first.
 #[derive(Debug, Default)]
 pub struct Failures(Mutex<VecDeque<Failure>>);
 
@@ -189,8 +192,18 @@ impl Failures {
         }
         if let Some(at) = oldest.filter(|_| count >= MAX_OF_ONE) {
             ring.remove(at);
-        } else if ring.len() >= MAX_FAILURES {
-            ring.pop_front();
+        } else {
+            let of_caller = ring.iter().filter(|f| f.caller == failure.caller).count();
+            let leaves = if of_caller >= MAX_OF_CALLER {
+                Some(failure.caller.clone())
+            } else if ring.len() >= MAX_FAILURES {
+                loudest(&ring)
+            } else {
+                None
+            };
+            if let Some(at) = leaves.and_then(|caller| ring.iter().position(|f| f.caller == caller)) {
+                ring.remove(at);
+            }
         }
         ring.push_back(failure);
     }
@@ -200,6 +213,15 @@ impl Failures {
     pub fn all(&self) -> Vec<Failure> {
         self.0.lock().iter().cloned().collect()
     }
+}
+
+/// The caller with the most failures; among equals, the one with the oldest.
+fn loudest(ring: &VecDeque<Failure>) -> Option<String> {
+    let mut of = BTreeMap::<&str, (usize, Reverse<usize>)>::new();
+    for (at, failure) in ring.iter().enumerate() {
+        of.entry(&failure.caller).or_insert((0, Reverse(at))).0 += 1;
+    }
+    of.into_iter().max_by_key(|(_, rank)| *rank).map(|(caller, _)| caller.to_owned())
 }
 
 /// Whoever asked has left.
@@ -628,12 +650,32 @@ mod tests {
         }
         let of = |client: &str| failures.all().iter().filter(|f| f.client == client).count();
         assert_eq!((of("quiet"), of("noisy")), (1, MAX_OF_ONE));
-        for client in 0..10_000 {
-            failed(&failures, &client.to_string(), &"x".repeat(100_000), 0);
+    }
+
+    #[test]
+    fn fresh_ids_of_one_caller_push_out_its_own_failures_only() {
+        let failures = Failures::default();
+        let fail = |caller: &str, id: usize| {
+            let asked = Asked { caller: caller.into(), connection: id.to_string(), ..Asked::default() };
+            let error = Error::not_found("x".repeat(10_000));
+            failures.note(asked, &error, &Trail::default(), SystemTime::UNIX_EPOCH);
+        };
+        let of = |caller: &str| failures.all().iter().filter(|f| f.caller == caller).count();
+        (0..2).for_each(|id| fail("quiet", id));
+        (0..1000).for_each(|id| fail("noisy", id));
+        assert_eq!((of("quiet"), of("noisy")), (2, MAX_OF_CALLER));
+        let newest = failures.all().pop().unwrap().connection;
+        assert_eq!(newest, "999", "its own oldest go first");
+        // Many loud callers together: the loudest give way, and in the end all have as many.
+        for caller in 0..20 {
+            (0..100).for_each(|id| fail(&format!("noisy-{caller}"), id));
         }
-        let all = failures.all();
-        assert_eq!(all.len(), MAX_FAILURES);
-        assert!(all.iter().all(|f| f.text.len() <= MAX_ERROR));
+        assert_eq!((failures.all().len(), of("quiet")), (MAX_FAILURES, 2));
+        assert!(failures.all().iter().all(|f| f.text.len() <= MAX_ERROR));
+        for caller in 0..10_000 {
+            fail(&format!("one-{caller}"), 0);
+        }
+        assert_eq!(failures.all().len(), MAX_FAILURES);
     }
 
     #[test]
