@@ -13,6 +13,8 @@ use crate::{
 pub const MAX_ENTRIES: usize = 256;
 /// One string: bytes. Tokens and certificates are the longest that occur.
 pub const MAX_TEXT: usize = 16 * 1024;
+/// A metric's key or value in the path: bytes. They are counters and names of interfaces.
+pub const MAX_METRIC: usize = 1024;
 /// Addresses, routes, prefixes and similar lists: items.
 pub const MAX_ITEMS: usize = 4096;
 
@@ -54,7 +56,7 @@ pub enum Malformed {
         max: usize,
     },
     /// A name or id that would spoil a log line or a terminal.
-    #[error("{0} holds control characters")]
+    #[error("{0} holds control characters; send it without them")]
     Control(&'static str),
     /// An interface name that Linux does not take.
     #[error("{0}")]
@@ -98,7 +100,7 @@ pub fn check_connection(conn: &Connection) -> Result<(), Malformed> {
     name("connection.network_service_endpoint_name", &conn.network_service_endpoint_name, 512)?;
     name("connection.payload", &conn.payload, 253)?;
     few("connection.labels", conn.labels.len(), MAX_ENTRIES)?;
-    texts("connection.labels", &conn.labels)?;
+    plain_texts("connection.labels", &conn.labels, MAX_TEXT)?;
     few("the path", crate::path::segments(conn).len(), crate::path::MAX_SEGMENTS)?;
     for (index, segment) in crate::path::segments(conn).iter().enumerate() {
         for (what, text) in [("name", &segment.name), ("id", &segment.id)] {
@@ -110,6 +112,7 @@ pub fn check_connection(conn: &Connection) -> Result<(), Malformed> {
         name("path segment id", &segment.id, 253)?;
         short("path segment token", &segment.token, MAX_TEXT)?;
         few("path segment metrics", segment.metrics.len(), MAX_ENTRIES)?;
+        plain_texts("path segment metrics", &segment.metrics, MAX_METRIC)?;
     }
     if let Some(m) = &conn.mechanism {
         check_mechanism(m)?;
@@ -162,6 +165,15 @@ fn name(what: &'static str, text: &str, max: usize) -> Result<(), Malformed> {
 
 fn texts(what: &'static str, map: &std::collections::BTreeMap<String, String>) -> Result<(), Malformed> {
     map.iter().try_for_each(|(k, v)| short(what, k, MAX_TEXT).and_then(|()| short(what, v, MAX_TEXT)))
+}
+
+/// Texts that people are shown.
+fn plain_texts(
+    what: &'static str,
+    map: &std::collections::BTreeMap<String, String>,
+    max: usize,
+) -> Result<(), Malformed> {
+    map.iter().try_for_each(|(k, v)| name(what, k, max).and_then(|()| name(what, v, max)))
 }
 
 fn cidr(what: &'static str, value: &str) -> Result<(), Malformed> {
@@ -226,6 +238,30 @@ mod tests {
         let mut request = good();
         request.connection.as_mut().unwrap().id = "a\nroot logged in".into();
         assert_eq!(check_request(&request), Err(Malformed::Control("connection.id")));
+
+        let mut request = good();
+        let labels = [("app".to_owned(), "\x1b[2J".to_owned())];
+        request.connection.as_mut().unwrap().labels = labels.into();
+        assert_eq!(check_request(&request), Err(Malformed::Control("connection.labels")));
+
+        let metrics = [
+            (
+                "k".repeat(MAX_METRIC + 1),
+                Malformed::TooLong { what: "path segment metrics", got: MAX_METRIC + 1, max: MAX_METRIC },
+            ),
+            ("rx\n".into(), Malformed::Control("path segment metrics")),
+        ];
+        for (key, error) in metrics {
+            let mut request = good();
+            let segment = PathSegment {
+                name: "a".into(),
+                id: "1".into(),
+                metrics: [(key, "1".to_owned())].into(),
+                ..PathSegment::default()
+            };
+            request.connection.as_mut().unwrap().path = Some(Path { index: 0, path_segments: vec![segment] });
+            assert_eq!(check_request(&request), Err(error));
+        }
 
         let mut request = good();
         let nobody = PathSegment { name: "somebody".into(), ..PathSegment::default() };

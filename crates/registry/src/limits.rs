@@ -68,5 +68,47 @@ fn few(what: &'static str, got: usize, max: usize) -> Result<(), Malformed> {
 }
 
 fn short(what: &'static str, text: &str, max: usize) -> Result<(), Malformed> {
-    if text.len() > max { Err(Malformed::TooLong { what, got: text.len(), max }) } else { Ok(()) }
+    if text.len() > max {
+        Err(Malformed::TooLong { what, got: text.len(), max })
+    } else if text.chars().any(char::is_control) {
+        Err(Malformed::Control(what))
+    } else {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nsm_api::pb::registry::NetworkServiceLabels;
+
+    use super::*;
+
+    #[test]
+    fn what_would_spoil_a_terminal_is_not_registered() {
+        let clear = "\x1b[2J";
+        let service = NetworkService { name: clear.into(), ..NetworkService::default() };
+        let error = check_service(&service).unwrap_err();
+        assert_eq!(error.to_string(), "name holds control characters; send it without them");
+        let named = || NetworkServiceEndpoint { name: "e".into(), ..NetworkServiceEndpoint::default() };
+        let labels = NetworkServiceLabels { labels: [("app".to_owned(), clear.to_owned())].into() };
+        let bad = [
+            ("name", NetworkServiceEndpoint { name: "e\n".into(), ..named() }),
+            ("url", NetworkServiceEndpoint { url: clear.into(), ..named() }),
+            (
+                "network_service_names",
+                NetworkServiceEndpoint { network_service_names: vec!["s\u{9b}2J".into()], ..named() },
+            ),
+            (
+                "network_service_labels",
+                NetworkServiceEndpoint {
+                    network_service_labels: [("s".to_owned(), labels)].into(),
+                    ..named()
+                },
+            ),
+        ];
+        for (what, endpoint) in bad {
+            assert_eq!(check_endpoint(&endpoint), Err(Malformed::Control(what)));
+        }
+        assert_eq!(check_endpoint(&named()), Ok(()));
+    }
 }
