@@ -195,18 +195,23 @@ impl ManagerRegistry {
     /// runtime. The network namespace of the calling thread is the one that forwarders register from.
     #[must_use]
     pub fn new(config: ManagerConfig, pool: Pool) -> Self {
-        let Directories { services, endpoints } = match config.registry.clone() {
+        let Directories { services, endpoints, service_lanes, endpoint_lanes } = match config.registry.clone()
+        {
             Cluster::At(url) => {
                 let upstream = Arc::new(Upstream { pool, url, dial: config.dial_timeout });
                 Directories {
                     services: Arc::new(Cached::new(upstream.clone())),
                     endpoints: Arc::new(Cached::new(upstream)),
+                    service_lanes: Lanes::default(),
+                    endpoint_lanes: Lanes::default(),
                 }
             }
             Cluster::Inside(directories) => directories,
             Cluster::Alone => Directories {
                 services: Arc::new(Services::default()),
                 endpoints: Arc::new(Endpoints::new(config.lifetime)),
+                service_lanes: Lanes::default(),
+                endpoint_lanes: Lanes::default(),
             },
         };
         let inner = Arc::new(Inner {
@@ -215,7 +220,7 @@ impl ManagerRegistry {
             locals: Mutex::default(),
             changed: watch::Sender::new(0),
             timers: Arc::default(),
-            lanes: Lanes::default(),
+            lanes: endpoint_lanes,
             expiring: Mutex::default(),
             netns: FileId::of_path("/proc/thread-self/ns/net").ok(),
             config,
@@ -228,8 +233,9 @@ impl ManagerRegistry {
                 &config.watches,
                 &config.policies,
                 config.max_token_lifetime,
+                service_lanes,
             ),
-            endpoints: Front::with_lanes(
+            endpoints: Front::new(
                 Arc::new(LocalEndpoints(inner.clone())),
                 &config.watches,
                 &config.policies,
@@ -495,6 +501,11 @@ async fn expire(timers: Arc<Timers>, inner: Weak<Inner>) {
                 let Some(local) = inner.locals.lock().remove(&name) else { return };
                 inner.changed();
                 info!(name, "an endpoint of this node was not refreshed and has expired");
+                let elsewhere = |nse: Arc<NetworkServiceEndpoint>| nse.url != inner.config.public_url;
+                if inner.endpoints.known(&name).is_some_and(elsewhere) {
+                    // It has moved to another node meanwhile.
+                    return;
+                }
                 let mut cx = Context::own(local.path);
                 let nse =
                     NetworkServiceEndpoint { url: inner.config.public_url.clone(), ..(*local.nse).clone() };
@@ -513,7 +524,8 @@ struct LocalEndpoints(Arc<Inner>);
 #[async_trait]
 impl Directory<NetworkServiceEndpoint> for LocalEndpoints {
     fn known(&self, name: &str) -> Option<Arc<NetworkServiceEndpoint>> {
-        self.0.local(name).map(|local| local.nse)
+        // Beside a registry of this process there is no other front that guards the names of other nodes.
+        self.0.local(name).map(|local| local.nse).or_else(|| self.0.endpoints.known(name))
     }
 
     async fn register(

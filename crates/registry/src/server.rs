@@ -101,6 +101,9 @@ pub struct Registry {
 pub struct Directories {
     pub(crate) services: Arc<dyn Directory<NetworkService>>,
     pub(crate) endpoints: Arc<dyn Directory<NetworkServiceEndpoint>>,
+    /// Changes of a name wait for each other, whichever front they come through.
+    pub(crate) service_lanes: Lanes,
+    pub(crate) endpoint_lanes: Lanes,
 }
 
 impl fmt::Debug for Directories {
@@ -145,12 +148,26 @@ impl Registry {
         let directories = Directories {
             services: Arc::new(Services::new(config.services)),
             endpoints: Arc::new(Endpoints::new(config.lifetime)),
+            service_lanes: Lanes::default(),
+            endpoint_lanes: Lanes::default(),
         };
         let (watches, policies, lifetime) =
             (&config.watches, &config.guard.policies, config.max_token_lifetime);
         Ok(Self {
-            services: Front::new(directories.services.clone(), watches, policies, lifetime),
-            endpoints: Front::new(directories.endpoints.clone(), watches, policies, lifetime),
+            services: Front::new(
+                directories.services.clone(),
+                watches,
+                policies,
+                lifetime,
+                directories.service_lanes.clone(),
+            ),
+            endpoints: Front::new(
+                directories.endpoints.clone(),
+                watches,
+                policies,
+                lifetime,
+                directories.endpoint_lanes.clone(),
+            ),
             server,
             directories,
         })
@@ -296,17 +313,8 @@ struct Admitted {
 }
 
 impl<T: Item> Front<T> {
+    /// `lanes` are the turns that changes of a name take: those of everybody who changes this directory.
     pub(crate) fn new(
-        directory: Arc<dyn Directory<T>>,
-        watches: &WatchLimit,
-        policies: &Arc<Policies>,
-        max_token_lifetime: Duration,
-    ) -> Self {
-        Self::with_lanes(directory, watches, policies, max_token_lifetime, Lanes::default())
-    }
-
-    /// For a directory that makes changes of its own, under the same turns.
-    pub(crate) fn with_lanes(
         directory: Arc<dyn Directory<T>>,
         watches: &WatchLimit,
         policies: &Arc<Policies>,

@@ -87,3 +87,39 @@ fn a_client_of_one_process_moves_when_its_endpoint_dies() {
     mesh.end("client", Signal::TERM);
     mesh.nothing_is_left(&["a", "y"]);
 }
+
+/// Beside a registry of the same process the manager guards names of other nodes too.
+#[test]
+fn a_workload_cannot_take_the_name_of_an_endpoint_of_another_node() {
+    let test = "a_workload_cannot_take_the_name_of_an_endpoint_of_another_node";
+    let Some(mesh) = Mesh::up_together(test, PODS) else { return };
+    mesh.endpoint(
+        "far",
+        "y",
+        &["--service-names", "picky", "--labels", "app:vpn", "--cidr-prefix", "172.16.5.0/31"],
+    );
+    mesh.ready(&["far"]);
+    // The same name, on the registry's node, with another identity.
+    let own = mesh.url_for("x", "thief.sock");
+    let manager = mesh.url_for("x", "nsm.io.sock");
+    let args = ["endpoint", "--name", "far", "--connect-to", &manager, "--listen-on", &own];
+    let more = [
+        "--register-service",
+        "false",
+        "--service-names",
+        "picky",
+        "--labels",
+        "app:vpn",
+        "--cidr-prefix",
+        "172.16.6.0/31",
+    ];
+    mesh.start("thief", "x", &[&args[..], &more].concat());
+    let (how, said) = mesh.ended("thief");
+    assert_eq!(how, "exit status 1", "{said}");
+    assert!(said.contains("far"), "{said}");
+    mesh.client("client", "a", "kernel://picky/nsm0", &[]);
+    mesh.ready(&["client"]);
+    assert_eq!((mesh.links("y").len(), mesh.links("x").len()), (1, 0));
+    mesh.end("client", Signal::TERM);
+    mesh.nothing_is_left(&["a", "x", "y"]);
+}
