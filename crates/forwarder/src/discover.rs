@@ -12,7 +12,7 @@ use nsm_api::{
         registry::{NetworkService, NetworkServiceEndpoint},
     },
 };
-use nsm_mesh::{Context, Element, Error, Next, NextHop, Result, Verdict, error::explain};
+use nsm_mesh::{Context, Element, Error, Next, NextHop, Result, Verdict, dial::dialed, error::explain};
 use nsm_registry::{Endpoint, LookUp};
 use parking_lot::Mutex;
 use tonic::Code;
@@ -139,7 +139,14 @@ impl Element for Discover {
         if conn.payload.is_empty() {
             conn.payload = self.service(cx, &conn.network_service, "").await?.payload;
         }
-        cx.next_hop = Some(NextHop::from(self.named(cx, &name).await?.dial).called(&name));
+        cx.next_hop = match self.named(cx, &name).await {
+            Ok(endpoint) => Some(NextHop::from(endpoint.dial).called(&name)),
+            // A directory that is away takes no wire away: where the endpoint was it is asked again.
+            Err(error) if matches!(error.code, Code::Unavailable | Code::DeadlineExceeded) => {
+                Some(dialed(cx.scope).filter(|hop| hop.is_called(&name)).cloned().ok_or(error)?)
+            }
+            Err(error) => return Err(error),
+        };
         next.request(cx, request).await
     }
 

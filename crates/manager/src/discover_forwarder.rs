@@ -120,20 +120,25 @@ impl Element for DiscoverForwarder {
         next: Next<'_>,
     ) -> Result<Connection> {
         let conn = request.connection.clone().unwrap_or_default();
-        let mut candidates = self.candidates(cx, &conn).await?;
-        if let Some(Chosen(chosen)) = cx.scope.get::<Chosen>() {
-            let chosen = chosen.clone();
-            candidates.retain(|c| c.nse.name == chosen);
-            if candidates.is_empty() {
-                return Err(Error::unavailable(format!("forwarder {chosen:?} is not available"))
-                    .hint("it serves this wire and is expected back; a reselection chooses another"));
+        let candidates = match cx.scope.get::<Chosen>() {
+            // Nobody else is asked, the registry neither: while it is away wires are refreshed all the same.
+            Some(Chosen(chosen)) => {
+                vec![self.all().into_iter().find(|c| c.nse.name == *chosen).ok_or_else(|| {
+                    Error::unavailable(format!("forwarder {chosen:?} is not available"))
+                        .hint("it serves this wire and is expected back; a reselection chooses another")
+                })?]
             }
-        } else if conn.state() != State::ReselectRequested
-            && let Some(before) = path::segments(&conn).get(path::index(&conn) + 1)
-        {
-            // After our own restart: whoever served the connection has its wire.
-            candidates.sort_by_key(|c| c.nse.name != before.name);
-        }
+            None => {
+                let mut candidates = self.candidates(cx, &conn).await?;
+                if conn.state() != State::ReselectRequested
+                    && let Some(before) = path::segments(&conn).get(path::index(&conn) + 1)
+                {
+                    // After our own restart: whoever served the connection has its wire.
+                    candidates.sort_by_key(|c| c.nse.name != before.name);
+                }
+                candidates
+            }
+        };
         let mut failures = Vec::new();
         let (deadline, mut left) = (cx.deadline, candidates.len());
         for candidate in candidates {

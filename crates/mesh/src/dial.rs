@@ -35,7 +35,7 @@ use crate::{
     hop::{NextHop, Way},
     inside::Inside,
     monitor::{self, Hub, Viewer},
-    scope::{Lease, Reason, Release},
+    scope::{Lease, Reason, Release, Scope},
 };
 
 /// How long before its own deadline a hop stops waiting, at most: time for an answer to come back on a busy machine.
@@ -273,6 +273,12 @@ impl Reached {
 }
 
 type Events = BoxStream<'static, Result<Arc<ConnectionEvent>, tonic::Status>>;
+
+/// The next hop that has state for a connection, by what the connection holds.
+#[must_use]
+pub fn dialed(scope: &Scope) -> Option<&NextHop> {
+    scope.get::<Dialed>().map(|dialed| &dialed.target)
+}
 
 /// The next hop has state for this connection.
 #[derive(Debug)]

@@ -45,6 +45,12 @@ impl NextHop {
         self
     }
 
+    /// Whether people call it that.
+    #[must_use]
+    pub fn is_called(&self, name: &str) -> bool {
+        self.called.as_deref() == Some(name)
+    }
+
     /// Whether it is on this node: descriptors can be handed over, and wires need no tunnel.
     #[must_use]
     pub fn is_local(&self) -> bool {

@@ -360,6 +360,7 @@ async fn keep(
     let mut attempt = 0;
     let mut give_up = GiveUp::default();
     let mut dead = false;
+    let mut fell = false;
     let (mut up_since, mut falls) = (Instant::now(), 0);
     loop {
         if attempt == 0 {
@@ -376,6 +377,7 @@ async fn keep(
             match woke {
                 Woke::Refresh => pause = Duration::ZERO,
                 Woke::Down => {
+                    fell = true;
                     (pause, falls) = after_fall(up_since.elapsed(), falls, rand::random());
                     if let Some(liveness) = &client.config.liveness {
                         dead = matches!(liveness.check(&conn).await, Verdict::Dead(_));
@@ -395,9 +397,12 @@ async fn keep(
         }
         let mut request = first.clone();
         let mut conn = tell.borrow().clone();
-        if dead || give_up.is_due() {
+        if !dead && give_up.is_due() {
+            // Where nobody has said that the wire is down, whoever cannot be asked has not taken it away.
+            dead = fell || !client.passes_packets(&conn).await;
+        }
+        if dead {
             // Once it is closed hop by hop there is nothing left to go on with.
-            dead = true;
             reselect(&mut conn);
         }
         request.connection = Some(conn);
@@ -409,7 +414,7 @@ async fn keep(
                 }
                 attempt = 0;
                 give_up = GiveUp::default();
-                dead = false;
+                (dead, fell) = (false, false);
                 up_since = Instant::now();
                 // What the hub told while we asked is answered by this.
                 events = None;

@@ -317,3 +317,27 @@ fn without_room_for_its_plan_no_wire_is_made() {
     mesh.end("lucky", Signal::TERM);
     mesh.nothing_is_left(&["a", "b", "gw"]);
 }
+
+/// Refreshes need nothing of the registry: whoever serves the wire is known to every hop.
+#[test]
+fn wires_outlive_a_registry_that_stays_away() {
+    let test = "wires_outlive_a_registry_that_stays_away";
+    let pods = "\
+- {name: a, node: node1}
+- {name: gw, node: node2, endpoint: {services: [plain], cidrPrefix: [172.16.1.2/31]}}
+";
+    let Some(mesh) = Mesh::up(test, pods) else { return };
+    // Its tokens live for 6 s: it refreshes about every second.
+    mesh.client("client", "a", "kernel://plain/nsm0", SHORT);
+    mesh.ready(&["client"]);
+    let before = mesh.has("a", "nsm0");
+    mesh.end("registry", Signal::KILL);
+    // Longer than tokens live, and than a client asks for a wire as it was.
+    std::thread::sleep(std::time::Duration::from_secs(9));
+    assert_eq!(mesh.has("a", "nsm0"), before, "{}", mesh.log("client"));
+    mesh.pings("a", "172.16.1.2");
+    assert!(!mesh.log("client").contains("cannot be refreshed"), "{}", mesh.log("client"));
+    mesh.restart("registry");
+    mesh.end("client", Signal::TERM);
+    mesh.nothing_is_left(&["a", "gw"]);
+}
