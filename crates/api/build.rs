@@ -15,7 +15,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         // The generated Debug would show tokens: `path` has one that does not.
         .skip_debug(["connection.PathSegment"])
         // What a process tells of itself is shown as JSON and YAML.
-        .type_attribute(".nsm.introspect.v1", "#[derive(serde::Serialize)]")
+        .type_attribute(".nsm.introspect.v1", "#[derive(serde::Serialize, serde::Deserialize)]")
         .type_attribute(".nsm.introspect.v1", "#[serde(rename_all = \"camelCase\")]")
         .compile_fds(set)?;
     Ok(())

@@ -24,6 +24,8 @@ use nsm_identity::explain;
 use nsm_lab::{Front, plan::Paths};
 use nsm_mesh::inspect;
 use nsm_transport::{DialUrl, Pool, PoolConfig};
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value;
 
 /// How long a process may take to tell all it knows.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -204,12 +206,12 @@ async fn ask(url: &DialUrl, query: Query) -> Result<Seen> {
     let mut seen = Seen { url: url.to_string(), ..Seen::default() };
     while let Some(item) = items.message().await.map_err(said)? {
         match item.what {
-            Some(What::Process(process)) => seen.process = process,
-            Some(What::Connection(connection)) => seen.connections.push(connection),
-            Some(What::Failure(failure)) => seen.failures.push(failure),
-            Some(What::Service(service)) => seen.services.push(service),
-            Some(What::Endpoint(endpoint)) => seen.endpoints.push(endpoint),
-            Some(What::Wire(wire)) => seen.wires.push(wire),
+            Some(What::Process(process)) => seen.process = plain(process),
+            Some(What::Connection(connection)) => seen.connections.push(plain(connection)),
+            Some(What::Failure(failure)) => seen.failures.push(plain(failure)),
+            Some(What::Service(service)) => seen.services.push(plain(service)),
+            Some(What::Endpoint(endpoint)) => seen.endpoints.push(plain(endpoint)),
+            Some(What::Wire(wire)) => seen.wires.push(plain(wire)),
             // Something that a newer process knows of.
             None => {}
         }
@@ -218,7 +220,27 @@ async fn ask(url: &DialUrl, query: Query) -> Result<Seen> {
 }
 
 fn said(status: tonic::Status) -> anyhow::Error {
-    anyhow::anyhow!("{:?}: {}", status.code(), status.message())
+    anyhow::anyhow!("{:?}: {}", status.code(), without_controls(status.message()))
+}
+
+/// What a process told, without what would act on a terminal: peers of the mesh chose most of these texts.
+fn plain<T: Serialize + DeserializeOwned + Default>(told: T) -> T {
+    fn clean(value: Value) -> Value {
+        match value {
+            Value::String(text) => Value::String(without_controls(&text)),
+            Value::Array(items) => items.into_iter().map(clean).collect(),
+            Value::Object(fields) => {
+                fields.into_iter().map(|(key, value)| (without_controls(&key), clean(value))).collect()
+            }
+            other => other,
+        }
+    }
+    // Messages of texts and numbers always come back.
+    serde_json::to_value(told).map(clean).and_then(serde_json::from_value).unwrap_or_default()
+}
+
+fn without_controls(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 impl View {
@@ -363,6 +385,26 @@ pub(crate) fn put(text: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_told_cannot_act_on_a_terminal() {
+        let decision = nsm_api::pb::introspect::Decision { why: "a\x07b".into(), ..Default::default() };
+        let bad = Connection {
+            id: "c\x1b[2J".into(),
+            labels: [("k\u{9b}".to_owned(), "v\n".to_owned())].into(),
+            decisions: vec![decision],
+            answers: u64::MAX,
+            since: -1,
+            ..Connection::default()
+        };
+        let told = plain(bad.clone());
+        assert_eq!((told.id.as_str(), told.decisions[0].why.as_str()), ("c [2J", "a b"));
+        assert_eq!(told.labels, [("k ".to_owned(), "v ".to_owned())].into());
+        assert_eq!(plain(told.clone()), told);
+        assert_eq!((told.answers, told.since), (u64::MAX, -1));
+        let wire = Wire { near: None, far: Some(nsm_api::pb::introspect::End::default()), ..Wire::default() };
+        assert_eq!(plain(wire.clone()), wire);
+    }
 
     #[test]
     fn durations_have_two_units() {
