@@ -29,6 +29,22 @@ use tracing_subscriber::{Layer, filter::filter_fn, registry::LookupSpan};
 
 use crate::common::duration;
 
+/// The counters that forwarders write into the path (spec/data-plane.md 2.19).
+const COUNTERS: [&str; 10] = [
+    "server_rx_bytes",
+    "server_tx_bytes",
+    "server_rx_packets",
+    "server_tx_packets",
+    "server_drops",
+    "client_rx_bytes",
+    "client_tx_bytes",
+    "client_rx_packets",
+    "client_tx_packets",
+    "client_drops",
+];
+/// Counters exported by one process: those of a hundred forwarders. Their names are those of hops, and stay for ever.
+const MAX_COUNTERS: usize = 1000;
+
 /// Where traces and metrics go.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Telemetry {
@@ -138,24 +154,37 @@ struct Counted {
     last: HashMap<String, HashMap<String, u64>>,
 }
 
+/// Upstream's counters that the hops behind us report, each under upstream's name. What a caller writes left of us
+/// is not counted.
+fn counts(conn: &Connection) -> impl Iterator<Item = (String, u64)> + '_ {
+    path::segments(conn).iter().skip(path::index(conn) + 1).flat_map(|segment| {
+        COUNTERS.iter().filter_map(|key| {
+            let value = segment.metrics.get(*key)?.parse().ok()?;
+            Some((format!("{}_{key}", segment.name), value))
+        })
+    })
+}
+
 impl Follow for Segments {
     fn answered(&self, conn: &Connection) {
         let id = path::current(conn).map_or(&conn.id, |own| &own.id);
         let mut state = self.state.lock();
         let Counted { counters, last } = &mut *state;
-        for segment in path::segments(conn) {
-            for (key, value) in &segment.metrics {
-                let Ok(value) = value.parse::<u64>() else { continue };
-                let name = format!("{}_{key}", segment.name);
-                let before = last.entry(id.clone()).or_default().insert(name.clone(), value).unwrap_or(0);
+        let last = last.entry(id.clone()).or_default();
+        let mut now = HashMap::new();
+        for (name, value) in counts(conn) {
+            let before = last.get(&name).copied().unwrap_or(0);
+            if counters.contains_key(&name) || counters.len() < MAX_COUNTERS {
                 let counter = counters
-                    .entry(name)
+                    .entry(name.clone())
                     .or_insert_with_key(|name| self.meter.u64_counter(name.clone()).build());
                 let connection = KeyValue::new("connection", path::client_id(conn).to_owned());
                 // A wire that was made anew counts from 0.
                 counter.add(value.checked_sub(before).unwrap_or(value), &[connection]);
             }
+            now.insert(name, value);
         }
+        *last = now;
     }
 
     fn ended(&self, id: &str) {
@@ -211,5 +240,51 @@ impl Extractor for Read<'_> {
 
     fn keys(&self) -> Vec<&str> {
         self.0.keys().map(HeaderName::as_str).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nsm_api::pb::connection::{Path, PathSegment};
+
+    use super::*;
+
+    fn answer(index: u32, segments: &[(&str, &str, &str)]) -> Connection {
+        let segment = |(name, key, value): &(&str, &str, &str)| PathSegment {
+            name: (*name).to_owned(),
+            id: format!("{name}-id"),
+            metrics: [((*key).to_owned(), (*value).to_owned())].into(),
+            ..PathSegment::default()
+        };
+        let path_segments = segments.iter().map(segment).collect();
+        Connection { path: Some(Path { index, path_segments }), ..Connection::default() }
+    }
+
+    #[test]
+    fn only_upstreams_counters_of_hops_behind_us_are_counted() {
+        let conn = answer(
+            1,
+            &[
+                ("client", "server_rx_bytes", "1"),
+                ("manager", "server_rx_bytes", "2"),
+                ("forwarder", "server_rx_bytes", "3"),
+                ("other", "made_up", "4"),
+                ("endpoint", "client_drops", "many"),
+            ],
+        );
+        assert_eq!(counts(&conn).collect::<Vec<_>>(), [("forwarder_server_rx_bytes".to_owned(), 3)]);
+    }
+
+    #[test]
+    fn names_without_number_make_no_counters_without_number() {
+        let meter = SdkMeterProvider::builder().build().meter("test");
+        let segments = Segments { meter, state: Mutex::default() };
+        for i in 0..2 * MAX_COUNTERS {
+            let name = format!("hop-{i}");
+            segments.answered(&answer(0, &[("us", "x", "1"), (&name, "client_drops", "1")]));
+        }
+        let state = segments.state.lock();
+        assert_eq!(state.counters.len(), MAX_COUNTERS);
+        assert_eq!(state.last.values().map(HashMap::len).collect::<Vec<_>>(), [1]);
     }
 }
