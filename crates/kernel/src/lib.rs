@@ -29,6 +29,7 @@ pub mod netns;
 pub mod nft;
 pub mod plan;
 mod reaper;
+pub mod resident;
 mod rt;
 mod snapshot;
 mod solicited;

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::mem::{size_of, size_of_val, zeroed};
+use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use rustix::thread::UnshareFlags;
@@ -14,6 +15,15 @@ const NS_GET_NSTYPE: libc::Ioctl = 0xb703;
 pub(crate) fn unshare_net() -> rustix::io::Result<()> {
     // SAFETY: the one danger of `unshare` is a separate descriptor table (CLONE_FILES), which is not asked for.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }
+}
+
+/// Unmaps the pages of a mapping of code; what is needed of them comes back from the file.
+pub(crate) fn let_go(code: Range<usize>) -> io::Result<()> {
+    // SAFETY: `code` is a private mapping of a file, executable and not writable, so its pages are as the file has them:
+    // the linker makes no relocations in code, and the kernel lets nobody write to a program that runs (ETXTBSY). What
+    // is unmapped is mapped again with the same contents when it is next touched.
+    let done = unsafe { libc::madvise(code.start as *mut _, code.len(), libc::MADV_DONTNEED) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Whether `fd` refers to a network namespace.
