@@ -114,7 +114,7 @@ impl Worker {
             .arg0("nsm")
             .args(["bench", "client", "--connect-to", &socket("nsm.io.sock")])
             .env("SPIFFE_ENDPOINT_SOCKET", socket("identity.sock"))
-            .env("NSM_LOG_LEVEL", "info")
+            .env("NSM_LOG_LEVEL", crate::LOG_LEVEL)
             .env("NSM_INTROSPECT_DIR", "")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

@@ -90,6 +90,9 @@ pub struct Options {
     pub together: bool,
 }
 
+/// Handshakes are counted in the logs.
+const LOG_LEVEL: &str = "info,nsm_transport::pool=debug";
+
 /// A lab that comes down whatever happens.
 struct Standing(Lab);
 
@@ -186,8 +189,7 @@ fn measure(
     let path = Path::new("nsm bench");
     let mut plan = Plan::new(&Scenario::parse(&topology.scenario(&name, options.together), path)?);
     for process in &mut plan.processes {
-        // Handshakes are counted in the logs.
-        process.env.insert("NSM_LOG_LEVEL".into(), "info".into());
+        process.env.insert("NSM_LOG_LEVEL".into(), LOG_LEVEL.into());
     }
     progress(&format!("{topology}: building lab {name}"));
     let lab = Lab::build(plan, path, exe, supervisor.clone(), &mut |_| {})?;
