@@ -66,7 +66,8 @@ const UNFINISHED: &str = ".unfinished-";
 const MAX_BYTES: u64 = 16 << 20;
 
 impl Store {
-    /// The store in that directory, which is made if need be. Half-written files of an earlier life are removed.
+    /// The store in that directory, which is made if need be. Half-written files of an earlier life are removed: only
+    /// the one process that writes there may open it; others [`look`](Self::look).
     pub fn open(dir: impl Into<PathBuf>) -> Result<Self> {
         let store = Self { dir: dir.into() };
         let failed = |source| Error::Store { what: "open", path: store.dir.clone(), source };
@@ -77,6 +78,11 @@ impl Store {
             }
         }
         Ok(store)
+    }
+
+    /// What another process keeps in that directory, which nobody but that process changes.
+    pub fn look(dir: impl Into<PathBuf>) -> Result<Loaded> {
+        Self { dir: dir.into() }.load()
     }
 
     /// Stores a record in place of an older one of the same connection. After an error the older one is unharmed.
@@ -120,6 +126,10 @@ impl Store {
         let mut loaded = Loaded::default();
         for entry in fs::read_dir(&self.dir).map_err(failed)? {
             let path = entry.map_err(failed)?.path();
+            if path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(UNFINISHED.as_bytes()))
+            {
+                continue;
+            }
             let id = path.file_name().and_then(|name| decode_id(name.to_str()?.strip_suffix(SUFFIX)?));
             match read(&path, id.as_deref()) {
                 Ok(record) => loaded.records.push(record),

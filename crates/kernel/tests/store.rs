@@ -101,6 +101,17 @@ fn damage_is_reported_and_does_no_harm() {
     assert_eq!(names(dir.path()), ["README", "dir.wire", "good.wire", "victim.wire"]);
 }
 
+#[test]
+fn who_looks_into_another_s_store_disturbs_no_write() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    store.put(&record("good")).unwrap();
+    fs::write(dir.path().join(".unfinished-good"), "being written").unwrap();
+    let seen = Store::look(dir.path()).unwrap();
+    assert_eq!((seen.records, seen.damaged), (vec![record("good")], vec![]));
+    assert_eq!(names(dir.path()), [".unfinished-good", "good.wire"]);
+}
+
 fn assert_one_damaged(store: &Store) {
     let loaded = store.load().unwrap();
     assert_eq!(loaded.records, [record("good")]);

@@ -97,7 +97,7 @@ fn meddled(test: &str, service: &str) {
     mesh.restart("fw");
     unnumbered(&mesh);
     let records = |mesh: &Mesh| {
-        let records = Store::open(mesh.state_dir("node1")).expect("open").load().expect("read").records;
+        let records = Store::look(mesh.state_dir("node1")).expect("read").records;
         records.into_iter().map(|r| (r.plan.id, r.data.to_string())).collect::<Vec<_>>()
     };
     let were = records(&mesh);

@@ -29,7 +29,7 @@ fn record(mesh: &Mesh) -> Record {
 
 /// The one record of a node's forwarder.
 pub(crate) fn record_of(mesh: &Mesh, node: &str) -> Record {
-    let mut records = Store::open(mesh.state_dir(node)).expect("open").load().expect("read").records;
+    let mut records = Store::look(mesh.state_dir(node)).expect("read").records;
     assert_eq!(records.len(), 1, "{records:?}");
     records.remove(0)
 }
