@@ -5,6 +5,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
     str::FromStr,
     sync::Arc,
 };
@@ -74,15 +75,16 @@ impl FromStr for AwarenessGroups {
 pub struct InUse {
     groups: Vec<Vec<NsUrl>>,
     group_of: BTreeMap<String, usize>,
-    wires: BTreeMap<String, BTreeSet<String>>,
+    wires: BTreeMap<String, BTreeSet<IpNet>>,
 }
 
 /// What an endpoint was asked not to hand out.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Excluded {
-    all: Vec<String>,
-    /// The part of it that other wires use.
-    added: Vec<String>,
+    /// Single hosts in it.
+    hosts: BTreeSet<IpAddr>,
+    /// What was added to the request for the other wires' sake, as it stands there.
+    added: BTreeSet<String>,
 }
 
 /// An endpoint has handed out what it was asked not to.
@@ -111,20 +113,27 @@ impl InUse {
         };
     }
 
-    /// Adds to `ip` what the other wires use, but for those of the same group and the wire's own addresses.
+    /// Adds to `ip` what the other wires use, but for those of the same group and the wire's own addresses. The fewest
+    /// prefixes that cover it: every hop reads and copies the list, and a client may have a thousand wires.
     pub fn exclude(&self, id: &str, ip: &mut IpContext) -> Excluded {
         let group = self.group_of.get(id);
         let others = self
             .wires
             .iter()
             .filter(|(other, _)| *other != id && (group.is_none() || self.group_of.get(*other) != group));
-        let own: BTreeSet<&String> = ip.src_ip_addrs.iter().chain(&ip.dst_ip_addrs).collect();
-        let listed: BTreeSet<&String> = ip.excluded_prefixes.iter().collect();
-        let used: BTreeSet<&String> = others.flat_map(|(_, prefixes)| prefixes).collect();
-        let added: Vec<String> =
-            used.into_iter().filter(|p| !own.contains(p) && !listed.contains(p)).cloned().collect();
+        let own: BTreeSet<IpNet> = nets(ip.src_ip_addrs.iter().chain(&ip.dst_ip_addrs)).collect();
+        let listed: BTreeSet<IpNet> = nets(&ip.excluded_prefixes).collect();
+        let used: BTreeSet<IpNet> = others
+            .flat_map(|(_, nets)| nets)
+            .filter(|net| !own.contains(net) && !listed.contains(net))
+            .copied()
+            .collect();
+        let hosts = used.iter().chain(&listed).filter(|net| is_host(net)).map(IpNet::addr).collect();
+        let fewest = IpNet::aggregate(&used.into_iter().collect());
+        let added: BTreeSet<String> =
+            fewest.iter().filter(|net| !listed.contains(net)).map(IpNet::to_string).collect();
         ip.excluded_prefixes.extend(added.iter().cloned());
-        Excluded { all: ip.excluded_prefixes.clone(), added }
+        Excluded { hosts, added }
     }
 
     /// Notes what an answer uses: addresses, routes to single hosts and, outside of groups, what it excludes on its
@@ -133,21 +142,22 @@ impl InUse {
     /// # Errors
     /// An address that was to be left out. Nothing is noted then.
     pub fn note(&mut self, id: &str, ip: &mut IpContext, asked: &Excluded) -> Result<(), Overlap> {
-        let hosts: Vec<(&String, IpNet)> =
-            asked.all.iter().filter_map(|text| Some((text, host(text)?))).collect();
         for address in ip.src_ip_addrs.iter().chain(&ip.dst_ip_addrs) {
             // What is no address is nobody's; whoever builds the wire says so.
             let Ok(net) = address.parse::<IpNet>() else { continue };
-            if let Some((prefix, _)) = hosts.iter().find(|(_, host)| host.addr() == net.addr()) {
-                return Err(Overlap { address: address.clone(), prefix: (*prefix).clone() });
+            if asked.hosts.contains(&net.addr()) {
+                return Err(Overlap {
+                    address: address.clone(),
+                    prefix: IpNet::from(net.addr()).to_string(),
+                });
             }
         }
         ip.excluded_prefixes.retain(|prefix| !asked.added.contains(prefix));
         let routes = ip.src_routes.iter().chain(&ip.dst_routes).map(|route| &route.prefix);
-        let mut uses: BTreeSet<String> = ip.src_ip_addrs.iter().chain(&ip.dst_ip_addrs).cloned().collect();
-        uses.extend(routes.filter(|prefix| host(prefix).is_some()).cloned());
+        let mut uses: BTreeSet<IpNet> = nets(ip.src_ip_addrs.iter().chain(&ip.dst_ip_addrs)).collect();
+        uses.extend(nets(routes).filter(is_host));
         if !self.group_of.contains_key(id) {
-            uses.extend(ip.excluded_prefixes.iter().cloned());
+            uses.extend(nets(&ip.excluded_prefixes));
         }
         self.wires.insert(id.to_owned(), uses);
         Ok(())
@@ -159,9 +169,14 @@ impl InUse {
     }
 }
 
-/// A prefix of a single host.
-fn host(text: &str) -> Option<IpNet> {
-    text.parse::<IpNet>().ok().filter(|net| net.prefix_len() == net.max_prefix_len())
+/// Those that can be read.
+fn nets<'a>(texts: impl IntoIterator<Item = &'a String>) -> impl Iterator<Item = IpNet> {
+    texts.into_iter().filter_map(|text| text.parse().ok())
+}
+
+/// Whether it is a single host.
+fn is_host(net: &IpNet) -> bool {
+    net.prefix_len() == net.max_prefix_len()
 }
 
 /// The element: all wires of a client share one.
@@ -257,10 +272,9 @@ mod tests {
         let mut used = InUse::default();
         let mut first = pair("172.16.1.97/32", "172.16.1.96/32", &["10.96.0.0/12"]);
         used.note("c-0", &mut first, &Excluded::default()).unwrap();
-        let own = ["172.16.1.96/32", "172.16.1.97/32"];
         assert_eq!(
             excluded(&used, "c-1", IpContext::default()),
-            ["10.96.0.0/12", own[0], own[1]],
+            ["10.96.0.0/12", "172.16.1.96/31"],
             "addresses, and what the first request learned"
         );
         assert_eq!(
@@ -270,11 +284,11 @@ mod tests {
         );
         let mut second = IpContext::default();
         let asked = used.exclude("c-1", &mut second);
-        let mut answer = pair("172.16.1.99/32", "172.16.1.98/32", &["10.96.0.0/12", own[0], own[1]]);
+        let mut answer = pair("172.16.1.99/32", "172.16.1.98/32", &["10.96.0.0/12", "172.16.1.96/31"]);
         used.note("c-1", &mut answer, &asked).unwrap();
         assert!(answer.excluded_prefixes.is_empty(), "what was added is worked out anew each time");
         used.forget("c-0");
-        assert_eq!(excluded(&used, "c-2", IpContext::default()), ["172.16.1.98/32", "172.16.1.99/32"]);
+        assert_eq!(excluded(&used, "c-2", IpContext::default()), ["172.16.1.98/31"]);
         used.forget("c-1");
         assert!(excluded(&used, "c-2", IpContext::default()).is_empty());
     }
@@ -299,6 +313,31 @@ mod tests {
     }
 
     #[test]
+    fn a_thousand_wires_exclude_a_handful_of_prefixes() {
+        let mut used = InUse::default();
+        for n in 0..1000_u32 {
+            let address = |n: u32| format!("{}/32", std::net::Ipv4Addr::from(0xac10_0000 + n));
+            let mut answer = pair(&address(2 * n + 1), &address(2 * n), &[]);
+            used.note(&n.to_string(), &mut answer, &Excluded::default()).unwrap();
+        }
+        assert_eq!(
+            excluded(&used, "new", IpContext::default()),
+            [
+                "172.16.0.0/22",
+                "172.16.4.0/23",
+                "172.16.6.0/24",
+                "172.16.7.0/25",
+                "172.16.7.128/26",
+                "172.16.7.192/28"
+            ]
+        );
+        // Each host of them is still held against an endpoint.
+        let asked = used.exclude("new", &mut IpContext::default());
+        let overlap = used.note("new", &mut pair("172.16.5.7/32", "10.0.0.1/32", &[]), &asked).unwrap_err();
+        assert_eq!(overlap.prefix, "172.16.5.7/32");
+    }
+
+    #[test]
     fn wires_of_one_group_may_overlap_and_others_may_not() {
         let url = |text: &str| text.parse::<NsUrl>().unwrap();
         let groups = "[kernel://a/nsm-1?color=red, kernel://b/nsm-2], [kernel://c]".parse().unwrap();
@@ -317,11 +356,7 @@ mod tests {
         let of = |id| excluded(&used, id, IpContext::default());
         assert!(of("1").is_empty(), "its endpoints know of each other");
         for other in ["2", "3", "4"] {
-            assert_eq!(
-                of(other),
-                ["10.0.0.0/32", "10.0.0.1/32"],
-                "{other}: not what a group's wire excludes"
-            );
+            assert_eq!(of(other), ["10.0.0.0/31"], "{other}: not what a group's wire excludes");
         }
     }
 
