@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -73,7 +74,7 @@ func describe(message any) string {
 		}
 		return text
 	case *registryapi.NetworkServiceEndpoint:
-		return fmt.Sprintf("nse=%s services=%s url=%s", m.GetName(), strings.Join(m.GetNetworkServiceNames(), ","), m.GetUrl())
+		return fmt.Sprintf("nse=%s services=%s url=%s future=%v", m.GetName(), strings.Join(m.GetNetworkServiceNames(), ","), m.GetUrl(), future(m))
 	case *registryapi.NetworkServiceEndpointQuery:
 		return fmt.Sprintf("watch=%v %s", m.GetWatch(), describe(m.GetNetworkServiceEndpoint()))
 	case *registryapi.NetworkServiceEndpointResponse:
@@ -103,11 +104,11 @@ func connection(c *networkservice.Connection) string {
 			parameters += key + ":" + value + ";"
 		}
 	}
-	return fmt.Sprintf("conn=%s service=%s nse=%s state=%s hops=%d mechanism=%s/%s parameters=%s src=%s dst=%s excluded=%s extra=%v labels=%v ",
+	return fmt.Sprintf("conn=%s service=%s nse=%s state=%s hops=%d mechanism=%s/%s parameters=%s src=%s dst=%s excluded=%s extra=%v future=%v labels=%v ",
 		client, c.GetNetworkService(), c.GetNetworkServiceEndpointName(), c.GetState(), len(c.GetPath().GetPathSegments()),
 		mechanism.GetCls(), mechanism.GetType(), parameters,
 		strings.Join(c.GetContext().GetIpContext().GetSrcIpAddrs(), ","), strings.Join(c.GetContext().GetIpContext().GetDstIpAddrs(), ","),
-		strings.Join(c.GetContext().GetIpContext().GetExcludedPrefixes(), ","), c.GetContext().GetExtraContext(), c.GetLabels())
+		strings.Join(c.GetContext().GetIpContext().GetExcludedPrefixes(), ","), c.GetContext().GetExtraContext(), future(c), c.GetLabels())
 }
 
 func method(full string) string {
@@ -133,15 +134,20 @@ func caller(ctx context.Context) string {
 // newer makes a message one of a later version of the protocol: it has a field that nobody knows yet.
 func newer(message any) any {
 	original, ok := message.(proto.Message)
-	if !ok {
+	if !ok || future(original) {
 		return message
 	}
 	changed := proto.Clone(original)
-	reflected := changed.ProtoReflect()
-	field := protowire.AppendTag(nil, 54321, protowire.BytesType)
+	field := protowire.AppendTag(nil, 77, protowire.BytesType)
 	field = protowire.AppendString(field, "a field of the future")
+	reflected := changed.ProtoReflect()
 	reflected.SetUnknown(append(reflected.GetUnknown(), field...))
 	return changed
+}
+
+// future tells whether a message has that field.
+func future(message proto.Message) bool {
+	return bytes.Contains(message.ProtoReflect().GetUnknown(), []byte("a field of the future"))
 }
 
 func code(err error) string {

@@ -61,6 +61,7 @@ func request(o *options, index int, wanted *url.URL) *networkservice.NetworkServ
 	if o.unknownMechanism {
 		r.MechanismPreferences = append([]*networkservice.Mechanism{unknown}, r.MechanismPreferences...)
 		r.Connection.Context.ExtraContext = map[string]string{"future": "bright"}
+		r.Connection = newer(r.Connection).(*networkservice.Connection)
 	}
 	return r
 }

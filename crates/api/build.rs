@@ -1,6 +1,24 @@
 //! Generates the protobuf types from `proto/` in pure Rust: no `protoc` on a user's machine.
 
-use std::{env, fs, path::PathBuf};
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+};
+
+/// What hops pass on: package, message, and its name in Rust. They keep fields that nobody here knows.
+const PASSED_ON: [(&str, &str, &str); 11] = [
+    ("networkservice", "NetworkServiceRequest", "NetworkServiceRequest"),
+    ("connection", "Connection", "Connection"),
+    ("connection", "Mechanism", "Mechanism"),
+    ("connection", "PathSegment", "PathSegment"),
+    ("connectioncontext", "ConnectionContext", "ConnectionContext"),
+    ("connectioncontext", "IPContext", "IpContext"),
+    ("connectioncontext", "PolicyRoute", "PolicyRoute"),
+    ("connectioncontext", "DNSContext", "DnsContext"),
+    ("connectioncontext", "EthernetContext", "EthernetContext"),
+    ("registry", "NetworkService", "NetworkService"),
+    ("registry", "NetworkServiceEndpoint", "NetworkServiceEndpoint"),
+];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
@@ -9,6 +27,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let set = protox::compile(files, ["proto"])?;
     // Reflection serves the same descriptors that the types came from.
     fs::write(out.join("descriptors.bin"), prost_bytes(&set))?;
+    let passed_on =
+        PASSED_ON.map(|(package, message, name)| (package, name, free_numbers(&set, package, message)));
     tonic_prost_build::configure()
         // Ordered maps: equal messages have equal bytes, which tests and caches rely on.
         .btree_map(".")
@@ -18,7 +38,33 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .type_attribute(".nsm.introspect.v1", "#[derive(serde::Serialize, serde::Deserialize)]")
         .type_attribute(".nsm.introspect.v1", "#[serde(rename_all = \"camelCase\")]")
         .compile_fds(set)?;
+    for (package, name, free) in passed_on {
+        keep_unknown(&out.join(format!("{package}.rs")), name, &free)?;
+    }
     Ok(())
+}
+
+/// The numbers up to 255 that a message has no field for.
+fn free_numbers(set: &prost_types::FileDescriptorSet, package: &str, message: &str) -> String {
+    let mut messages =
+        set.file.iter().filter(|file| file.package() == package).flat_map(|file| &file.message_type);
+    let message = messages.find(|m| m.name() == message).expect("a message of that name");
+    let free = (1..=255).filter(|number| message.field.iter().all(|field| field.number() != *number));
+    free.map(|number| number.to_string()).collect::<Vec<_>>().join(", ")
+}
+
+/// Gives a generated type a place for fields that it does not know: see `unknown`. prost has none of its own, but what
+/// it does with a `oneof` is what is needed.
+fn keep_unknown(file: &Path, name: &str, free: &str) -> Result<(), Box<dyn std::error::Error>> {
+    let head = format!("pub struct {name} {{\n");
+    let code = fs::read_to_string(file)?;
+    let (before, after) =
+        code.split_once(&head).ok_or_else(|| format!("{} has no {name}", file.display()))?;
+    let field = format!(
+        "#[prost(oneof = \"crate::unknown::Unknown\", tags = \"{free}\")]\n\
+         pub unknown: ::core::option::Option<crate::unknown::Unknown>,\n"
+    );
+    Ok(fs::write(file, [before, &head, &field, after].concat())?)
 }
 
 fn prost_bytes(set: &impl prost::Message) -> Vec<u8> {

@@ -32,6 +32,7 @@ pub mod mechanism;
 pub mod nsurl;
 pub mod path;
 
+pub mod unknown;
 /// The descriptors of all services, for gRPC reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 

@@ -7,6 +7,7 @@ use crate::{
         connection::{Connection, Mechanism},
         networkservice::NetworkServiceRequest,
     },
+    unknown::Unknown,
 };
 
 /// Labels, parameters and similar maps: entries.
@@ -85,6 +86,7 @@ pub fn check_request(request: &NetworkServiceRequest) -> Result<(), Malformed> {
     if conn.network_service.is_empty() {
         return Err(Malformed::NoService);
     }
+    unknown(&request.unknown)?;
     few("mechanism_preferences", request.mechanism_preferences.len(), 64)?;
     request.mechanism_preferences.iter().try_for_each(check_mechanism)?;
     check_connection(conn)
@@ -95,6 +97,7 @@ pub fn check_request(request: &NetworkServiceRequest) -> Result<(), Malformed> {
 /// # Errors
 /// The first thing that is wrong.
 pub fn check_connection(conn: &Connection) -> Result<(), Malformed> {
+    unknown(&conn.unknown)?;
     name("connection.id", &conn.id, 253)?;
     name("connection.network_service", &conn.network_service, 512)?;
     name("connection.network_service_endpoint_name", &conn.network_service_endpoint_name, 512)?;
@@ -108,6 +111,7 @@ pub fn check_connection(conn: &Connection) -> Result<(), Malformed> {
                 return Err(Malformed::Segment { segment: index, what });
             }
         }
+        unknown(&segment.unknown)?;
         name("path segment name", &segment.name, 253)?;
         name("path segment id", &segment.id, 253)?;
         short("path segment token", &segment.token, MAX_TEXT)?;
@@ -118,8 +122,12 @@ pub fn check_connection(conn: &Connection) -> Result<(), Malformed> {
         check_mechanism(m)?;
     }
     let Some(context) = &conn.context else { return Ok(()) };
+    unknown(&context.unknown)?;
+    context.dns_context.as_ref().map_or(Ok(()), |dns| unknown(&dns.unknown))?;
+    context.ethernet_context.as_ref().map_or(Ok(()), |ethernet| unknown(&ethernet.unknown))?;
     few("context.extra_context", context.extra_context.len(), MAX_ENTRIES)?;
     let Some(ip) = &context.ip_context else { return Ok(()) };
+    unknown(&ip.unknown)?;
     for (what, list) in [("src_ip_addrs", &ip.src_ip_addrs), ("dst_ip_addrs", &ip.dst_ip_addrs)] {
         few(what, list.len(), MAX_ITEMS)?;
         list.iter().try_for_each(|a| cidr(what, a))?;
@@ -136,10 +144,12 @@ pub fn check_connection(conn: &Connection) -> Result<(), Malformed> {
     few("excluded_prefixes", ip.excluded_prefixes.len(), MAX_ITEMS)?;
     few("ip_neighbors", ip.ip_neighbors.len(), MAX_ITEMS)?;
     ip.ip_neighbors.iter().try_for_each(|n| address("ip_neighbors", &n.ip))?;
-    few("policies", ip.policies.len(), MAX_ENTRIES)
+    few("policies", ip.policies.len(), MAX_ENTRIES)?;
+    ip.policies.iter().try_for_each(|policy| unknown(&policy.unknown))
 }
 
 fn check_mechanism(m: &Mechanism) -> Result<(), Malformed> {
+    unknown(&m.unknown)?;
     few("mechanism.parameters", m.parameters.len(), MAX_ENTRIES)?;
     texts("mechanism.parameters", &m.parameters)?;
     if m.r#type == kind::KERNEL {
@@ -153,6 +163,19 @@ fn check_mechanism(m: &Mechanism) -> Result<(), Malformed> {
 
 fn few(what: &'static str, got: usize, max: usize) -> Result<(), Malformed> {
     if got > max { Err(Malformed::TooMany { what, got, max }) } else { Ok(()) }
+}
+
+/// Checks the fields of a message that we only pass on, all together.
+///
+/// # Errors
+/// They are longer than any text may be.
+pub fn unknown(kept: &Option<Unknown>) -> Result<(), Malformed> {
+    let got = kept.as_ref().map_or(0, Unknown::encoded_len);
+    if got > MAX_TEXT {
+        Err(Malformed::TooLong { what: "what is unknown in a message", got, max: MAX_TEXT })
+    } else {
+        Ok(())
+    }
 }
 
 fn short(what: &'static str, text: &str, max: usize) -> Result<(), Malformed> {
@@ -194,6 +217,8 @@ fn address(what: &'static str, value: &str) -> Result<(), Malformed> {
 
 #[cfg(test)]
 mod tests {
+    use prost::Message as _;
+
     use super::*;
     use crate::pb::{
         connection::{Path, PathSegment},
@@ -204,6 +229,7 @@ mod tests {
         NetworkServiceRequest {
             connection: Some(Connection { network_service: "s".into(), ..Connection::default() }),
             mechanism_preferences: vec![Mechanism::kernel("nsm0", None)],
+            ..NetworkServiceRequest::default()
         }
     }
 
@@ -267,6 +293,16 @@ mod tests {
         let nobody = PathSegment { name: "somebody".into(), ..PathSegment::default() };
         request.connection.as_mut().unwrap().path = Some(Path { index: 0, path_segments: vec![nobody] });
         assert_eq!(check_request(&request), Err(Malformed::Segment { segment: 0, what: "id" }));
+
+        let mut request = good();
+        let long = prost::bytes::Bytes::from([&b"\x62\x80\x80\x02"[..], &[0; 0x8000]].concat());
+        request.mechanism_preferences[0].merge(long).unwrap();
+        assert!(
+            check_request(&request)
+                .unwrap_err()
+                .to_string()
+                .starts_with("what is unknown in a message has 32772 bytes")
+        );
 
         let mut request = good();
         request.mechanism_preferences[0].set("inodeURL", "file:///proc/1/ns/net");

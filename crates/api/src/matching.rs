@@ -592,7 +592,13 @@ mod tests {
     }
 
     fn service(matches: Vec<Match>) -> NetworkService {
-        NetworkService { name: "s".into(), payload: "IP".into(), matches, path_ids: vec![] }
+        NetworkService {
+            name: "s".into(),
+            payload: "IP".into(),
+            matches,
+            path_ids: vec![],
+            ..NetworkService::default()
+        }
     }
 
     /// `source -> route | route`, with `!` for fallthrough and `@labels` for metadata.
@@ -908,3 +914,4 @@ mod tests {
         }
     }
 }
+            ..NetworkServiceEndpoint::default()

@@ -86,7 +86,7 @@ impl Mechanism {
     /// A mechanism without parameters.
     #[must_use]
     pub fn new(cls: &str, kind: &str) -> Self {
-        Self { cls: cls.into(), r#type: kind.into(), parameters: BTreeMap::new() }
+        Self { cls: cls.into(), r#type: kind.into(), parameters: BTreeMap::new(), ..Self::default() }
     }
 
     /// A kernel interface of this name (empty: the other side or a generator names it) in this namespace.

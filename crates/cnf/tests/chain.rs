@@ -104,6 +104,7 @@ fn request() -> NetworkServiceRequest {
             ..Connection::default()
         }),
         mechanism_preferences: vec![Mechanism::new("LOCAL", kind::KERNEL)],
+        ..NetworkServiceRequest::default()
     }
 }
 

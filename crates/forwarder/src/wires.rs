@@ -151,7 +151,12 @@ impl Record {
     }
 
     fn from_kept(plan: WirePlan, kept: Kept) -> Self {
-        let far = Mechanism { cls: kept.far_class, r#type: kept.far_type, parameters: kept.far_parameters };
+        let far = Mechanism {
+            cls: kept.far_class,
+            r#type: kept.far_type,
+            parameters: kept.far_parameters,
+            ..Mechanism::default()
+        };
         Self { plan, far, expires: SystemTime::UNIX_EPOCH + Duration::from_secs(kept.expires_unix) }
     }
 }

@@ -132,7 +132,11 @@ mod tests {
                 Connection { id: "u".into(), network_service: "s".into(), ..Connection::default() };
             let context = conn.context.get_or_insert_default().ip_context.get_or_insert_default();
             context.excluded_prefixes = own.iter().map(|p| (*p).to_owned()).collect();
-            let request = NetworkServiceRequest { connection: Some(conn), mechanism_preferences: vec![] };
+            let request = NetworkServiceRequest {
+                connection: Some(conn),
+                mechanism_preferences: vec![],
+                ..NetworkServiceRequest::default()
+            };
             let answer = connections.request(Call::default(), request).await.unwrap().connection;
             let context = answer.context.unwrap();
             assert!(context.dns_context.is_some(), "upstream's endpoints do not ask whether it is there");

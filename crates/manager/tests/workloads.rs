@@ -116,6 +116,7 @@ impl Node {
                 ..Connection::default()
             }),
             mechanism_preferences: offered.to_vec(),
+            ..NetworkServiceRequest::default()
         };
         NetworkServiceClient::new(connection).request(request).await.unwrap_err()
     }

@@ -43,6 +43,7 @@ use nsm_mesh::{
 };
 use nsm_transport::{DialUrl, ListenUrl, Pool, PoolConfig, Server};
 use parking_lot::Mutex;
+use prost::Message;
 use tokio::sync::mpsc;
 use tokio_stream::{Stream, StreamExt as _, wrappers::UnboundedReceiverStream};
 use tonic::{Code, Request, Response, Status, metadata::MetadataMap, service::RoutesBuilder};
@@ -241,6 +242,7 @@ fn request() -> NetworkServiceRequest {
             ..Connection::default()
         }),
         mechanism_preferences: vec![Mechanism::kernel("nsm0", None)],
+        ..NetworkServiceRequest::default()
     }
 }
 
@@ -258,6 +260,7 @@ fn strange_mechanisms() -> Vec<Mechanism> {
         cls: cls.into(),
         r#type: kind.into(),
         parameters: map(parameters),
+        ..Mechanism::default()
     };
     vec![
         m(
@@ -310,30 +313,48 @@ fn strange_context() -> ConnectionContext {
             }],
             extra_prefixes: vec!["172.31.0.0/24".into(), "anything".into()],
             policies: vec![PolicyRoute { proto: "17".into(), ..PolicyRoute::default() }],
+            ..IpContext::default()
         }),
         dns_context: Some(DnsContext {
             configs: vec![DnsConfig {
                 dns_server_ips: vec!["10.0.0.53".into()],
                 search_domains: vec!["a.b".into(), String::new()],
             }],
+            ..DnsContext::default()
         }),
         ethernet_context: Some(EthernetContext {
             src_mac: "02:00:00:00:00:01".into(),
             dst_mac: String::new(),
             vlan_tag: -5,
+            ..EthernetContext::default()
         }),
         extra_context: map(&[("vl3", "x"), ("", "")]),
         mtu: 1234,
+        ..ConnectionContext::default()
     }
+}
+
+/// The message as a later version of the protocol has it: with a field that nobody here knows.
+fn newer<M: Message + Default>(message: M) -> M {
+    let mut bytes = message.encode_to_vec();
+    prost::encoding::string::encode(77, &"a field of the future".into(), &mut bytes);
+    M::decode(&bytes[..]).unwrap()
 }
 
 #[tokio::test]
 async fn what_this_mesh_does_not_know_passes_through_unharmed() {
     let mesh = Mesh::start().await;
-    let mut request = request();
-    request.mechanism_preferences = strange_mechanisms();
+    let mut request = newer(request());
+    request.mechanism_preferences = strange_mechanisms().into_iter().map(newer).collect();
     let conn = request.connection.as_mut().unwrap();
-    conn.context = Some(strange_context());
+    *conn = newer(conn.clone());
+    let context = strange_context();
+    conn.context = Some(newer(ConnectionContext {
+        ip_context: context.ip_context.map(newer),
+        dns_context: context.dns_context.map(newer),
+        ethernet_context: context.ethernet_context.map(newer),
+        ..context
+    }));
     conn.labels =
         map(&[("sriovToken", "worker.domain/10G"), ("serviceDomain", "d"), ("via", "gw"), ("x", "{{.y}}")]);
     conn.payload = "MPLS".into();
@@ -342,18 +363,21 @@ async fn what_this_mesh_does_not_know_passes_through_unharmed() {
     // What the next hop adds comes back as it is, too.
     let added = || Mechanism {
         parameters: map(&[("deviceMajor", "1"), ("new in v9", "yes")]),
-        ..strange_mechanisms()[0].clone()
+        ..newer(strange_mechanisms()[0].clone())
     };
     mesh.next.answers(move |conn| {
         conn.mechanism = Some(added());
         conn.context.as_mut().unwrap().extra_context.insert("added".into(), "there".into());
         conn.path.as_mut().unwrap().path_segments[2].metrics =
             map(&[("server_interface", "VFIO/x"), ("new", "1")]);
+        let theirs = &mut conn.path.as_mut().unwrap().path_segments[2];
+        *theirs = newer(theirs.clone());
     });
     let answer = mesh.ask(request.clone()).await.unwrap();
 
     let asked = mesh.next.asked.lock()[0].clone();
     assert_eq!(asked.mechanism_preferences, request.mechanism_preferences, "all of them, in order");
+    assert!(request.unknown.is_some() && asked.unknown == request.unknown);
     let (sent, got) = (request.connection.unwrap(), asked.connection.unwrap());
     let known = |conn: &Connection| Connection { id: String::new(), path: None, ..conn.clone() };
     assert_eq!(known(&got), known(&sent));
@@ -363,10 +387,15 @@ async fn what_this_mesh_does_not_know_passes_through_unharmed() {
     expected.context.as_mut().unwrap().extra_context.insert("added".into(), "there".into());
     assert_eq!(known(&answer), expected);
     assert_eq!(path::segments(&answer)[2].metrics, map(&[("server_interface", "VFIO/x"), ("new", "1")]));
+    assert_eq!(path::segments(&answer)[2].unknown, request.unknown, "the same field, in a segment");
     // A chosen mechanism goes on beside the preferences, which keep their order.
-    mesh.ask(NetworkServiceRequest { connection: Some(answer), mechanism_preferences: strange_mechanisms() })
-        .await
-        .unwrap();
+    mesh.ask(NetworkServiceRequest {
+        connection: Some(answer),
+        mechanism_preferences: strange_mechanisms(),
+        ..NetworkServiceRequest::default()
+    })
+    .await
+    .unwrap();
     let asked = mesh.next.asked.lock()[1].clone();
     assert_eq!(asked.connection.unwrap().mechanism, Some(added()));
     assert_eq!(asked.mechanism_preferences, strange_mechanisms());
@@ -445,6 +474,7 @@ async fn what_peers_do_wrong_is_survived() {
                     cls: REMOTE.into(),
                     r#type: "VXLAN".into(),
                     parameters: map(&[(key::ORIG_SRC_IP, ""), (key::SRC_IP, ""), (key::VNI, "0")]),
+                    ..Mechanism::default()
                 });
             },
             None,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use nsm_api::{
-    limits::{MAX_ENTRIES, Malformed},
+    limits::{MAX_ENTRIES, Malformed, unknown},
     pb::registry::{NetworkService, NetworkServiceEndpoint},
 };
 
@@ -23,6 +23,7 @@ pub const MAX_MATCHES: usize = 256;
 /// # Errors
 /// The first bound that is passed.
 pub fn check_service(service: &NetworkService) -> Result<(), Malformed> {
+    unknown(&service.unknown)?;
     short("name", &service.name, MAX_NAME)?;
     short("payload", &service.payload, MAX_LABEL)?;
     few("matches", service.matches.len(), MAX_MATCHES)?;
@@ -41,6 +42,7 @@ pub fn check_service(service: &NetworkService) -> Result<(), Malformed> {
 /// # Errors
 /// The first bound that is passed.
 pub fn check_endpoint(endpoint: &NetworkServiceEndpoint) -> Result<(), Malformed> {
+    unknown(&endpoint.unknown)?;
     short("name", &endpoint.name, MAX_NAME)?;
     short("url", &endpoint.url, MAX_URL)?;
     few("network_service_names", endpoint.network_service_names.len(), MAX_LIST)?;

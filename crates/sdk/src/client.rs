@@ -266,6 +266,7 @@ impl Client {
 
 /// A wire that is kept up: refreshed before its tokens expire, asked for again when the mesh says it is down.
 /// Dropping it stops that; [`Wire::close`] also tells the mesh.
+            ..NetworkServiceRequest::default()
 pub struct Wire {
     client: Arc<Client>,
     id: String,

@@ -84,7 +84,7 @@ mod tests {
             search_domains: vec!["my.coredns.service".into(), "..".into()],
         };
         let context = ConnectionContext {
-            dns_context: Some(DnsContext { configs: vec![config] }),
+            dns_context: Some(DnsContext { configs: vec![config], ..DnsContext::default() }),
             ..ConnectionContext::default()
         };
         let read = configs(&Connection { context: Some(context), ..Connection::default() });

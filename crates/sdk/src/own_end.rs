@@ -178,7 +178,11 @@ mod tests {
             Mechanism::kernel("b", None),
             Mechanism::new(LOCAL, kind::NOOP),
         ];
-        let request = NetworkServiceRequest { connection: Some(conn), mechanism_preferences };
+        let request = NetworkServiceRequest {
+            connection: Some(conn),
+            mechanism_preferences,
+            ..NetworkServiceRequest::default()
+        };
         let error = connections.request(Call::default(), request).await.unwrap_err();
         assert_eq!((error.to_string().as_str(), calls.load(Ordering::SeqCst)), ("nse: nobody", 1));
     }

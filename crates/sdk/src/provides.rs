@@ -126,6 +126,7 @@ fn parse_policies(text: &str) -> Result<Vec<PolicyRoute>, String> {
             dst_port: p.dstport.into(),
             src_port: p.srcport.into(),
             routes: p.routes.into_iter().map(route).collect(),
+            ..PolicyRoute::default()
         })
         .collect();
     check(&policies).map_err(|problem| format!("{problem}; {EXPECTED}"))?;
@@ -285,7 +286,11 @@ mod tests {
             context: Some(context),
             ..Connection::default()
         };
-        let request = NetworkServiceRequest { connection: Some(conn), mechanism_preferences: vec![] };
+        let request = NetworkServiceRequest {
+            connection: Some(conn),
+            mechanism_preferences: vec![],
+            ..NetworkServiceRequest::default()
+        };
         let connections = Connections::asking("nse", chain![element], Default::default());
         connections.request(Call::default(), request).await.unwrap().connection.context.unwrap()
     }

@@ -225,7 +225,9 @@ fn request(netns: FileId, name: &str) -> Request<NetworkServiceRequest> {
             cls: "LOCAL".into(),
             r#type: "KERNEL".into(),
             parameters: parameters.into(),
+            ..Mechanism::default()
         }],
+        ..NetworkServiceRequest::default()
     });
     request.set_timeout(Duration::from_secs(15));
     request

@@ -281,6 +281,7 @@ fn messages(socket: &str) -> Vec<(&'static str, &'static str, Vec<u8>)> {
                 dns_server_ips: vec!["10.0.0.1".into()],
                 search_domains: vec!["x".into()],
             }],
+            ..DnsContext::default()
         }),
         ethernet_context: Some(EthernetContext {
             src_mac: "02:00:00:00:00:01".into(),
@@ -314,6 +315,7 @@ fn registry_messages() -> Vec<(&'static str, &'static str, Vec<u8>)> {
             ..Match::default()
         }],
         path_ids: vec!["x".into()],
+        ..NetworkService::default()
     };
     let endpoint = NetworkServiceEndpoint {
         name: "mangled-nse".into(),

@@ -363,7 +363,9 @@ impl<'s> Run<'s> {
         let asked = if self.is_theirs("node1/manager") { "registry.sock" } else { "nsm.io.sock" };
         let args = ["find", "--service-name", "plain", "--connect-to", &self.socket(asked)];
         self.mesh.start_program("find", "client", &self.upstream, &args);
-        self.line(&["find".into()], &["got NetworkServiceEndpointRegistry/Find", "nse=gw-a "]);
+        // What their endpoint registers has a field that nobody knows.
+        let future = format!("future={}", self.is_theirs("gw-a"));
+        self.line(&["find".into()], &["got NetworkServiceEndpointRegistry/Find", "nse=gw-a ", &future]);
         let node = if self.swap.remote { "node2" } else { "node1" };
         let paths = self.mesh.lab.plan.paths();
         let manager = format!("unix://{}", paths.node(node).join("nsm.io.sock").display());
@@ -498,7 +500,7 @@ impl<'s> Run<'s> {
         let args = [&args[..], &["--network-services", "kernel://plain/odd0?fashion=strange"]].concat();
         self.mesh.start_program("odd", "client", &self.upstream, &args);
         self.ready(&["odd"]);
-        let survived = "extra=map[future:bright]";
+        let survived = "extra=map[future:bright] future=true ";
         let answer = self.line(&["odd".into()], &["wire up=", "mechanism=LOCAL/KERNEL", survived]);
         assert!(answer.contains("fashion:strange"), "{answer}");
         self.wires("unknown", &["conn=odd-0 ", survived, "fashion:strange"]);

@@ -225,6 +225,7 @@ pub(crate) fn good(id: &str, interface: &str, namespace: InodeUrl) -> NetworkSer
             ..Connection::default()
         }),
         mechanism_preferences: vec![Mechanism::kernel(interface, Some(namespace))],
+        ..NetworkServiceRequest::default()
     }
 }
 
