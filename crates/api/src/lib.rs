@@ -1,5 +1,6 @@
 //! The wire: protobuf types and typed views over them. Pure: no I/O, no runtime.
 
+pub mod context;
 pub mod matching;
 pub mod resource;
 
@@ -31,8 +32,8 @@ pub mod limits;
 pub mod mechanism;
 pub mod nsurl;
 pub mod path;
-
 pub mod unknown;
+
 /// The descriptors of all services, for gRPC reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 

@@ -86,15 +86,20 @@ impl Policy {
         E: Borrow<NetworkServiceEndpoint>,
     {
         self.select(client, seen, None, |rule| {
-            let mut found = Vec::new();
-            for route in &rule.routes {
-                found.extend(seen.iter().filter(|e| {
+            if rule.metadata.is_some() && rule.routes.is_empty() && !rule.fallthrough {
+                return Found { unrestricted: true, ..Found::alike(seen.iter().collect()) };
+            }
+            let mut found = Found::alike(Vec::new());
+            for (route, weight) in rule.routes.iter().zip(&rule.weights) {
+                let before = found.who.len();
+                found.who.extend(seen.iter().filter(|e| {
                     let labels = labels_for((*e).borrow(), &self.service);
                     route.fits(labels.unwrap_or(&NO_LABELS), client)
                 }));
+                let fit = found.who.len() - before;
+                found.shares.extend(std::iter::repeat_n(f64::from(*weight) / fit.max(1) as f64, fit));
             }
-            let only_forwarders = rule.metadata.is_some() && rule.routes.is_empty() && !rule.fallthrough;
-            if only_forwarders { (seen.iter().collect(), true) } else { (found, false) }
+            found
         })
     }
 
@@ -114,7 +119,7 @@ impl Policy {
             let wanted = rule.metadata.as_ref().filter(|labels| !labels.0.is_empty()).unwrap_or(&default);
             let fits =
                 |e: &&E| labels_for((*e).borrow(), forwarder_service).is_some_and(|l| wanted.fits(l, client));
-            (seen.iter().filter(fits).collect(), false)
+            Found::alike(seen.iter().filter(fits).collect())
         })
     }
 
@@ -131,6 +136,7 @@ impl Policy {
             let routes = m.routes.iter().map(|route| selector(&route.destination_selector));
             rules.push(Rule {
                 routes: routes.collect::<Result<_, E>>()?,
+                weights: m.routes.iter().map(|route| route.weight).collect(),
                 source: selector(&m.source_selector)?,
                 fallthrough: m.fallthrough,
                 metadata: m.metadata.as_ref().map(|meta| selector(&meta.labels)).transpose()?,
@@ -146,10 +152,11 @@ impl Policy {
         client: &'a Labels,
         seen: &'a [E],
         forwarders_of: Option<&'a str>,
-        find: impl Fn(&'a Rule) -> (Vec<&'a E>, bool),
+        find: impl Fn(&'a Rule) -> Found<'a, E>,
     ) -> Selection<'a, E> {
         let mut selection = Selection {
             candidates: Vec::new(),
+            shares: Vec::new(),
             tried: Vec::new(),
             policy: self,
             client,
@@ -165,19 +172,33 @@ impl Policy {
                 selection.tried.push(Verdict::SourceDiffers);
                 continue;
             }
-            let (found, unrestricted) = find(rule);
-            selection.tried.push(match found.len() {
-                _ if unrestricted => Verdict::Unrestricted,
+            let found = find(rule);
+            selection.tried.push(match found.who.len() {
+                _ if found.unrestricted => Verdict::Unrestricted,
                 0 if rule.fallthrough => Verdict::FellThrough,
                 0 => Verdict::Nobody,
                 count => Verdict::Selected(count),
             });
-            selection.candidates = found;
+            (selection.candidates, selection.shares) = (found.who, found.shares);
             if selection.tried.last() != Some(&Verdict::FellThrough) {
                 break;
             }
         }
         selection
+    }
+}
+
+/// Whom one match finds.
+struct Found<'a, E> {
+    who: Vec<&'a E>,
+    shares: Vec<f64>,
+    unrestricted: bool,
+}
+
+impl<'a, E> Found<'a, E> {
+    /// Each is as good as the other.
+    fn alike(who: Vec<&'a E>) -> Self {
+        Self { who, shares: Vec::new(), unrestricted: false }
     }
 }
 
@@ -189,6 +210,8 @@ pub struct Selection<'a, E> {
     pub candidates: Vec<&'a E>,
     /// What became of the first matches of the service, in order; empty if it has none.
     pub tried: Vec<Verdict>,
+    /// Of each candidate, its part of its route's weight; empty: all are alike.
+    shares: Vec<f64>,
     policy: &'a Policy,
     client: &'a Labels,
     seen: &'a [E],
@@ -202,6 +225,36 @@ impl<E> Selection<'_, E> {
     pub fn decided_by(&self) -> Option<usize> {
         let last = self.tried.len().checked_sub(1)?;
         (!matches!(self.tried[last], Verdict::SourceDiffers | Verdict::FellThrough)).then_some(last)
+    }
+
+    /// In which order to try the candidates for the `turn`th wire. Without weights each is the first in turn. With
+    /// weights a route's candidates are the first as often as its weight says, well mixed, and those of a route without
+    /// one only follow (upstream ignores weights: spec/control-plane.md 18, defect 11).
+    #[must_use]
+    pub fn order(&self, turn: usize) -> Vec<&E> {
+        let count = self.candidates.len();
+        if count == 0 {
+            return Vec::new();
+        }
+        let sum: f64 = self.shares.iter().sum();
+        let alike = self.shares.iter().all(|share| *share == self.shares[0]);
+        let first = if alike {
+            turn % count
+        } else {
+            // Multiples of the golden ratio are spread evenly, however many one looks at.
+            const GOLDEN: f64 = 0.618_033_988_749_894_8;
+            let mut at = ((turn % (1 << 24)) as f64 * GOLDEN).fract() * sum;
+            let hit = self.shares.iter().position(|share| {
+                at -= share;
+                at < 0.0
+            });
+            hit.unwrap_or_default()
+        };
+        let mut order: Vec<usize> = (0..count).map(|i| (first + i) % count).collect();
+        if !alike {
+            order.sort_by_key(|&i| self.shares[i] == 0.0);
+        }
+        order.into_iter().map(|i| self.candidates[i]).collect()
     }
 
     /// Why somebody who was seen is a candidate, or is not.
@@ -495,6 +548,8 @@ pub fn labels_for<'a>(endpoint: &'a NetworkServiceEndpoint, service: &str) -> Op
 struct Rule {
     source: Selector,
     routes: Vec<Selector>,
+    /// Of each route.
+    weights: Vec<u32>,
     fallthrough: bool,
     /// Labels of the forwarder; present but empty differs from absent in
     /// [`Policy::endpoints`] only.
@@ -634,6 +689,44 @@ mod tests {
 
     fn names(selection: &Selection<'_, NetworkServiceEndpoint>) -> String {
         selection.candidates.iter().map(|e| e.name.as_str()).collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn weights_say_how_often_each_is_the_first_to_be_tried() {
+        let route =
+            |app: &str, weight| Destination { destination_selector: labels(&format!("app={app}")), weight };
+        let seen: Vec<_> =
+            ["a", "b1", "b2", "z"].map(|name| endpoint(name, &format!("app={}", &name[..1]))).into();
+        let tried = |routes: Vec<Destination>, turns: usize| {
+            let policy = Policy::strict(&service(vec![Match { routes, ..Match::default() }])).unwrap();
+            let (client, mut firsts) = (labels(""), BTreeMap::<String, usize>::new());
+            let selection = policy.endpoints(&client, &seen);
+            for turn in 7..7 + turns {
+                let order = selection.order(turn);
+                assert_eq!(order.len(), selection.candidates.len(), "everybody is tried");
+                if let Some(first) = order.first() {
+                    *firsts.entry(first.name.clone()).or_default() += 1;
+                }
+            }
+            let last = |turn| selection.order(turn).last().map(|e| e.name.clone()).unwrap_or_default();
+            (
+                firsts
+                    .into_iter()
+                    .map(|(name, count)| format!("{name}:{count}"))
+                    .collect::<Vec<_>>()
+                    .join(" "),
+                last(0),
+            )
+        };
+        let weighted = vec![route("a", 2), route("b", 1), route("z", 0)];
+        let (firsts, last) = tried(weighted.clone(), 600);
+        assert_eq!((firsts.as_str(), last.as_str()), ("a:400 b1:100 b2:100", "z"));
+        let (few, _) = tried(weighted, 6);
+        assert_eq!(few, "a:4 b1:1 b2:1", "well mixed");
+        assert_eq!(tried(vec![route("a", 0), route("b", 0)], 9).0, "a:3 b1:3 b2:3", "no weights: in turn");
+        assert_eq!(tried(vec![route("b", 9)], 4).0, "b1:2 b2:2", "one route: in turn");
+        assert_eq!(tried(vec![route("a", u32::MAX), route("b", u32::MAX)], 100).0, "a:50 b1:25 b2:25");
+        assert_eq!(tried(Vec::new(), 3), (String::new(), String::new()), "nobody");
     }
 
     #[test]
@@ -861,6 +954,7 @@ mod tests {
             expiration_time: time(7, 5),
             initial_registration_time: time(1, 0),
             path_ids: vec!["spiffe://x".into()],
+            ..NetworkServiceEndpoint::default()
         };
         let query = |change: &dyn Fn(&mut NetworkServiceEndpoint)| {
             let mut q = NetworkServiceEndpoint::default();
@@ -914,4 +1008,3 @@ mod tests {
         }
     }
 }
-            ..NetworkServiceEndpoint::default()

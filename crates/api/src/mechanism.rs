@@ -146,6 +146,13 @@ impl Mechanism {
     }
 }
 
+/// Moves the mechanisms of these types to the front, in this order; the rest follow as they stood (section 8.6).
+pub fn prioritise(preferences: &mut [Mechanism], priority: &[String]) {
+    preferences.sort_by_key(|m| {
+        priority.iter().position(|kind| kind.eq_ignore_ascii_case(&m.r#type)).unwrap_or(priority.len())
+    });
+}
+
 /// Whether a VNI drawn by the destination side must be even (section 3.5 rule 4): the two forwarders of a
 /// node pair never collide when both allocate towards each other.
 #[must_use]
@@ -218,6 +225,19 @@ mod tests {
         let mut proxied = m("192.0.2.9", "10.0.0.1");
         proxied.set(key::ORIG_SRC_IP, "10.0.0.0");
         assert!(vni_is_even(&proxied));
+    }
+
+    #[test]
+    fn what_has_priority_comes_first_and_the_rest_keeps_its_order() {
+        let order = |priority: &[&str]| {
+            let mut preferences =
+                ["VXLAN", "WIREGUARD", "IPSEC", "VLAN"].map(|kind| Mechanism::new(REMOTE, kind));
+            prioritise(&mut preferences, &priority.iter().map(|kind| (*kind).to_owned()).collect::<Vec<_>>());
+            preferences.map(|m| m.r#type).join(" ")
+        };
+        assert_eq!(order(&[]), "VXLAN WIREGUARD IPSEC VLAN");
+        assert_eq!(order(&["ipsec"]), "IPSEC VXLAN WIREGUARD VLAN");
+        assert_eq!(order(&["Vlan", "SRV6", "wireguard"]), "VLAN WIREGUARD VXLAN IPSEC");
     }
 
     #[test]

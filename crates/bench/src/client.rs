@@ -239,6 +239,7 @@ pub async fn client(options: ClientOptions, source: Source) -> Result<(), Error>
         awareness_groups: nsm_sdk::prefixes::AwarenessGroups::default(),
         // Nobody was here before, and probes would be measured with the rest.
         takes_over: false,
+        refreshes_together: false,
         liveness: None,
         names: None,
     };

@@ -4,11 +4,10 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::mem;
-use std::net::IpAddr;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use ipnet::IpNet;
+use nsm_api::context;
 use nsm_api::mechanism::{LOCAL, interface_name, key, kind};
 use nsm_api::payload;
 use nsm_api::pb::connection::{Connection, Mechanism};
@@ -230,18 +229,13 @@ fn interface(mechanism: Option<&Mechanism>, whose: &str) -> Result<String> {
 
 /// On which layer a connection's wires carry what they carry.
 fn layer(conn: &Connection) -> Result<Layer> {
-    let context = conn.context.as_ref().and_then(|context| context.ip_context.as_ref());
-    let addresses = |all: fn(&nsm_api::pb::connectioncontext::IpContext) -> &Vec<String>| {
-        let all = context.map(all).into_iter().flatten();
-        // Without a mask, upstream skips it.
-        all.filter_map(|text| text.parse::<IpNet>().ok()).map(|net| net.addr()).collect::<Vec<IpAddr>>()
-    };
     match conn.payload.as_str() {
         // The role decides whether it is filtered.
         payload::ETHERNET => Ok(Layer::Ethernet { filtered: true }),
         // A service that is registered without a payload carries IP.
         payload::IP | "" => {
-            Ok(Layer::Ip { near: addresses(|c| &c.src_ip_addrs), far: addresses(|c| &c.dst_ip_addrs) })
+            let (near, far) = context::addresses(conn);
+            Ok(Layer::Ip { near, far })
         }
         other => Err(Error::invalid(format!("payload {other:?} is neither IP nor ETHERNET"))),
     }
@@ -264,6 +258,8 @@ fn refused(what: &str, error: &nsm_kernel::Error) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use nsm_api::pb::connectioncontext::{ConnectionContext, IpContext};
 
     use super::*;

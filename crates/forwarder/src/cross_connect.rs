@@ -11,9 +11,9 @@
 use std::{fmt, net::IpAddr, sync::Arc};
 
 use async_trait::async_trait;
-use ipnet::IpNet;
 use nsm_api::{
-    mechanism::{LOCAL, REMOTE, interface_name, key, kind},
+    context,
+    mechanism::{LOCAL, REMOTE, interface_name, key, kind, prioritise},
     path, payload,
     pb::{
         connection::{Connection, Mechanism, State},
@@ -42,6 +42,8 @@ pub struct CrossConnect {
     pub wires: Arc<Wires>,
     /// Our end of tunnels.
     pub tunnel: TunnelEnd,
+    /// Types of mechanisms to offer before others.
+    pub priority: Vec<String>,
 }
 
 /// The wire itself.
@@ -118,7 +120,10 @@ impl CrossConnect {
 
     /// What we offer the next hop.
     fn offers(&self, local: bool) -> Vec<Mechanism> {
-        if local { vec![Mechanism::new(LOCAL, kind::KERNEL)] } else { vec![self.tunnel.offer()] }
+        let mut offers =
+            if local { vec![Mechanism::new(LOCAL, kind::KERNEL)] } else { vec![self.tunnel.offer()] };
+        prioritise(&mut offers, &self.priority);
+        offers
     }
 
     fn plan(&self, fds: &Fds, conn: &Connection, near: &Mechanism, far: &Mechanism) -> Result<WirePlan> {
@@ -414,12 +419,8 @@ fn carries_ip(conn: &Connection) -> bool {
 
 /// On a wire that carries IP whatever has an address is at its other end, also behind a function without addresses.
 fn introduced(plan: WirePlan, conn: &Connection) -> WirePlan {
-    let ip = conn.context.as_ref().and_then(|context| context.ip_context.as_ref());
-    let addresses = |nets: fn(&nsm_api::pb::connectioncontext::IpContext) -> &Vec<String>| {
-        let nets = ip.map(nets).into_iter().flatten();
-        nets.filter_map(|net| net.parse::<IpNet>().ok()).map(|net| net.addr()).collect::<Vec<_>>()
-    };
-    plan.introduced(&addresses(|ip| &ip.src_ip_addrs), &addresses(|ip| &ip.dst_ip_addrs))
+    let (client, endpoint) = context::addresses(conn);
+    plan.introduced(&client, &endpoint)
 }
 
 /// The wire's context in the kernel crate's own words.

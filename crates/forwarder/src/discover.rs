@@ -17,7 +17,8 @@ use nsm_registry::{Endpoint, LookUp};
 use parking_lot::Mutex;
 use tonic::Code;
 
-/// The element. Candidates are tried in turn, starting with the next one for every new wire of a service.
+/// The element. Candidates are tried in turn, starting with the next one for every new wire of a service, or with those
+/// that the weights of its routes prefer.
 #[derive(Debug)]
 pub struct Discover {
     directory: Arc<dyn LookUp>,
@@ -47,12 +48,10 @@ impl Discover {
         })
     }
 
-    fn turn(&self, service: &str, candidates: usize) -> usize {
+    fn turn(&self, service: &str) -> usize {
         let mut turns = self.turns.lock();
         let turn = turns.entry(service.to_owned()).or_default();
-        let first = *turn % candidates;
-        *turn = turn.wrapping_add(1);
-        first
+        std::mem::replace(turn, turn.wrapping_add(1))
     }
 
     async fn select(
@@ -74,23 +73,21 @@ impl Discover {
         let labels = conn.labels.clone();
         let policy = Policy::lenient(&service);
         let selection = policy.endpoints(&labels, &endpoints);
-        let candidates = &selection.candidates;
         for endpoint in &endpoints {
             let (fits, why) = selection.reason(endpoint);
             let verdict = if fits { Verdict::Spare } else { Verdict::Refused };
             cx.trail.note(self.name(), &endpoint.nse.name, verdict, why);
         }
-        if candidates.is_empty() {
+        if selection.candidates.is_empty() {
             return Err(Error::not_found(format!(
                 "network service endpoint candidates not found: {selection}"
             ))
             .hint("start an endpoint with these labels, or change the matches of the network service"));
         }
-        let first = self.turn(&service.name, candidates.len());
+        let candidates = selection.order(self.turn(&service.name));
         let mut failures: Vec<(String, Error)> = Vec::new();
         let deadline = cx.deadline;
-        for i in 0..candidates.len() {
-            let candidate = candidates[(first + i) % candidates.len()];
+        for (i, candidate) in candidates.iter().enumerate() {
             let mut attempt = request.clone();
             attempt
                 .connection

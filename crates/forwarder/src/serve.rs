@@ -66,6 +66,8 @@ pub struct Config {
     pub service: String,
     /// Who may answer with namespaces that are not its own.
     pub namespace_delegates: BTreeSet<SpiffeId>,
+    /// Types of mechanisms that next hops are offered before others.
+    pub mechanism_priority: Vec<String>,
     /// How long connecting to a next hop may take.
     pub dial_timeout: Duration,
     /// How long our tokens live.
@@ -203,7 +205,7 @@ impl Forwarder {
             only_from,
             Arc::clone(&hub),
             Discover::new(directory),
-            CrossConnect { wires: Arc::clone(&wires), tunnel },
+            CrossConnect { wires: Arc::clone(&wires), tunnel, priority: config.mechanism_priority },
             Dial::new(pool, &config.name, Arc::clone(&hub), config.dial_timeout)
                 .guarding_namespaces(OwnNamespace { allowed: Arc::new(config.namespace_delegates) }),
         );

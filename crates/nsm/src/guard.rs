@@ -18,47 +18,48 @@ pub(crate) struct Checks {
     without_checks: Vec<Check>,
 }
 
-/// What is checked of answers to registrations.
-#[derive(Debug, Clone, Args)]
-struct RegistryAnswers {
-    /// Policies on a registry's answers: files, or regular expressions over their names; etc/nsm/opa has the built-in
-    /// ones. Each must allow. Empty: nothing is checked
-    #[arg(
-        long,
-        env = "NSM_REGISTRY_CLIENT_POLICIES",
-        value_delimiter = ',',
-        value_name = "REGO",
-        default_value = "etc/nsm/opa/common/.*.rego,etc/nsm/opa/registry/.*.rego,etc/nsm/opa/client/.*.rego"
-    )]
-    registry_client_policies: Vec<String>,
+/// A list of policies, as a group of flags with one flag: its field, variable, side and default, and what it says in
+/// `--help`.
+macro_rules! policy_list {
+    ($(#[$what:meta])* $name:ident, $field:ident, $variable:literal, $side:literal, $default:literal, $help:literal) => {
+        $(#[$what])*
+        #[derive(Debug, Clone, Args)]
+        pub(crate) struct $name {
+            #[doc = $help]
+            #[arg(long, env = $variable, value_delimiter = ',', value_name = "REGO", default_value = $default)]
+            $field: Vec<String>,
+        }
+
+        impl $name {
+            /// # Errors
+            /// A policy that cannot be used.
+            pub(crate) fn policies(&self, checks: &Checks) -> Result<Arc<Policies>> {
+                with_files(checks, &self.$field, $side)
+            }
+        }
+    };
 }
 
-/// What is checked of registrations.
-#[derive(Debug, Clone, Args)]
-pub(crate) struct Registrations {
-    /// Policies on registrations, as --registry-client-policies
-    #[arg(
-        long,
-        env = "NSM_REGISTRY_SERVER_POLICIES",
-        value_delimiter = ',',
-        value_name = "REGO",
-        default_value = "etc/nsm/opa/common/.*.rego,etc/nsm/opa/registry/.*.rego,etc/nsm/opa/server/.*.rego"
-    )]
-    registry_server_policies: Vec<String>,
+policy_list! {
+    /// What is checked of answers to registrations.
+    RegistryAnswers, registry_client_policies, "NSM_REGISTRY_CLIENT_POLICIES", "client",
+    "etc/nsm/opa/common/.*.rego,etc/nsm/opa/registry/.*.rego,etc/nsm/opa/client/.*.rego",
+    "Policies on a registry's answers: files, or regular expressions over their names; etc/nsm/opa has the built-in \
+     ones. Each must allow. Empty: nothing is checked"
 }
 
-/// What is checked of requests.
-#[derive(Debug, Clone, Args)]
-struct Requests {
-    /// Policies on requests and closes, as --registry-client-policies; upstream's programs have no such setting
-    #[arg(
-        long,
-        env = "NSM_REQUEST_POLICIES",
-        value_delimiter = ',',
-        value_name = "REGO",
-        default_value = "etc/nsm/opa/common/.*.rego,etc/nsm/opa/server/.*.rego"
-    )]
-    request_policies: Vec<String>,
+policy_list! {
+    /// What is checked of registrations.
+    Registrations, registry_server_policies, "NSM_REGISTRY_SERVER_POLICIES", "server",
+    "etc/nsm/opa/common/.*.rego,etc/nsm/opa/registry/.*.rego,etc/nsm/opa/server/.*.rego",
+    "Policies on registrations, as --registry-client-policies"
+}
+
+policy_list! {
+    /// What is checked of requests.
+    Requests, request_policies, "NSM_REQUEST_POLICIES", "server",
+    "etc/nsm/opa/common/.*.rego,etc/nsm/opa/server/.*.rego",
+    "Policies on requests and closes, as --registry-client-policies; upstream's programs have no such setting"
 }
 
 /// What peers may use.
@@ -113,13 +114,13 @@ impl Guarding {
     /// # Errors
     /// A policy that cannot be used, here and below.
     pub(crate) fn guard(&self) -> Result<Guard> {
-        let policies = with_files(&self.checks, &self.requests.request_policies, "server")?;
+        let policies = self.requests.policies(&self.checks)?;
         Ok(Guard { refusals: self.refusals.clone(), ..self.bounds.guard(policies) })
     }
 
     /// What is checked of answers to registrations.
     pub(crate) fn registry_answers(&self) -> Result<Arc<Policies>> {
-        with_files(&self.checks, &self.registry_answers.registry_client_policies, "client")
+        self.registry_answers.policies(&self.checks)
     }
 
     /// What is checked of registrations.
@@ -147,14 +148,6 @@ impl Checks {
             tracing::warn!(checks = ?names, "left out: peers are trusted more than they could be (NSM_WITHOUT_CHECKS)");
         }
         Policies { without: self.without_checks.iter().copied().collect(), files: Vec::new() }
-    }
-}
-
-impl Registrations {
-    /// # Errors
-    /// A policy that cannot be used.
-    pub(crate) fn policies(&self, checks: &Checks) -> Result<Arc<Policies>> {
-        with_files(checks, &self.registry_server_policies, "server")
     }
 }
 

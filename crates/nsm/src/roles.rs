@@ -269,6 +269,10 @@ pub(crate) struct Forwarding {
     /// UDP port of VXLAN tunnels; 0 is 4789
     #[arg(long, env = "NSM_VXLAN_PORT", default_value_t = 0)]
     vxlan_port: u16,
+    /// Types of mechanisms to offer next hops before others, in any case. This forwarder offers one for each next hop,
+    /// KERNEL on its node and VXLAN beyond, so there is nothing to reorder yet
+    #[arg(long, env = "NSM_MECHANISM_PRIORITY", value_delimiter = ',', value_name = "TYPE")]
+    mechanism_priority: Vec<String>,
     /// Where the plans of wires are kept, so that a restart finds them; no need to survive a reboot
     #[arg(long, env = "NSM_STATE_DIR", default_value = "/run/nsm/forwarder")]
     state_dir: PathBuf,
@@ -289,6 +293,7 @@ impl Forwarding {
             name,
             tunnel_ip: self.tunnel_ip,
             vxlan_port: self.vxlan_port,
+            mechanism_priority: self.mechanism_priority,
             state_dir: self.state_dir,
             labels: self.labels.into_iter().collect(),
             service,
@@ -510,6 +515,7 @@ impl Client {
             labels: self.labels.into_iter().collect(),
             awareness_groups: self.awareness_groups,
             takes_over: true,
+            refreshes_together: false,
             liveness: self.liveness_check_enabled.then_some(Liveness {
                 interval: self.liveness_check_interval,
                 timeout: self.liveness_check_timeout,

@@ -25,7 +25,7 @@ use nsm_mesh::{
     refresh, server,
 };
 use nsm_transport::{DialTarget, Pool};
-use tokio::{task::AbortHandle, time::Instant};
+use tokio::{sync::watch, task::AbortHandle, time::Instant};
 
 use crate::{
     dns::DnsContexts,
@@ -63,6 +63,9 @@ pub struct ClientConfig {
     pub takes_over: bool,
     /// How wires are probed; `None`: they are not. The process has to be in the namespace of its wires.
     pub liveness: Option<Liveness>,
+    /// Whether all wires are asked for when the endpoint of one wants that (spec/control-plane.md 10.2): for a process
+    /// whose wires are one network, where what changes behind one of them concerns the others.
+    pub refreshes_together: bool,
     /// Whom to tell of the DNS servers that wires bring.
     pub names: Option<Arc<Names>>,
 }
@@ -76,6 +79,8 @@ pub struct Client {
     pool: Pool,
     namespace: InodeUrl,
     prefixes: OwnPrefixes,
+    /// Of which wire the endpoint has wanted a request last.
+    wanted: watch::Sender<String>,
 }
 
 /// Sends every request to the same place.
@@ -134,7 +139,8 @@ impl Client {
         ];
         let connections = Connections::asking(&config.name, chain, metrics);
         server::tell(&connections, Arc::clone(&hub));
-        Arc::new(Self { config, connections, hub, pool, namespace: inode, prefixes })
+        let wanted = watch::Sender::new(String::new());
+        Arc::new(Self { config, connections, hub, pool, namespace: inode, prefixes, wanted })
     }
 
     /// Asks for a wire once.
@@ -260,18 +266,18 @@ impl Client {
                 ..Connection::default()
             }),
             mechanism_preferences: vec![url.preference()],
+            ..NetworkServiceRequest::default()
         }
     }
 }
 
 /// A wire that is kept up: refreshed before its tokens expire, asked for again when the mesh says it is down.
 /// Dropping it stops that; [`Wire::close`] also tells the mesh.
-            ..NetworkServiceRequest::default()
 pub struct Wire {
     client: Arc<Client>,
     id: String,
     keeper: AbortHandle,
-    connection: tokio::sync::watch::Receiver<Connection>,
+    connection: watch::Receiver<Connection>,
 }
 
 impl fmt::Debug for Wire {
@@ -282,7 +288,7 @@ impl fmt::Debug for Wire {
 
 impl Wire {
     fn keep(client: Arc<Client>, id: String, first: NetworkServiceRequest, answer: Answer) -> Self {
-        let (tell, connection) = tokio::sync::watch::channel(answer.connection);
+        let (tell, connection) = watch::channel(answer.connection);
         let keeper = tokio::spawn(keep(Arc::clone(&client), id.clone(), first, tell)).abort_handle();
         Self { client, id, keeper, connection }
     }
@@ -353,7 +359,7 @@ async fn keep(
     client: Arc<Client>,
     id: String,
     first: NetworkServiceRequest,
-    tell: tokio::sync::watch::Sender<Connection>,
+    tell: watch::Sender<Connection>,
 ) {
     let own = PathSegment { name: client.config.name.clone(), id: id.clone(), ..PathSegment::default() };
     let selector = MonitorScopeSelector { path_segments: vec![own], ..MonitorScopeSelector::default() };
@@ -363,6 +369,7 @@ async fn keep(
     let mut dead = false;
     let mut fell = false;
     let (mut up_since, mut falls) = (Instant::now(), 0);
+    let mut others = client.wanted.subscribe();
     loop {
         if attempt == 0 {
             let conn = tell.borrow().clone();
@@ -371,7 +378,13 @@ async fn keep(
             let mut answered = false;
             let woke = tokio::select! {
                 () = tokio::time::sleep(wait) => Woke::Refresh,
-                () = wants_a_request(&client.hub, &selector, &id, &mut events) => Woke::Down,
+                why = wants_a_request(&client.hub, &selector, &id, &mut events) => {
+                    if why == State::RefreshRequested && client.config.refreshes_together {
+                        client.wanted.send_replace(id.clone());
+                    }
+                    Woke::Down
+                }
+                () = another_is_wanted(&mut others, &id) => Woke::Refresh,
                 why = dies(client.config.liveness, &conn, &mut answered) => Woke::Dead(why),
             };
             let pause;
@@ -470,29 +483,36 @@ fn after_fall(up_for: Duration, falls: u32, jitter: f64) -> (Duration, u32) {
     }
 }
 
+/// Returns when the endpoint of another wire wants a request, where wires are refreshed together.
+async fn another_is_wanted(others: &mut watch::Receiver<String>, id: &str) {
+    // The sender is the client's, and lives as long as this wire is kept.
+    while others.changed().await.is_ok() {
+        if *others.borrow_and_update() != id {
+            return;
+        }
+    }
+}
+
 /// Returns when the mesh says that the connection is down, or that its endpoint wants it asked for again
-/// (spec/control-plane.md 10.2). Both are answered alike: the wire is asked for as it is.
+/// (spec/control-plane.md 10.2), with its state. Both are answered alike: the wire is asked for as it is.
 async fn wants_a_request(
     hub: &Hub,
     selector: &MonitorScopeSelector,
     id: &str,
     events: &mut Option<tokio::sync::mpsc::Receiver<Arc<nsm_api::pb::connection::ConnectionEvent>>>,
-) {
+) -> State {
     loop {
         if events.is_none() {
             *events = hub.watch(selector.clone(), Viewer::All).ok();
         }
         let Some(receiver) = events else { return std::future::pending().await };
         match receiver.recv().await {
-            Some(event)
-                if event
-                    .connections
-                    .get(id)
-                    .is_some_and(|c| matches!(c.state(), State::Down | State::RefreshRequested)) =>
-            {
-                return;
+            Some(event) => {
+                let state = event.connections.get(id).map(Connection::state);
+                if let Some(state @ (State::Down | State::RefreshRequested)) = state {
+                    return state;
+                }
             }
-            Some(_) => {}
             None => *events = None,
         }
     }
@@ -521,7 +541,22 @@ mod tests {
             hub.update(conn(State::Up), None);
             assert!((&mut wants).now_or_never().is_none(), "and changed");
             hub.update(conn(state), None);
-            wants.await;
+            assert_eq!(wants.await, state);
+        }
+    }
+
+    #[tokio::test]
+    async fn wires_that_are_one_network_are_refreshed_together() {
+        let wanted = watch::Sender::new(String::new());
+        let (mut own, mut others) = (wanted.subscribe(), wanted.subscribe());
+        for _ in 0..2 {
+            assert!(
+                another_is_wanted(&mut others, "nsc-1").now_or_never().is_none(),
+                "nobody wants anything"
+            );
+            wanted.send_replace("nsc-0".into());
+            assert!(another_is_wanted(&mut others, "nsc-1").now_or_never().is_some());
+            assert!(another_is_wanted(&mut own, "nsc-0").now_or_never().is_none(), "that is its own request");
         }
     }
 

@@ -19,6 +19,8 @@ use nsm_api::pb::{
 use nsm_mesh::{Context, Element, Error, Lease, Next, Release, Result};
 use parking_lot::Mutex;
 
+use crate::groups;
+
 /// The configuration: groups of prefixes. Every connection gets one pair of each group; within a group a
 /// prefix is used when the ones before it are exhausted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,28 +45,11 @@ impl FromStr for PrefixGroups {
     /// (spec/kubernetes.md 3.5.1).
     fn from_str(text: &str) -> Result<Self, BadPrefixGroups> {
         let bad = |problem: String| BadPrefixGroups { text: text.into(), problem };
-        let compact: String = text.chars().filter(|c| !c.is_whitespace()).collect();
         let prefix =
-            |item: &str| item.parse::<IpNet>().map_err(|_| bad(format!("{item:?} is not ADDRESS/LENGTH")));
-        let mut groups = Vec::new();
-        let mut rest = compact.as_str();
-        while !rest.is_empty() {
-            let end;
-            if let Some(inner) = rest.strip_prefix('[') {
-                let close = inner.find(']').ok_or_else(|| bad("a bracket is not closed".into()))?;
-                groups.push(inner[..close].split(',').map(prefix).collect::<Result<_, _>>()?);
-                end = close + 2;
-            } else {
-                end = rest.find(',').unwrap_or(rest.len());
-                groups.push(vec![prefix(&rest[..end])?]);
-            }
-            rest = match rest[end..].strip_prefix(',') {
-                Some("") => return Err(bad("it ends with a comma".into())),
-                Some(more) => more,
-                None if rest.len() == end => "",
-                None => return Err(bad("something follows a closing bracket".into())),
-            };
-        }
+            |item: &String| item.parse::<IpNet>().map_err(|_| bad(format!("{item:?} is not ADDRESS/LENGTH")));
+        let groups = groups::read(text).map_err(bad)?;
+        let groups = groups.iter().map(|group| group.members.iter().map(prefix).collect());
+        let groups = groups.collect::<Result<Vec<_>, _>>()?;
         if groups.is_empty() { Err(bad("it is empty".into())) } else { Ok(Self(groups)) }
     }
 }
@@ -129,10 +114,10 @@ pub struct Pools {
     held: HashMap<String, Vec<Pair>>,
 }
 
-/// No pair is left in a group.
+/// Nothing is left in a group.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "no pair of addresses is free in {prefixes}: {held} connections hold addresses, {excluded} prefixes are excluded"
+    "no address is free in {prefixes} for another wire: {held} connections hold addresses, {excluded} prefixes are excluded"
 )]
 pub struct Exhausted {
     /// The group.
@@ -141,6 +126,13 @@ pub struct Exhausted {
     pub held: usize,
     /// Prefixes that this request excludes.
     pub excluded: usize,
+}
+
+impl From<Exhausted> for Error {
+    fn from(error: Exhausted) -> Self {
+        Self::new(tonic::Code::ResourceExhausted, error.to_string())
+            .hint("give the endpoint a larger NSM_CIDR_PREFIX, or start another endpoint of the service")
+    }
 }
 
 impl Pools {
@@ -277,10 +269,7 @@ impl Element for Ipam {
             ethernet.dst_mac.clear();
         }
         let ip = context.ip_context.get_or_insert_default();
-        self.pools.lock().assign(&id, ip).map_err(|e| {
-            Error::new(tonic::Code::ResourceExhausted, e.to_string())
-                .hint("give the endpoint a larger NSM_CIDR_PREFIX, or start another endpoint of the service")
-        })?;
+        self.pools.lock().assign(&id, ip).map_err(Error::from)?;
         if cx.scope.get::<Held>().is_none() {
             cx.scope.lease(Held { pools: Arc::clone(&self.pools), id });
         }
@@ -291,28 +280,41 @@ impl Element for Ipam {
 /// One prefix. Addresses are counted from its first; no address is special (the endpoint of 169.254.0.0/16 is
 /// 169.254.0.0).
 #[derive(Debug)]
-struct Pool {
+pub(crate) struct Pool {
     net: IpNet,
     used: BTreeSet<u128>,
 }
 
 impl Pool {
-    fn new(net: IpNet) -> Self {
+    pub(crate) fn new(net: IpNet) -> Self {
         Self { net: net.trunc(), used: BTreeSet::new() }
     }
 
-    fn is_free(&self, address: IpAddr) -> bool {
+    pub(crate) fn net(&self) -> IpNet {
+        self.net
+    }
+
+    /// An address with the mask of the prefix.
+    pub(crate) fn net_of(&self, address: IpAddr) -> IpNet {
+        IpNet::new(address, self.net.prefix_len()).unwrap_or(IpNet::from(address))
+    }
+
+    pub(crate) fn is_free(&self, address: IpAddr) -> bool {
         self.net.contains(&address) && !self.used.contains(&number(address))
     }
 
-    fn take(&mut self, address: IpAddr) {
+    pub(crate) fn take(&mut self, address: IpAddr) {
         self.used.insert(number(address));
     }
 
-    fn give(&mut self, address: IpAddr) {
+    pub(crate) fn give(&mut self, address: IpAddr) {
         if self.net.contains(&address) {
             self.used.remove(&number(address));
         }
+    }
+
+    pub(crate) fn lowest_free(&self, excluded: &[IpNet]) -> Option<IpAddr> {
+        self.lowest(number(self.net.network()), excluded).map(|number| self.address(number))
     }
 
     fn lowest_pair(&self, excluded: &[IpNet]) -> Option<Pair> {
@@ -403,7 +405,7 @@ fn remove(ip: &mut IpContext, pair: &Pair) {
     ip.dst_routes.retain(|r| r.prefix != src);
 }
 
-fn parse_net(text: &str) -> Option<IpNet> {
+pub(crate) fn parse_net(text: &str) -> Option<IpNet> {
     text.parse().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from))
 }
 

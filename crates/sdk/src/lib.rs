@@ -5,6 +5,7 @@ pub mod client;
 pub mod dns;
 pub mod endpoint;
 pub mod failures;
+mod groups;
 pub mod ipam;
 pub mod liveness;
 pub mod own_end;
@@ -14,6 +15,7 @@ pub mod prefix_server;
 pub mod prefixes;
 pub mod program;
 pub mod provides;
+pub mod single_point;
 
 pub use nsm_api::pb;
 pub use nsm_mesh::{Chain, Context, Element, Error, Lease, Next, Release, Result, chain};

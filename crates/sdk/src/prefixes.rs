@@ -19,6 +19,8 @@ use nsm_api::{
 use nsm_mesh::{Context, Element, Error, Lease, Next, Release, Result};
 use parking_lot::Mutex;
 
+use crate::groups::{self, Group};
+
 /// Groups of network services whose endpoints know of each other (`NSM_AWARENESS_GROUPS`).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct AwarenessGroups(pub Vec<Vec<NsUrl>>);
@@ -41,31 +43,13 @@ impl FromStr for AwarenessGroups {
     /// `[url,url],[url]`; blanks do not count, an empty text is no group (spec/kubernetes.md 1.6).
     fn from_str(text: &str) -> Result<Self, BadAwarenessGroups> {
         let bad = |problem: String| BadAwarenessGroups { text: text.into(), problem };
-        let compact: String = text.chars().filter(|c| !c.is_whitespace()).collect();
-        let mut groups = Vec::new();
-        let mut rest = compact.as_str();
-        while !rest.is_empty() {
-            let inner = rest.strip_prefix('[').ok_or_else(|| bad("a group begins with a bracket".into()))?;
-            let close = inner.find(']').ok_or_else(|| bad("a bracket is not closed".into()))?;
-            let members = &inner[..close];
-            if members.contains('[') {
-                return Err(bad("a bracket stands within a group".into()));
-            }
-            groups.push(
-                members
-                    .split(',')
-                    .map(str::parse)
-                    .collect::<Result<_, nsm_api::nsurl::BadNsUrl>>()
-                    .map_err(|e| bad(e.to_string()))?,
-            );
-            rest = match &inner[close + 1..] {
-                "" => "",
-                more => match more.strip_prefix(',') {
-                    Some(next) if next.starts_with('[') => next,
-                    _ => return Err(bad("after a group comes a comma and the next one".into())),
-                },
-            };
+        let read = groups::read(text).map_err(bad)?;
+        if read.iter().any(|group| !group.bracketed) {
+            return Err(bad("a group begins with a bracket".into()));
         }
+        let urls = |group: Group| group.members.iter().map(|url| url.parse()).collect();
+        let groups = read.into_iter().map(urls).collect::<Result<_, nsm_api::nsurl::BadNsUrl>>();
+        let groups = groups.map_err(|e| bad(e.to_string()))?;
         Ok(Self(groups))
     }
 }
@@ -372,7 +356,7 @@ mod tests {
             ("[[kernel://a]]", "within"),
             ("[kernel://a]x", "comma"),
             ("[kernel://a],", "comma"),
-            ("[kernel://a],kernel://b", "comma"),
+            ("[kernel://a],kernel://b", "begins with a bracket"),
             ("[]", "empty"),
             ("[kernel://a,]", "empty"),
             ("[nonsense]", "MECHANISM"),

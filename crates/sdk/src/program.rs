@@ -137,6 +137,7 @@ impl Program {
             labels: BTreeMap::new(),
             awareness_groups: Default::default(),
             takes_over: true,
+            refreshes_together: false,
             liveness: Some(Liveness::default()),
             names: None,
         };

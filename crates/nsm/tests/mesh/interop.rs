@@ -804,6 +804,7 @@ pub(crate) fn make_and_close(lab: &str, amounts: &str) {
             labels: BTreeMap::new(),
             awareness_groups: AwarenessGroups::default(),
             takes_over: false,
+            refreshes_together: false,
             liveness: None,
             names: None,
         };
