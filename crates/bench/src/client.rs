@@ -43,6 +43,8 @@ pub struct ClientOptions {
 pub(crate) enum Order {
     /// Make so many wires, so many at a time; the first has that number.
     Open { first: usize, wires: usize, concurrency: usize },
+    /// Ask every hop of each again, one after the other.
+    Refresh,
     /// Close them all, one after the other.
     Close,
 }
@@ -52,6 +54,7 @@ pub(crate) enum Order {
 pub(crate) enum Answer {
     Ready,
     Opened(Opened),
+    Refreshed(Vec<Duration>),
     Closed(Closed),
 }
 
@@ -93,21 +96,85 @@ pub(crate) struct Closed {
 /// The program, as seen from outside; it ends with this.
 #[derive(Debug)]
 pub(crate) struct Worker {
+    pod: String,
     child: Child,
     orders: Option<ChildStdin>,
     answers: Receiver<Answer>,
     opened: usize,
 }
 
+/// One in each of the clients' pods; wires are asked for in turns.
+#[derive(Debug)]
+pub(crate) struct Workers(Vec<Worker>);
+
+/// The name of the clients' pods, from 0 on.
+pub(crate) fn pod(number: usize) -> String {
+    if number == 0 { "client".into() } else { format!("client-{}", number + 1) }
+}
+
+// === impl Workers ===
+
+impl Workers {
+    /// Starts as many, in as many pods.
+    pub(crate) fn start(lab: &Lab, exe: &Path, clients: usize) -> Result<Self, Error> {
+        (0..clients.max(1))
+            .map(|number| Worker::start(lab, exe, &pod(number)))
+            .collect::<Result<_, _>>()
+            .map(Self)
+    }
+
+    /// The only one, or the first.
+    pub(crate) fn first(&mut self) -> &mut Worker {
+        &mut self.0[0]
+    }
+
+    /// Has wires made, with so many requests at a time; all of them come up or it is an error.
+    pub(crate) fn open(&mut self, lab: &Lab, wires: usize, concurrency: usize) -> Result<Opened, Error> {
+        if let [only] = &mut self.0[..] {
+            return only.open(lab, wires, concurrency);
+        }
+        let mut all = Opened::default();
+        for (turn, first) in (0..wires).step_by(concurrency.max(1)).enumerate() {
+            let clients = self.0.len();
+            let some = concurrency.max(1).min(wires - first);
+            let opened = self.0[turn % clients].open(lab, some, concurrency)?;
+            all.made.extend(opened.made);
+            all.wall += opened.wall;
+        }
+        Ok(all)
+    }
+
+    /// Has every hop of each wire asked again.
+    pub(crate) fn refresh(&mut self, lab: &Lab) -> Result<Vec<Duration>, Error> {
+        let times: Vec<_> = self.0.iter_mut().map(|worker| worker.refresh(lab)).collect::<Result<_, _>>()?;
+        Ok(times.concat())
+    }
+
+    /// Has all wires closed.
+    pub(crate) fn close(&mut self, lab: &Lab) -> Result<Closed, Error> {
+        let mut all = Closed::default();
+        for worker in &mut self.0 {
+            let closed = worker.close(lab)?;
+            all.times.extend(closed.times);
+            all.failed.extend(closed.failed);
+        }
+        Ok(all)
+    }
+
+    pub(crate) fn pids(&self) -> impl Iterator<Item = u32> {
+        self.0.iter().map(Worker::pid)
+    }
+}
+
 // === impl Worker ===
 
 impl Worker {
-    /// Starts it in the client's pod.
-    pub(crate) fn start(lab: &Lab, exe: &Path) -> Result<Self, Error> {
+    /// Starts it in that pod of node1.
+    pub(crate) fn start(lab: &Lab, exe: &Path, pod: &str) -> Result<Self, Error> {
         let at = lab.plan.paths();
         let node = at.node("node1");
         let socket = |name: &str| format!("unix://{}", node.join(name).display());
-        let log = at.log("client");
+        let log = at.log(pod);
         let log = std::fs::File::create(&log).map_err(Error::system(format!("write {}", log.display())))?;
         let mut command = Command::new(exe);
         command
@@ -122,14 +189,14 @@ impl Worker {
             // Ctrl-C is for us; it ends with its stdin.
             .process_group(0);
         let mut child = lab
-            .namespace("client")?
+            .namespace(pod)?
             .run(|| command.spawn())
             .map_err(Error::kernel("enter the client's pod"))?
             .map_err(Error::system("start the measuring client"))?;
         let (sender, answers) = mpsc::channel();
         let stdout = child.stdout.take();
         let orders = child.stdin.take();
-        let mut worker = Self { child, orders, answers, opened: 0 };
+        let mut worker = Self { pod: pod.into(), child, orders, answers, opened: 0 };
         let listen = move || {
             for line in stdout.into_iter().flat_map(|stdout| BufReader::new(stdout).lines()) {
                 let Some(answer) = line.ok().and_then(|line| serde_json::from_str(&line).ok()) else {
@@ -167,6 +234,15 @@ impl Worker {
         }
     }
 
+    /// Has every hop of each wire asked again.
+    fn refresh(&mut self, lab: &Lab) -> Result<Vec<Duration>, Error> {
+        self.order(Order::Refresh)?;
+        match self.hear(lab, Duration::from_secs(60) + Duration::from_secs(self.opened as u64))? {
+            Answer::Refreshed(times) => Ok(times),
+            other => Err(unexpected(&other)),
+        }
+    }
+
     /// Has all wires closed.
     pub(crate) fn close(&mut self, lab: &Lab) -> Result<Closed, Error> {
         self.order(Order::Close)?;
@@ -200,7 +276,7 @@ impl Worker {
                     return Err(Error::Client(format!("is silent since {within:?}")));
                 }
                 Err(RecvTimeoutError::Disconnected) => {
-                    let log = nsm_lab::process::tail(&lab.plan.paths().log("client"));
+                    let log = nsm_lab::process::tail(&lab.plan.paths().log(&self.pod));
                     return Err(Error::Client(format!("ended; the end of its log:\n{log}")));
                 }
             }
@@ -246,13 +322,22 @@ pub async fn client(options: ClientOptions, source: Source) -> Result<(), Error>
     let client = Client::new(config, Pool::new(source, PoolConfig::default()), namespace);
     let mut orders = orders()?;
     tell(&Answer::Ready)?;
-    let mut wires = Vec::new();
+    let mut wires: Vec<Wire> = Vec::new();
     while let Some(order) = orders.recv().await {
         match order {
             Order::Open { first, wires: count, concurrency } => {
                 let (opened, mut new) = open(&client, first, count, concurrency).await;
                 wires.append(&mut new);
                 tell(&Answer::Opened(opened))?;
+            }
+            Order::Refresh => {
+                let mut times = Vec::new();
+                for wire in &wires {
+                    let began = Instant::now();
+                    wire.refresh().await;
+                    times.push(began.elapsed());
+                }
+                tell(&Answer::Refreshed(times))?;
             }
             Order::Close => tell(&Answer::Closed(close(std::mem::take(&mut wires)).await))?,
         }

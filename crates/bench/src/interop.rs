@@ -45,7 +45,7 @@ pub fn beside_upstream(
     let build = |name: &str, theirs: bool| -> Result<Standing, Error> {
         let path = Path::new("nsm bench interop");
         let name = format!("{}-{name}", options.lab);
-        let text = Topology::Local.scenario(&name, false);
+        let text = Topology::Local.scenario(&name, false, 1);
         let mut plan = Plan::new(&Scenario::parse(&text, path)?);
         for process in plan.processes.iter_mut().filter(|process| theirs && process.name != "identity") {
             process.exe = Some(upstream.to_owned());
@@ -55,7 +55,7 @@ pub fn beside_upstream(
 
     progress(&format!("ours: {} wires, one after the other", options.wires));
     let lab = build("ours", false)?;
-    let mut worker = Worker::start(&lab.0, exe)?;
+    let mut worker = Worker::start(&lab.0, exe, &crate::client::pod(0))?;
     worker.open(&lab.0, WARM_UP, 1)?;
     worker.close(&lab.0)?;
     let opened = worker.open(&lab.0, options.wires, 1)?;

@@ -74,6 +74,8 @@ pub struct Options {
     pub measures: BTreeSet<Measure>,
     /// How many wires a row of [`Measure::Setup`] has.
     pub wires: usize,
+    /// From how many pods they are asked for, in turns.
+    pub clients: usize,
     /// How many wires are asked for at a time; a row for each.
     pub concurrency: Vec<usize>,
     /// How many rounds of measurements, wire and bare, are compared.
@@ -99,13 +101,16 @@ struct Standing(Lab);
 // === impl Topology ===
 
 impl Topology {
-    fn scenario(self, name: &str, together: bool) -> String {
+    fn scenario(self, name: &str, together: bool, clients: usize) -> String {
         let daemons = if together { "together" } else { "separate" };
         let (nodes, far, cables) = match self {
             // The bare pairs stand beside the wire, in the same pods.
             Self::Local => ("node1", "node1", bare::CABLES),
             Self::TwoNodes => ("node1, node2", "node2", ""),
         };
+        let clients: String = (0..clients.max(1))
+            .map(|number| format!("- {{name: {}, node: node1}}\n", client::pod(number)))
+            .collect();
         format!(
             "name: {name}\n\
              networkServices:\n\
@@ -116,7 +121,7 @@ impl Topology {
              nodes: [{nodes}]\n\
              daemons: {daemons}\n\
              pods:\n\
-             - {{name: client, node: node1}}\n\
+             {clients}\
              - {{name: endpoint, node: {far}, endpoint: {{services: [{SERVICE}], cidrPrefix: [10.200.0.0/16]}}}}\n\
              {cables}"
         )
@@ -187,7 +192,8 @@ fn measure(
     };
     let before = Snapshot::take()?;
     let path = Path::new("nsm bench");
-    let mut plan = Plan::new(&Scenario::parse(&topology.scenario(&name, options.together), path)?);
+    let mut plan =
+        Plan::new(&Scenario::parse(&topology.scenario(&name, options.together, options.clients), path)?);
     for process in &mut plan.processes {
         process.env.insert("NSM_LOG_LEVEL".into(), LOG_LEVEL.into());
     }
@@ -216,13 +222,13 @@ fn measure_in(
     rows: &mut Vec<Row>,
     progress: &mut dyn FnMut(&str),
 ) -> Result<(), Error> {
-    let mut worker = client::Worker::start(lab, exe)?;
+    let mut workers = client::Workers::start(lab, exe, options.clients)?;
     if options.measures.contains(&Measure::Setup) {
-        setup::measure(options, topology, lab, &mut worker, rows, progress)?;
+        setup::measure(options, topology, lab, &mut workers, rows, progress)?;
     }
     let traffic: Vec<_> = options.measures.iter().copied().filter(|m| *m != Measure::Setup).collect();
     if !traffic.is_empty() {
-        traffic::measure(options, topology, &traffic, lab, &mut worker, rows, progress)?;
+        traffic::measure(options, topology, &traffic, lab, workers.first(), rows, progress)?;
     }
     Ok(())
 }

@@ -8,15 +8,19 @@ use nsm_lab::Lab;
 use nsm_lab::leaks::Snapshot;
 use nsm_lab::process::Condition;
 
-use crate::client::{Closed, Opened, Worker};
+use crate::client::{Closed, Opened, Workers};
 use crate::figures::Target;
 use crate::{Error, Options, Row, Times, Topology, Value, bare, settle};
 
 /// Wires that are made and closed before anything counts: afterwards every connection between daemons stands.
 const WARM_UP: usize = 3;
 
-/// Name of the program that asks for wires, beside those of the lab.
+/// Name of the programs that ask for wires, beside those of the lab.
 const CLIENT: &str = "client";
+/// How many wires are made by raw netlink for comparison, at most.
+const BY_HAND: usize = 200;
+/// The last wire is compared with the one of this number; both with those around it.
+const EARLY: usize = 50;
 
 /// What a process uses.
 #[derive(Debug, Clone, Copy, Default)]
@@ -36,23 +40,26 @@ pub(crate) fn measure(
     options: &Options,
     topology: Topology,
     lab: &Lab,
-    worker: &mut Worker,
+    workers: &mut Workers,
     rows: &mut Vec<Row>,
     progress: &mut dyn FnMut(&str),
 ) -> Result<(), Error> {
     let before = Snapshot::take()?;
-    let idle = usage(lab, worker);
+    let idle = usage(lab, workers);
 
-    progress(&format!("{topology}: {} wires by raw netlink", options.wires));
+    let by_hand = options.wires.min(BY_HAND);
+    progress(&format!("{topology}: {by_hand} wires by raw netlink"));
     let kernel = match topology {
-        Topology::Local => bare::veths(options.wires, &lab.supervisor)?,
-        Topology::TwoNodes => bare::vxlans(options.wires, &lab.supervisor)?,
+        Topology::Local => bare::veths(by_hand, &lab.supervisor)?,
+        Topology::TwoNodes => bare::vxlans(by_hand, &lab.supervisor)?,
     };
 
-    let cold = worker.open(lab, 1, 1)?;
-    worker.open(lab, WARM_UP - 1, 1)?;
-    worker.close(lab)?;
+    let cold = workers.open(lab, 1, 1)?;
+    workers.open(lab, WARM_UP - 1, 1)?;
+    workers.close(lab)?;
     let dialled = handshakes(lab);
+    // What a wire costs is counted from here: the code that the first ones brought into memory is not theirs.
+    let warm = usage(lab, workers);
     let cold = Value::Number { value: pings(&cold).max / 1e3, unit: "ms" };
     rows.push(Row::new(topology, "setup.cold", "the first wire, all handshakes included", cold));
 
@@ -64,13 +71,19 @@ pub(crate) fn measure(
     let mut left = Vec::new();
     for &concurrency in &options.concurrency {
         progress(&format!("{topology}: {} wires, {concurrency} at a time", options.wires));
-        let begin = usage(lab, worker);
-        let opened = worker.open(lab, options.wires, concurrency)?;
-        let end = usage(lab, worker);
+        let begin = usage(lab, workers);
+        let opened = workers.open(lab, options.wires, concurrency)?;
+        let end = usage(lab, workers);
+        let first = with_wires.is_none();
         with_wires.get_or_insert_with(|| end.clone());
-        let closed = worker.close(lab)?;
+        let refreshed = if first { workers.refresh(lab)? } else { Vec::new() };
+        let closed = workers.close(lab)?;
         rows.extend(rows_of(topology, concurrency, (p50, p99), &opened, &closed));
+        rows.extend(growth_row(topology, concurrency, &opened));
         rows.push(cpu_row(topology, concurrency, &begin, &end, opened.made.len()));
+        if first {
+            rows.push(refresh_row(options, topology, refreshed));
+        }
         left.extend(settle(lab, &before)?);
     }
 
@@ -90,12 +103,13 @@ pub(crate) fn measure(
 
     let with_wires = with_wires.unwrap_or_default();
     for (name, idle) in idle.iter().filter(|(name, _)| *name != CLIENT) {
-        let loaded = with_wires.get(name).copied().unwrap_or_default();
+        let of = |usages: &Usages| usages.get(name).copied().unwrap_or_default();
+        let (warm, loaded) = (of(&warm), of(&with_wires));
         let value = Value::Memory {
             idle: idle.resident,
             idle_own: idle.own,
             loaded: loaded.resident,
-            per_wire: (loaded.resident as f64 - idle.resident as f64) / options.wires.max(1) as f64,
+            per_wire: (loaded.resident as f64 - warm.resident as f64) / options.wires.max(1) as f64,
         };
         let row = Row::new(topology, format!("memory.{name}"), format!("memory of {name}"), value);
         // The goal is for those that every node or cluster has.
@@ -159,6 +173,32 @@ fn rows_of(
     vec![times, request, rate, close]
 }
 
+/// Whether a wire takes longer when there are many.
+fn growth_row(topology: Topology, concurrency: usize, opened: &Opened) -> Option<Row> {
+    let median = |made: &[crate::client::Made]| Times::of(made.iter().map(|made| made.ping)).p50;
+    let early = opened.made.get(EARLY / 2..EARLY + EARLY / 2)?;
+    let late = opened.made.last_chunk::<EARLY>()?;
+    let value = median(late) / median(early);
+    let what = format!("  the last of them beside the {EARLY}th");
+    Some(
+        Row::new(topology, format!("growth.{concurrency}"), what, Value::Number { value, unit: "times" })
+            .target(Target::at_most(value, 1.5, " times"))
+            .note(format!("medians of the last {EARLY} and of {EARLY} around the {EARLY}th")),
+    )
+}
+
+/// The way of a request there and back, every token checked and signed anew, without work for the kernel.
+fn refresh_row(options: &Options, topology: Topology, times: Vec<Duration>) -> Row {
+    let times = Times::of(times);
+    let row =
+        Row::new(topology, "refresh", "the control path alone: a wire is refreshed", Value::Times(times));
+    let goal = if options.together { 0.7 } else { 1.5 };
+    match topology {
+        Topology::Local => row.target(Target::at_most(times.p50 / 1e3, goal, " ms at p50")),
+        Topology::TwoNodes => row,
+    }
+}
+
 /// What all programs together computed for a wire; unlike times this hardly depends on who else uses the machine.
 fn cpu_row(topology: Topology, concurrency: usize, begin: &Usages, end: &Usages, wires: usize) -> Row {
     let spent: Vec<_> = end
@@ -174,8 +214,8 @@ fn cpu_row(topology: Topology, concurrency: usize, begin: &Usages, end: &Usages,
         .note(each.join(", "))
 }
 
-/// What every program of the lab uses, and the client.
-fn usage(lab: &Lab, worker: &Worker) -> Usages {
+/// What every program of the lab uses, and the clients together.
+fn usage(lab: &Lab, workers: &Workers) -> Usages {
     let of = |pid: u32| {
         let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
         let status = read("status");
@@ -195,7 +235,12 @@ fn usage(lab: &Lab, worker: &Worker) -> Usages {
     };
     let running = lab.supervisor.processes().into_iter().filter(|(_, _, how)| *how == Condition::Ready);
     let running = running.map(|(name, id, _)| (name, of(id.pid)));
-    running.chain([(CLIENT.to_owned(), of(worker.pid()))]).collect()
+    let clients = workers.pids().map(of).fold(Usage::default(), |all, one| Usage {
+        resident: all.resident + one.resident,
+        own: all.own + one.own,
+        cpu: all.cpu + one.cpu,
+    });
+    running.chain([(CLIENT.to_owned(), clients)]).collect()
 }
 
 /// How many TLS connections all programs of the lab have made as clients: each says so once in its log.

@@ -1,32 +1,45 @@
-//! What of a program stays in memory. Most pages of a daemon's code are needed to start it and never again; the kernel
-//! keeps them mapped, and counts them, until somebody lets go of them.
+//! What of a program stays in memory. Most pages of a daemon's program are needed to start it and never again; the
+//! kernel keeps them mapped, and counts them, until somebody lets go of them.
 
 use std::fs;
 use std::ops::Range;
 
 use crate::sys;
 
-/// Lets go of the pages of this program's own code. Those that are needed come back as they are called, a few at a time,
-/// out of the page cache: nothing is read from a disk.
+/// Lets go of the pages of this program and its libraries that are as their files have them. Those that are needed come
+/// back as they are touched, a few at a time, out of the page cache: nothing is read from a disk.
 ///
-/// Returns how many bytes of code there are; `None` if nothing could be done, which does no harm.
-pub fn let_go_of_code() -> Option<usize> {
-    let maps = fs::read_to_string("/proc/self/maps").ok()?;
-    let code = code_around(&maps, let_go_of_code as *const () as usize)?;
-    let length = code.len();
-    sys::let_go(code).ok().map(|()| length)
+/// Returns how many bytes are mapped so; 0 if nothing could be done, which does no harm.
+pub fn let_go_of_program() -> usize {
+    let maps = fs::read_to_string("/proc/self/smaps").unwrap_or_default();
+    unchanged(&maps).filter(|range| sys::let_go(range.clone()).is_ok()).map(|range| range.len()).sum()
 }
 
-/// The mapping (man 5 proc_pid_maps) around an address, if it is code out of a file that nobody can have changed.
-fn code_around(maps: &str, address: usize) -> Option<Range<usize>> {
-    maps.lines().find_map(|line| {
+/// The mappings of files (man 5 proc_pid_smaps) that cannot be written to and of which no page is a copy of our own,
+/// as relocations make them.
+fn unchanged(maps: &str) -> impl Iterator<Item = Range<usize>> {
+    let mut mapping = None;
+    let mut own = None;
+    maps.lines().filter_map(move |line| {
         let mut words = line.split_whitespace();
-        let (start, end) = words.next()?.split_once('-')?;
-        let hex = |text| usize::from_str_radix(text, 16).ok();
-        let range = hex(start)?..hex(end)?;
-        let private_code = words.next()? == "r-xp";
-        let file = words.nth(2)? != "0";
-        (private_code && file && range.contains(&address)).then_some(range)
+        match (words.next()?, words.next()?) {
+            ("Anonymous:", size) => own = Some(size != "0"),
+            // Swap comes after it, and only pages of our own are swapped.
+            ("Swap:", size) => {
+                let range = mapping.take()?;
+                return (own.take() == Some(false) && size == "0").then_some(range);
+            }
+            (addresses, flags) if !addresses.ends_with(':') => {
+                let (start, end) = addresses.split_once('-')?;
+                let hex = |text| usize::from_str_radix(text, 16).ok();
+                let inode = words.nth(2)?;
+                let of_a_file = matches!(flags, "r--p" | "r-xp") && inode != "0";
+                mapping = of_a_file.then_some(hex(start)?..hex(end)?);
+                own = None;
+            }
+            _ => {}
+        }
+        None
     })
 }
 
@@ -35,26 +48,33 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_code_out_of_a_file_is_let_go() {
-        let maps = "\
-55d0c0000000-55d0c0100000 r--p 00000000 fe:00 1016 /usr/bin/nsm
-55d0c0100000-55d0c1500000 r-xp 00100000 fe:00 1016 /usr/bin/nsm
-55d0c1500000-55d0c1600000 r--p 01500000 fe:00 1016 /usr/bin/nsm
-55d0c1600000-55d0c1700000 rw-p 01600000 fe:00 1016 /usr/bin/nsm
-7f0000000000-7f0000001000 r-xp 00000000 00:00 0 [vdso]
-";
-        assert_eq!(code_around(maps, 0x55d0_c020_0000), Some(0x55d0_c010_0000..0x55d0_c150_0000));
-        for elsewhere in [0x55d0_c000_0000, 0x55d0_c150_0000, 0x55d0_c160_0000, 0x7f00_0000_0000, 0] {
-            assert_eq!(code_around(maps, elsewhere), None, "{elsewhere:x}");
-        }
-        assert_eq!(code_around("nonsense", 0), None);
+    fn only_unchanged_pages_of_files_are_let_go() {
+        let mapping = |head: &str, anonymous: u32, swap: u32| {
+            format!(
+                "{head}\nSize: 4 kB\nRss: 4 kB\nAnonymous: {anonymous:8} kB\nSwap: {swap:8} kB\nVmFlags: rd mr\n"
+            )
+        };
+        let file =
+            |range: &str, flags: &str| format!("{range} {flags} 00000000 fe:00 1016      /usr/bin/nsm");
+        let maps = [
+            mapping(&file("1000-2000", "r--p"), 0, 0),
+            mapping(&file("2000-5000", "r-xp"), 0, 0),
+            mapping(&file("5000-6000", "r--p"), 4, 0), // relocated
+            mapping(&file("6000-7000", "r--p"), 0, 4), // relocated, and swapped out
+            mapping(&file("7000-8000", "rw-p"), 0, 0),
+            mapping(&file("8000-9000", "r--s"), 0, 0),
+            mapping("9000-a000 r-xp 00000000 00:00 0                [vdso]", 0, 0),
+            mapping("a000-b000 rw-p 00000000 00:00 0", 4, 0),
+            "b000-c000 r-xp 00000000 fe:00 1016 /usr/bin/cut off".into(),
+        ];
+        assert_eq!(unchanged(&maps.concat()).collect::<Vec<_>>(), [0x1000..0x2000, 0x2000..0x5000]);
+        assert_eq!(unchanged("nonsense\n-\n: :\nSwap: 0\nAnonymous: 0\nSwap: 0\n").count(), 0);
     }
 
     #[test]
-    fn a_program_lives_on_without_its_code_in_memory() {
-        let length = let_go_of_code().expect("this program is mapped from a file");
-        assert!(length > 0);
-        // Everything that is called from here on has to come back.
+    fn a_program_lives_on_without_its_pages_in_memory() {
+        assert!(let_go_of_program() > 0, "this program is mapped from a file");
+        // Everything that is called and read from here on has to come back.
         assert_eq!(
             format!("{:?}", fs::read_to_string("/proc/self/comm").map(|text| !text.is_empty())),
             "Ok(true)"

@@ -17,12 +17,11 @@ pub(crate) fn unshare_net() -> rustix::io::Result<()> {
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }
 }
 
-/// Unmaps the pages of a mapping of code; what is needed of them comes back from the file.
-pub(crate) fn let_go(code: Range<usize>) -> io::Result<()> {
-    // SAFETY: `code` is a private mapping of a file, executable and not writable, so its pages are as the file has them:
-    // the linker makes no relocations in code, and the kernel lets nobody write to a program that runs (ETXTBSY). What
-    // is unmapped is mapped again with the same contents when it is next touched.
-    let done = unsafe { libc::madvise(code.start as *mut _, code.len(), libc::MADV_DONTNEED) };
+/// Unmaps the pages of a mapping; what is needed of them comes back from its file.
+pub(crate) fn let_go(unchanged: Range<usize>) -> io::Result<()> {
+    // SAFETY: `unchanged` is a private mapping of a file, not writable, without a page that is a copy of our own: all its
+    // pages are as the file has them. What is unmapped is mapped again with the same contents when it is next touched.
+    let done = unsafe { libc::madvise(unchanged.start as *mut _, unchanged.len(), libc::MADV_DONTNEED) };
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 

@@ -59,8 +59,11 @@ struct Amounts {
     #[arg(long, global = true, default_value = "both", value_parser = topologies)]
     topology: Topologies,
     /// How many wires to ask for
-    #[arg(long, global = true, default_value_t = 200, value_parser = clap::value_parser!(u16).range(1..=4000))]
+    #[arg(long, global = true, default_value_t = 200, value_parser = clap::value_parser!(u16).range(1..=20_000))]
     wires: u16,
+    /// From how many pods to ask for them, in turns
+    #[arg(long, global = true, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=200))]
+    clients: u16,
     /// How many wires to ask for at a time; each is a row of its own
     #[arg(long, global = true, value_delimiter = ',', default_value = "1,16")]
     concurrency: Vec<usize>,
@@ -143,6 +146,7 @@ fn measure(
         topologies: amounts.topology.0,
         measures,
         wires: amounts.wires.into(),
+        clients: amounts.clients.into(),
         concurrency: amounts.concurrency,
         pairs: amounts.pairs,
         duration: amounts.duration,

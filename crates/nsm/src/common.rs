@@ -76,7 +76,7 @@ impl Process {
     /// Everything is there.
     pub(crate) fn ready(&self) {
         self.0.status("");
-        nsm_kernel::resident::let_go_of_code();
+        nsm_kernel::resident::let_go_of_program();
         notify("READY=1");
     }
 

@@ -25,7 +25,11 @@ use nsm_mesh::{
     refresh, server,
 };
 use nsm_transport::{DialTarget, Pool};
-use tokio::{sync::watch, task::AbortHandle, time::Instant};
+use tokio::{
+    sync::{Notify, watch},
+    task::AbortHandle,
+    time::Instant,
+};
 
 use crate::{
     dns::DnsContexts,
@@ -277,6 +281,7 @@ pub struct Wire {
     client: Arc<Client>,
     id: String,
     keeper: AbortHandle,
+    now: Arc<Notify>,
     connection: watch::Receiver<Connection>,
 }
 
@@ -289,8 +294,10 @@ impl fmt::Debug for Wire {
 impl Wire {
     fn keep(client: Arc<Client>, id: String, first: NetworkServiceRequest, answer: Answer) -> Self {
         let (tell, connection) = watch::channel(answer.connection);
-        let keeper = tokio::spawn(keep(Arc::clone(&client), id.clone(), first, tell)).abort_handle();
-        Self { client, id, keeper, connection }
+        let now = Arc::new(Notify::new());
+        let keeping = keep(Arc::clone(&client), id.clone(), first, tell, Arc::clone(&now));
+        let keeper = tokio::spawn(keeping).abort_handle();
+        Self { client, id, keeper, now, connection }
     }
 
     /// The connection id, `<name>-<index>`.
@@ -303,6 +310,15 @@ impl Wire {
     #[must_use]
     pub fn connection(&self) -> Connection {
         self.connection.borrow().clone()
+    }
+
+    /// Has every hop asked now, not only when the tokens have lived long enough, and waits until they have answered.
+    pub async fn refresh(&self) {
+        let mut answered = self.connection.clone();
+        answered.mark_unchanged();
+        self.now.notify_one();
+        // The keeper ends with the wire, and we borrow that.
+        let _ = answered.changed().await;
     }
 
     /// Closes it, all the way to the endpoint.
@@ -360,6 +376,7 @@ async fn keep(
     id: String,
     first: NetworkServiceRequest,
     tell: watch::Sender<Connection>,
+    now: Arc<Notify>,
 ) {
     let own = PathSegment { name: client.config.name.clone(), id: id.clone(), ..PathSegment::default() };
     let selector = MonitorScopeSelector { path_segments: vec![own], ..MonitorScopeSelector::default() };
@@ -385,6 +402,7 @@ async fn keep(
                     Woke::Down
                 }
                 () = another_is_wanted(&mut others, &id) => Woke::Refresh,
+                () = now.notified() => Woke::Refresh,
                 why = dies(client.config.liveness, &conn, &mut answered) => Woke::Dead(why),
             };
             let pause;
