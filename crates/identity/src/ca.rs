@@ -477,7 +477,7 @@ impl NodeApi {
                     if sender.send(message).await.is_err() || failed {
                         return;
                     }
-                    debug!(node, pid = peer.pid(), ?ids, "issued");
+                    debug!(node, %peer, ?ids, "issued");
                     sent = Some((ids, due + now.svid_ttl / 2));
                 }
                 let again = sent.as_ref().map_or(due, |(_, again)| *again);
@@ -500,12 +500,20 @@ fn denied(node: &str, peer: &UnixPeer) -> Status {
             info!(%facts, "no entry fits a caller");
             Status::permission_denied(format!("no identity issued: no entry fits {facts}"))
         }
-        Err(e) => Status::permission_denied(e.to_string()),
+        Err(reason) => unattested(node, peer, &reason),
     }
 }
 
+/// What a caller is told of whom the kernel says nothing.
+fn unattested(node: &str, peer: &UnixPeer, reason: &io::Error) -> Status {
+    if peer.pid().is_none() {
+        info!(node, uid = peer.uid(), %reason, "a caller cannot be attested");
+    }
+    Status::permission_denied(format!("no identity issued: {reason}"))
+}
+
 fn identities(node: &str, peer: &UnixPeer, config: &Config) -> Result<Vec<SpiffeId>, Status> {
-    let facts = attest::Facts::of(peer, node).map_err(|e| Status::permission_denied(e.to_string()))?;
+    let facts = attest::Facts::of(peer, node).map_err(|reason| unattested(node, peer, &reason))?;
     Ok(facts.identities(config.entries.iter().map(|entry| &entry.value)))
 }
 

@@ -3,13 +3,17 @@
 //! The kernel remembers who connected (or, seen from the client, who listened). A pid can be reused once its
 //! process is gone, so the peer is pinned by a pidfd: facts read from `/proc/PID` count only if the process is still
 //! alive *after* they were read.
+//!
+//! A peer in a PID namespace that ours does not contain has no pid here: the kernel shows 0. Its pidfd still tells
+//! its namespaces (Linux 6.11), so it is a peer as others are, but for what needs `/proc`: attestation.
 
 use std::{
+    fmt,
     fs::{self, File},
     io,
     os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::fs::{FileTypeExt, MetadataExt},
     },
     path::{Path, PathBuf},
     sync::Arc,
@@ -19,22 +23,29 @@ use std::{
 
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
-    fs::{AtFlags, FlockOperation, StatxFlags, flock, makedev, statx},
+    fs::{
+        AtFlags, FileType, FlockOperation, Mode, OFlags, RawMode, StatxFlags, chmod, fchmod, flock, fstat,
+        makedev, open, statx,
+    },
     io::Errno,
 };
 
 use crate::Error;
 
+/// Inode of the PID namespace that the machine starts with, `include/linux/proc_ns.h`.
+const PROC_PID_INIT_INO: u64 = 0xEFFF_FFFC;
 /// How long others may hold the lock of a socket's directory: a daemon that binds needs a moment.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
 /// The process at the other end of a Unix socket, pinned. When connecting it is the one that listens.
 #[derive(Debug, Clone)]
 pub struct UnixPeer {
-    pid: u32,
+    /// `None`: in a PID namespace that is not visible here.
+    pid: Option<u32>,
     uid: u32,
     gid: u32,
-    pidfd: Arc<OwnedFd>,
+    /// `None` on kernels before 6.5 that show no pid either.
+    pidfd: Option<Arc<OwnedFd>>,
 }
 
 /// A namespace, or any file, by the numbers `stat` gives for it.
@@ -52,33 +63,33 @@ pub struct UnixSocket {
     listener: std::os::unix::net::UnixListener,
     path: PathBuf,
     id: FileId,
+    /// Whether the directory goes with the last socket in it.
+    last_one_out: bool,
 }
 
 impl UnixPeer {
     /// Reads the peer's credentials (`SO_PEERCRED`) and pins it (`SO_PEERPIDFD`, Linux 6.5; `pidfd_open` before).
     ///
     /// # Errors
-    /// Not a Unix stream socket, the peer is already gone, or it lives in a PID namespace that is not visible here.
+    /// Not a Unix stream socket, or the peer is already gone.
     pub fn of(socket: impl AsFd) -> io::Result<Self> {
         let socket = socket.as_fd();
         let (pid, uid, gid) = peer_pidfd::credentials(socket)?;
-        if pid == 0 {
-            return Err(io::Error::other("the peer's process is not visible in this PID namespace"));
-        }
-        let pidfd = match peer_pidfd::open(socket) {
+        let pidfd = match (peer_pidfd::open(socket), pid) {
             // Before Linux 6.5: a window remains between the peer's connect and this call.
-            Err(e) if e.raw_os_error() == Some(libc::ENOPROTOOPT) => open_pidfd(pid)?,
-            other => other?,
+            (Err(e), Some(pid)) if e.raw_os_error() == Some(libc::ENOPROTOOPT) => Some(open_pidfd(pid)?),
+            (Err(e), None) if e.raw_os_error() == Some(libc::ENOPROTOOPT) => None,
+            (pidfd, _) => Some(pidfd?),
         };
-        Ok(Self { pid, uid, gid, pidfd: Arc::new(pidfd) })
+        Ok(Self { pid, uid, gid, pidfd: pidfd.map(Arc::new) })
     }
 
-    /// The process id, valid while [`UnixPeer::is_alive`].
-    pub fn pid(&self) -> u32 {
+    /// The process id, valid while [`UnixPeer::is_alive`]; `None` for a peer in a PID namespace that is not visible here.
+    pub fn pid(&self) -> Option<u32> {
         self.pid
     }
 
-    /// The effective user id it had when it connected.
+    /// The effective user id it had when it connected, as the user namespace here has it.
     pub fn uid(&self) -> u32 {
         self.uid
     }
@@ -88,14 +99,10 @@ impl UnixPeer {
         self.gid
     }
 
-    /// Refers to the process even after its pid was reused; readable once it has exited.
-    pub fn pidfd(&self) -> BorrowedFd<'_> {
-        self.pidfd.as_fd()
-    }
-
-    /// Has the process not exited yet?
+    /// Has the process not exited yet, as far as is known?
     pub fn is_alive(&self) -> bool {
-        let mut fds = [PollFd::new(&*self.pidfd, PollFlags::IN)];
+        let Some(pidfd) = &self.pidfd else { return true };
+        let mut fds = [PollFd::new(&**pidfd, PollFlags::IN)];
         loop {
             return match poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) {
                 Err(Errno::INTR) => continue,
@@ -109,7 +116,7 @@ impl UnixPeer {
     /// # Errors
     /// The peer has exited, or may not be inspected.
     pub fn netns(&self) -> io::Result<OwnedFd> {
-        self.facts(|proc| std::fs::File::open(proc.join("ns/net")).map(OwnedFd::from))
+        self.namespace(libc::PIDFD_GET_NET_NAMESPACE, "net")
     }
 
     /// Device and inode of the network namespace that the peer is in.
@@ -117,19 +124,65 @@ impl UnixPeer {
     /// # Errors
     /// The peer is gone, or may not be looked at.
     pub fn netns_id(&self) -> io::Result<FileId> {
-        self.facts(|proc| FileId::of_path(proc.join("ns/net")))
+        self.netns().and_then(FileId::of)
+    }
+
+    /// Whether it is in a container that we are not in: its PID namespace is neither ours nor the node's first one.
+    ///
+    /// # Errors
+    /// The peer is gone, or nothing shows it: that takes Linux 6.11, and the right to look at it.
+    pub fn is_contained(&self) -> io::Result<bool> {
+        if self.pid.is_some() {
+            // Ours or one below ours: it has a number in each on the way down, which everybody may read.
+            let numbers = self.facts(|_, proc| {
+                let status = fs::read_to_string(proc.join("status"))?;
+                let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+                Ok(numbers.map_or(0, |numbers| numbers.split_ascii_whitespace().count()))
+            })?;
+            return Ok(numbers != 1);
+        }
+        let own = self.namespace(libc::PIDFD_GET_PID_NAMESPACE, "pid").and_then(FileId::of)?;
+        Ok(own.ino != PROC_PID_INIT_INO)
+    }
+
+    fn namespace(&self, which: libc::Ioctl, name: &str) -> io::Result<OwnedFd> {
+        match self.pidfd.as_ref().map(|pidfd| peer_pidfd::namespace(pidfd.as_fd(), which)) {
+            Some(Err(e)) if e.raw_os_error() == Some(libc::ESRCH) => Err(self.gone()),
+            // Before Linux 6.11.
+            Some(Err(e)) if e.raw_os_error() == Some(libc::ENOTTY) => self.of_proc(name),
+            None => self.of_proc(name),
+            Some(answer) => answer,
+        }
+    }
+
+    fn of_proc(&self, name: &str) -> io::Result<OwnedFd> {
+        self.facts(|_, proc| File::open(proc.join("ns").join(name)).map(OwnedFd::from))
     }
 
     /// Reads facts below `/proc/PID`, and makes sure that they were this process's.
-    pub(crate) fn facts<T>(&self, read: impl FnOnce(&Path) -> io::Result<T>) -> io::Result<T> {
-        let facts = read(Path::new(&format!("/proc/{}", self.pid)));
-        if !self.is_alive() {
-            return Err(io::Error::new(
-                io::ErrorKind::NotFound,
-                format!("the peer, process {}, has exited", self.pid),
-            ));
+    pub(crate) fn facts<T>(&self, read: impl FnOnce(u32, &Path) -> io::Result<T>) -> io::Result<T> {
+        let pid = self.pid.ok_or_else(|| {
+            io::Error::other(
+                "the process is in a PID namespace that is not visible here; what has to look at it must run in the \
+                 node's PID namespace (hostPID: true), or on Linux 6.11 where namespaces are enough",
+            )
+        })?;
+        let facts = read(pid, Path::new(&format!("/proc/{pid}")));
+        if self.is_alive() { facts } else { Err(self.gone()) }
+    }
+
+    fn gone(&self) -> io::Error {
+        io::Error::new(io::ErrorKind::NotFound, format!("the peer, {self}, has exited"))
+    }
+}
+
+/// `process 7`, or that it is not visible here.
+impl fmt::Display for UnixPeer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.pid {
+            Some(pid) => write!(f, "process {pid}"),
+            None => f.write_str("a process in another PID namespace"),
         }
-        facts
     }
 }
 
@@ -162,15 +215,21 @@ impl UnixSocket {
     /// [`Error::SocketInUse`] for a second daemon, [`Error::Socket`] for everything else, also for a directory whose lock
     /// somebody else holds for more than 2 s.
     pub fn bind(path: &Path) -> Result<Self, Error> {
+        Self::bind_as(path, 0o777, false)
+    }
+
+    /// As [`UnixSocket::bind`], with mode 0600 from its first moment; the directory is removed with the last socket in it.
+    ///
+    /// # Errors
+    /// Those of [`UnixSocket::bind`].
+    pub fn bind_private(path: &Path) -> Result<Self, Error> {
+        Self::bind_as(path, 0o600, true)
+    }
+
+    fn bind_as(path: &Path, mode: RawMode, last_one_out: bool) -> Result<Self, Error> {
         let failed = |what| move |source| Error::Socket { path: path.into(), what, source };
-        let dir = match path.parent() {
-            Some(dir) if !dir.as_os_str().is_empty() => dir,
-            _ => Path::new("."),
-        };
-        fs::create_dir_all(dir).map_err(failed("make the directory of"))?;
         // Two daemons that start at once must not both find the old file dead and remove each other's.
-        let lock = File::open(dir).map_err(failed("open the directory of"))?;
-        lock_within(&lock, dir, LOCK_PATIENCE).map_err(failed("lock the directory of"))?;
+        let _lock = lock_directory(directory(path)).map_err(failed("lock the directory of"))?;
         match try_connect(path) {
             // A listener whose backlog is full is alive, too.
             Ok(()) | Err(Errno::AGAIN) => return Err(Error::SocketInUse(path.into())),
@@ -184,12 +243,8 @@ impl UnixSocket {
             }
             Err(e) => return Err(failed("check who listens at")(e.into())),
         }
-        let listener = std::os::unix::net::UnixListener::bind(path).map_err(failed("bind"))?;
-        let socket = FileId::of_path(path).map(|id| Self { listener, path: path.into(), id });
-        let socket = socket.map_err(failed("inspect"))?;
-        fs::set_permissions(path, fs::Permissions::from_mode(0o777)).map_err(failed("set the mode of"))?;
-        socket.listener.set_nonblocking(true).map_err(failed("set up"))?;
-        Ok(socket)
+        let (listener, id) = listen(path, mode).map_err(failed("bind"))?;
+        Ok(Self { listener, path: path.into(), id, last_one_out })
     }
 
     /// The file.
@@ -207,12 +262,62 @@ impl UnixSocket {
 }
 
 impl Drop for UnixSocket {
+    /// Nobody is left to tell if something fails.
     fn drop(&mut self) {
         if FileId::of_path(&self.path).is_ok_and(|id| id == self.id) {
-            // Nobody is left to tell if that fails.
             let _ = fs::remove_file(&self.path);
         }
+        let directory = directory(&self.path);
+        // Under its lock: who is about to bind in it holds that. The kernel removes no directory that is not empty.
+        if self.last_one_out
+            && let Ok(lock) = File::open(directory)
+            && lock_within(&lock, directory, Duration::from_millis(100)).is_ok()
+        {
+            let _ = fs::remove_dir(directory);
+        }
     }
+}
+
+fn directory(path: &Path) -> &Path {
+    path.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Makes the directory and locks it; one that goes meanwhile, with the last socket in it, is made again.
+fn lock_directory(directory: &Path) -> io::Result<File> {
+    loop {
+        fs::create_dir_all(directory)?;
+        let lock = match File::open(directory) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+            lock => lock?,
+        };
+        lock_within(&lock, directory, LOCK_PATIENCE)?;
+        if FileId::of_path(directory).ok() == Some(FileId::of(&lock)?) {
+            return Ok(lock);
+        }
+    }
+}
+
+/// Listens, and sets the mode of the file by descriptors only: who else may write in the directory could put a link to
+/// another file under the name at any moment.
+fn listen(path: &Path, mode: RawMode) -> io::Result<(std::os::unix::net::UnixListener, FileId)> {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    // The file is made with this mode, less what the umask takes.
+    fchmod(&socket, Mode::from_raw_mode(mode))?;
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    // As many callers may wait as the system allows.
+    listen(&socket, -1)?;
+    let file = open(path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+    let stat = fstat(&file)?;
+    let own = rustix::process::geteuid().as_raw();
+    if FileType::from_raw_mode(stat.st_mode) != FileType::Socket || stat.st_uid != own {
+        return Err(io::Error::other("somebody has put another file in its place"));
+    }
+    if stat.st_mode & 0o777 != mode {
+        chmod(format!("/proc/self/fd/{}", file.as_raw_fd()), Mode::from_raw_mode(mode))?;
+    }
+    Ok((socket.into(), FileId::of(&file)?))
 }
 
 /// Locks a directory. Whoever may read it can hold its lock: nobody waits for that for ever.
@@ -261,11 +366,22 @@ mod peer_pidfd {
     /// `include/uapi/asm-generic/socket.h`, since Linux 6.5.
     const SO_PEERPIDFD: libc::c_int = 77;
 
-    pub(super) fn credentials(socket: BorrowedFd<'_>) -> io::Result<(u32, u32, u32)> {
+    pub(super) fn credentials(socket: BorrowedFd<'_>) -> io::Result<(Option<u32>, u32, u32)> {
         let mut cred = libc::ucred { pid: 0, uid: 0, gid: 0 };
         // SAFETY: `ucred` is plain integers, which any bytes are valid for.
         unsafe { get(socket, libc::SO_PEERCRED, &mut cred)? };
-        Ok((u32::try_from(cred.pid).unwrap_or(0), cred.uid, cred.gid))
+        Ok((u32::try_from(cred.pid).ok().filter(|pid| *pid != 0), cred.uid, cred.gid))
+    }
+
+    /// A namespace of a process: `PIDFD_GET_*_NAMESPACE`, since Linux 6.11.
+    pub(super) fn namespace(pidfd: BorrowedFd<'_>, which: libc::Ioctl) -> io::Result<OwnedFd> {
+        // SAFETY: these commands take no argument and write no memory.
+        let fd = unsafe { libc::ioctl(pidfd.as_raw_fd(), which, 0) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel has just made this descriptor (close-on-exec) for us; nobody else owns it.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
     pub(super) fn open(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {

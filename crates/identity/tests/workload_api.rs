@@ -4,6 +4,7 @@
 
 use std::{
     fs,
+    io::BufRead as _,
     os::unix::{fs::PermissionsExt, net::UnixListener},
     path::Path,
     process::{Child, Command, Stdio},
@@ -397,6 +398,43 @@ async fn a_second_daemon_is_refused_and_a_dead_ones_socket_replaced() {
 }
 
 #[test]
+fn a_private_socket_is_its_owners_and_its_directory_goes_with_the_last() {
+    let dir = TempDir::new().unwrap();
+    let directory = dir.path().join("private");
+    let first = UnixSocket::bind_private(&directory.join("first.sock")).unwrap();
+    assert_eq!(fs::metadata(first.path()).unwrap().permissions().mode() & 0o777, 0o600);
+    let second = UnixSocket::bind_private(&directory.join("second.sock")).unwrap();
+    drop(first);
+    assert!(second.path().exists());
+    drop(second);
+    assert!(!directory.exists());
+    // What others left there stays, and so does the directory of a socket for everybody.
+    fs::create_dir(&directory).unwrap();
+    drop(UnixSocket::bind(&directory.join("a.sock")).unwrap());
+    fs::write(directory.join("file"), "").unwrap();
+    drop(UnixSocket::bind_private(&directory.join("b.sock")).unwrap());
+    assert_eq!(fs::read_dir(&directory).unwrap().count(), 1);
+}
+
+/// A daemon that starts while the last one leaves finds no directory, or makes it again.
+#[test]
+fn sockets_that_come_and_go_in_one_directory_do_not_disturb_each_other() {
+    let dir = TempDir::new().unwrap();
+    let directory = dir.path().join("private");
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let path = directory.join(format!("{thread}.sock"));
+            scope.spawn(move || {
+                for _ in 0..50 {
+                    let socket = UnixSocket::bind_private(&path).unwrap();
+                    std::os::unix::net::UnixStream::connect(socket.path()).unwrap();
+                }
+            });
+        }
+    });
+}
+
+#[test]
 fn a_lock_that_somebody_holds_stops_nobody_for_ever() {
     let dir = tempfile::tempdir().unwrap();
     let held = fs::File::open(dir.path()).unwrap();
@@ -438,6 +476,40 @@ async fn child_asks_who_it_is() {
         Err(error) => error.to_string(),
     };
     println!("\nANSWER {answer}");
+}
+
+/// Not a test: the authority of [`a_caller_that_the_authority_cannot_see_is_refused`].
+#[tokio::test]
+async fn child_serves_identities() {
+    let Some(config) = std::env::var_os("NSM_TEST_CHILD_CONFIG") else { return };
+    let ca = Ca::start(config.as_ref()).unwrap();
+    println!("\nANSWER serving");
+    ca.serve(std::future::pending()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_caller_that_the_authority_cannot_see_is_refused() {
+    let dir = TempDir::new().unwrap();
+    write_config(dir.path(), "entryWait: 20s", "[{spiffeId: 'spiffe://test.lab/any', selectors: {uid: 0}}]");
+    let child = Command::new("unshare")
+        .args(["--pid", "--fork", "--kill-child", "--mount-proc"])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", "child_serves_identities", "--nocapture"])
+        .env("NSM_TEST_CHILD_CONFIG", dir.path().join("ca.yaml"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn();
+    let mut child = Process(child.unwrap());
+    let mut lines = std::io::BufReader::new(child.0.stdout.take().unwrap()).lines();
+    if !lines.any(|line| line.is_ok_and(|line| line == "ANSWER serving")) {
+        println!("SKIPPED a_caller_that_the_authority_cannot_see_is_refused: no PID namespace (needs root)");
+        return;
+    }
+    let endpoint = format!("unix://{}/node1.sock", dir.path().display());
+    let error = timeout(PATIENCE, Source::fetch_once(&endpoint)).await.unwrap().unwrap_err().to_string();
+    for said in ["no identity issued", "PID namespace that is not visible", "hostPID: true"] {
+        assert!(error.contains(said), "{said}: {error}");
+    }
 }
 
 #[tokio::test]
@@ -521,7 +593,7 @@ async fn a_peer_that_exits_is_known_to_have_gone() {
     let mut child = Process(child);
     let (stream, _) = timeout(PATIENCE, listener.accept()).await.unwrap().unwrap();
     let peer = UnixPeer::of(&stream).unwrap();
-    assert_eq!(peer.pid(), child.0.id());
+    assert_eq!(peer.pid(), Some(child.0.id()));
     assert!(peer.is_alive());
     peer.netns_id().unwrap();
     child.0.kill().unwrap();

@@ -168,19 +168,15 @@ impl OwnNamespace {
         }
         let Some(unix) = peer.unix() else { return Ok(()) };
         let own = unix.netns_id().map_err(|e| {
-            Error::denied(format!(
-                "the network namespace of {} (pid {}) cannot be read: {e}",
-                peer.id(),
-                unix.pid()
-            ))
+            Error::denied(format!("the network namespace of {} ({unix}) cannot be read: {e}", peer.id()))
+                .hint("list its SPIFFE ID in NSM_NAMESPACE_DELEGATES to trust what it says")
         })?;
         let own = InodeUrl { dev: own.dev, ino: own.ino };
         match urls.find(|url| *url != own) {
             None => Ok(()),
             Some(other) => Err(Error::denied(format!(
-                "{other} is not the network namespace of {} (pid {}), which is {own}",
-                peer.id(),
-                unix.pid()
+                "{other} is not the network namespace of {} ({unix}), which is {own}",
+                peer.id()
             ))
             .hint("a workload gets wires only into its own namespace; list its SPIFFE ID in NSM_NAMESPACE_DELEGATES if it speaks for others")),
         }

@@ -471,16 +471,19 @@ impl Inspector {
         IntrospectServer::new(Face { inspector: Arc::clone(self), owner: false })
     }
 
-    /// Serves root and the user that this process runs as, on a socket at `path`, until the answer is dropped.
+    /// Serves root and the user that this process runs as, on a socket at `path`, until the answer is dropped; those of
+    /// other containers, who may have the directory mounted, only with `containers`.
     ///
     /// # Errors
     /// The socket cannot be bound.
-    pub fn serve_owner(self: &Arc<Self>, path: &Path) -> Result<Served, nsm_identity::Error> {
-        let socket = UnixSocket::bind(path)?;
-        let failed = |source| nsm_identity::Error::Socket { path: path.into(), what: "listen at", source };
+    pub fn serve_owner(
+        self: &Arc<Self>,
+        path: &Path,
+        containers: bool,
+    ) -> Result<Served, nsm_identity::Error> {
         // What anybody else would be refused, he need not even try.
-        std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600))
-            .map_err(failed)?;
+        let socket = UnixSocket::bind_private(path)?;
+        let failed = |source| nsm_identity::Error::Socket { path: path.into(), what: "listen at", source };
         let listener = socket.listener().map_err(failed)?;
         let face = IntrospectServer::new(Face { inspector: Arc::clone(self), owner: true });
         let own = rustix::process::geteuid().as_raw();
@@ -494,12 +497,10 @@ impl Inspector {
                         continue;
                     }
                 };
-                match UnixPeer::of(&stream) {
-                    Ok(peer) if peer.uid() == 0 || peer.uid() == own => {
-                        return Some((Ok::<_, std::io::Error>(Owner(stream)), listener));
-                    }
-                    Ok(peer) => {
-                        tracing::info!(uid = peer.uid(), pid = peer.pid(), "may not look at this process");
+                match UnixPeer::of(&stream).map(|peer| (is_owner(&peer, own, containers), peer)) {
+                    Ok((Ok(()), _)) => return Some((Ok::<_, std::io::Error>(Owner(stream)), listener)),
+                    Ok((Err(reason), peer)) => {
+                        tracing::info!(uid = peer.uid(), %peer, reason, "may not look at this process");
                     }
                     Err(reason) => tracing::debug!(%reason, "a caller left at once"),
                 }
@@ -517,6 +518,20 @@ impl Inspector {
             }
         });
         Ok(Served { _socket: socket, serving: serving.abort_handle() })
+    }
+}
+
+/// Whether a caller may know everything. Root of a container without a user namespace of its own is root to the kernel.
+fn is_owner(peer: &UnixPeer, own: u32, containers: bool) -> Result<(), String> {
+    if peer.uid() != 0 && peer.uid() != own {
+        return Err("neither root nor the user that this process runs as".into());
+    }
+    let switch = "NSM_INTROSPECT_CONTAINERS=true lets it";
+    match peer.is_contained() {
+        _ if containers => Ok(()),
+        Ok(false) => Ok(()),
+        Ok(true) => Err(format!("in another container; {switch}")),
+        Err(reason) => Err(format!("whether it is in another container cannot be told ({reason}); {switch}")),
     }
 }
 

@@ -36,6 +36,16 @@ pub(crate) struct Common {
         hide_env_values = true
     )]
     pub(crate) introspect_dir: String,
+    /// Let root, and this process's user, of other containers look at it by that socket too, where they have its
+    /// directory mounted; by default only those of its own container and of the node
+    #[arg(
+        long,
+        env = "NSM_INTROSPECT_CONTAINERS",
+        default_value_t = false,
+        action = clap::ArgAction::Set,
+        hide_env_values = true
+    )]
+    pub(crate) introspect_containers: bool,
     /// SPIFFE IDs that may look at this process over mTLS, where it serves others; by default none
     #[arg(
         long,
@@ -207,11 +217,13 @@ fn serve_owner(common: &Common, role: &str, name: &str) -> Option<Served> {
     let plain = |c: char| if c.is_ascii_alphanumeric() || "-._".contains(c) { c } else { '_' };
     // A socket's path has at most 107 bytes.
     let name: String = name.chars().map(plain).take(48).collect();
-    let path = |file: String| Path::new(directory).join(file);
-    let served = match common.inspector.serve_owner(&path(format!("{role}-{name}.sock"))) {
+    let serve = |file: String| {
+        common.inspector.serve_owner(&Path::new(directory).join(file), common.introspect_containers)
+    };
+    let served = match serve(format!("{role}-{name}.sock")) {
         // Names of workloads may be those of others of this node.
         Err(nsm_identity::Error::SocketInUse(_)) => {
-            common.inspector.serve_owner(&path(format!("{role}-{name}-{}.sock", std::process::id())))
+            serve(format!("{role}-{name}-{}.sock", std::process::id()))
         }
         served => served,
     };

@@ -434,11 +434,11 @@ impl Inner {
             return Ok(true);
         }
         let own = self.netns.map_or_else(|| "unknown".to_owned(), |id| format!("net:[{}]", id.ino));
-        let found = match peer.unix().map(|unix| (unix.pid(), unix.netns_id())) {
+        let found = match peer.unix().map(|unix| (unix, unix.netns_id())) {
             Some((_, Ok(netns))) if Some(netns) == self.netns => return Ok(true),
-            Some((pid, Ok(netns))) => format!("process {pid} in network namespace net:[{}]", netns.ino),
-            Some((pid, Err(reason))) => {
-                format!("process {pid}, whose network namespace cannot be read ({reason})")
+            Some((unix, Ok(netns))) => format!("{unix}, in network namespace net:[{}]", netns.ino),
+            Some((unix, Err(reason))) => {
+                format!("{unix}, whose network namespace cannot be read ({reason})")
             }
             None => format!("a peer on TCP, {}", peer.address()),
         };

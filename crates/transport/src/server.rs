@@ -216,7 +216,8 @@ impl Socket {
         };
         Ok(match wire {
             Ok(Wire::Unix(stream, peer)) => {
-                let address = format!("unix:pid={}", peer.pid());
+                let pid = peer.pid().map_or_else(|| "unknown".to_owned(), |pid| pid.to_string());
+                let address = format!("unix:pid={pid}");
                 Some((Wire::Unix(stream, peer), address))
             }
             Ok(wire) => Some((wire, address)),

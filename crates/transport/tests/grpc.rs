@@ -95,7 +95,7 @@ impl NetworkService for Handler {
                 connection.labels.insert("peer".into(), peer.id().to_string());
                 connection.labels.insert("address".into(), peer.address().into());
                 if let Some(unix) = peer.unix() {
-                    connection.labels.insert("pid".into(), unix.pid().to_string());
+                    connection.labels.insert("pid".into(), unix.pid().unwrap().to_string());
                     let id = unix.netns_id().unwrap();
                     connection.labels.insert("netns".into(), format!("{}/{}", id.dev, id.ino));
                 }

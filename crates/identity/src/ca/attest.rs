@@ -136,10 +136,10 @@ impl Facts {
     /// # Errors
     /// The process has exited.
     pub(crate) fn of(peer: &UnixPeer, node: &str) -> io::Result<Self> {
-        peer.facts(|proc| {
+        peer.facts(|pid, proc| {
             Ok(Self {
                 node: node.into(),
-                pid: peer.pid(),
+                pid,
                 uid: peer.uid(),
                 gid: peer.gid(),
                 start: start_time(&fs::read_to_string(proc.join("stat"))?)

@@ -111,7 +111,7 @@ fn an_endpoint_that_answers_with_anothers_namespace_is_refused_and_leaves_nothin
         for text in [
             "nsm: no wire to plain: forwarder-node1: ",
             &format!(
-                "{} is not the network namespace of spiffe://{lab}.lab/pod/evil (pid {pid}), which is {}",
+                "{} is not the network namespace of spiffe://{lab}.lab/pod/evil (process {pid}), which is {}",
                 own(victim),
                 own("evil")
             ),

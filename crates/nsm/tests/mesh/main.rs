@@ -18,6 +18,7 @@ mod interop;
 mod killed;
 mod node;
 mod operate;
+mod pid_namespaces;
 mod raw;
 mod selection;
 mod state;
@@ -39,6 +40,7 @@ fn inside() {
         "bad requests" => wire::bad_requests(&lab),
         "bad tokens" => wire::bad_tokens(&lab),
         "bad namespaces" => wire::bad_namespaces(&lab),
+        "foreign namespace" => pid_namespaces::foreign_namespace(&lab),
         "evil" => answers::evil(&lab),
         "leaving" => wire::leaving(&lab),
         "hardware addresses" => context::hardware_addresses(&lab),

@@ -347,7 +347,7 @@ pub(crate) fn bad_namespaces(lab: &str) {
         let (url, fd) = file(&format!("/run/netns/{lab}.b"));
         raw.fds.send(fd);
         let text = format!(
-            "{url} is not the network namespace of {me} (pid {}), which is {own}",
+            "{url} is not the network namespace of {me} (process {}), which is {own}",
             std::process::id()
         );
         let request = good("raw-0", "nsm0", url);
