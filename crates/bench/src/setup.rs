@@ -77,12 +77,14 @@ pub(crate) fn measure(
         let first = with_wires.is_none();
         with_wires.get_or_insert_with(|| end.clone());
         let refreshed = if first { workers.refresh(lab)? } else { Vec::new() };
+        let after = usage(lab, workers);
         let closed = workers.close(lab)?;
         rows.extend(rows_of(topology, concurrency, (p50, p99), &opened, &closed));
         rows.extend(growth_row(topology, concurrency, &opened));
         rows.push(cpu_row(topology, concurrency, &begin, &end, opened.made.len()));
         if first {
             rows.push(refresh_row(options, topology, refreshed));
+            rows.push(cpu_row(topology, "refresh", &end, &after, opened.made.len()));
         }
         left.extend(settle(lab, &before)?);
     }
@@ -200,7 +202,13 @@ fn refresh_row(options: &Options, topology: Topology, times: Vec<Duration>) -> R
 }
 
 /// What all programs together computed for a wire; unlike times this hardly depends on who else uses the machine.
-fn cpu_row(topology: Topology, concurrency: usize, begin: &Usages, end: &Usages, wires: usize) -> Row {
+fn cpu_row(
+    topology: Topology,
+    of: impl std::fmt::Display,
+    begin: &Usages,
+    end: &Usages,
+    wires: usize,
+) -> Row {
     let spent: Vec<_> = end
         .iter()
         .map(|(name, end)| {
@@ -210,7 +218,7 @@ fn cpu_row(topology: Topology, concurrency: usize, begin: &Usages, end: &Usages,
         .collect();
     let each: Vec<_> = spent.iter().map(|(name, millis)| format!("{name} {millis:.2}")).collect();
     let value = Value::Number { value: spent.iter().map(|(_, millis)| millis).sum(), unit: "ms" };
-    Row::new(topology, format!("cpu.{concurrency}"), "  processor time for each, all programs", value)
+    Row::new(topology, format!("cpu.{of}"), "  processor time for each, all programs", value)
         .note(each.join(", "))
 }
 

@@ -164,12 +164,12 @@ impl CrossConnect {
         far: &Mechanism,
         name_is_ours: bool,
         mut redraw: Option<&mut Vec<Claim>>,
-    ) -> std::result::Result<(), Unjoined> {
+    ) -> std::result::Result<Option<Traffic>, Unjoined> {
         for _ in 0..NAME_TRIES {
             let plan = self.plan(fds, conn, near, far)?;
             let record = Record::new(plan, far.clone(), conn);
             match self.wires.apply(record, fds).await {
-                Ok(()) => return Ok(()),
+                Ok(traffic) => return Ok(traffic),
                 Err(Taken::Name { near: true, .. }) if name_is_ours => {
                     near.set(key::NAME, interface_name(&conn.network_service, rand::random));
                 }
@@ -313,12 +313,12 @@ impl Element for CrossConnect {
                 Err(Unjoined::Vni)
             };
             match joined {
-                Ok(()) => {
+                Ok(traffic) => {
                     note_interfaces(&mut answer, &near, &far);
                     if cx.scope.get::<Wire>().is_none() {
                         cx.scope.lease(Wire { wires: Arc::clone(&self.wires), id });
-                    } else if let Some(traffic) = self.wires.traffic(&id).await {
-                        // A wire that was made now has carried nothing yet.
+                    }
+                    if let Some(traffic) = traffic {
                         note_traffic(&mut answer, &traffic);
                     }
                     answer.mechanism = Some(near);

@@ -14,7 +14,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use nsm_api::{
@@ -23,7 +23,7 @@ use nsm_api::{
     pb::connection::{Connection, Mechanism},
 };
 use nsm_kernel::{
-    Kernel, Nsid, Nsids,
+    EndFacts, Kernel, Nsid, Nsids,
     netns::{Namespace, NsId},
     plan::{Construction, Side, WirePlan},
     store::{self, Store},
@@ -38,6 +38,10 @@ use crate::{tell::Traffic, tunnel::Vnis};
 
 /// How long a wire that was found at start may wait for its connection when its record tells no expiry.
 const GRACE: Duration = Duration::from_secs(600);
+/// How long after a wire was seen whole it is enough, when nothing about it changes, that its ends are there and up. To
+/// see it whole takes listing the addresses, routes and neighbours of both pods, which takes the longer the more wires
+/// they have.
+const SEEN_WHOLE: Duration = Duration::from_secs(10);
 
 /// What is kept of a wire.
 #[derive(Debug, Clone, PartialEq)]
@@ -57,6 +61,8 @@ struct Held {
     nsids: Nsids,
     /// Whether a connection of this process has it, or is about to: then only that ends it.
     claimed: bool,
+    /// When the kernel was last found, or made, as planned.
+    whole: Option<Instant>,
 }
 
 /// What goes onto the disk beside the plan.
@@ -184,7 +190,10 @@ impl Wires {
             if let Some(vni) = record.vni() {
                 vnis.claim(vni, &record.plan.id);
             }
-            records.insert(record.plan.id.clone(), Held { record, nsids: saved.nsids, claimed: false });
+            records.insert(
+                record.plan.id.clone(),
+                Held { record, nsids: saved.nsids, claimed: false, whole: None },
+            );
         }
         if !records.is_empty() {
             tracing::info!(wires = records.len(), "found wires of an earlier process");
@@ -235,15 +244,8 @@ impl Wires {
 
     /// What a wire has carried, as the kernel says now; blocks.
     pub(crate) fn traffic_now(&self, id: &str) -> Option<Traffic> {
-        let (_, nsids, _) = self.held(id)?;
-        let (near, far) = self.kernel.facts(id, nsids).ok()?;
-        Traffic::of(near, far)
-    }
-
-    /// The same, where nothing may block.
-    pub(crate) async fn traffic(self: &Arc<Self>, id: &str) -> Option<Traffic> {
-        let (this, id) = (Arc::clone(self), id.to_owned());
-        spawn_blocking(move || this.traffic_now(&id)).await.ok()?
+        let held = self.records.lock().get(id).cloned()?;
+        self.traffic(&held)
     }
 
     /// How many wires nobody wanted any more and were removed.
@@ -252,18 +254,23 @@ impl Wires {
         self.orphans.load(Ordering::Relaxed)
     }
 
-    /// Makes the kernel equal to the record's plan: makes the wire, adopts it, or changes what differs.
+    /// Makes the kernel equal to the record's plan: makes the wire, adopts it, or changes what differs. What a wire that
+    /// stood before has carried so far.
     ///
     /// # Errors
     /// [`Taken`]; a wire that did not exist before does not exist then.
-    pub async fn apply(self: &Arc<Self>, record: Record, fds: &Fds) -> std::result::Result<(), Taken> {
+    pub(crate) async fn apply(
+        self: &Arc<Self>,
+        record: Record,
+        fds: &Fds,
+    ) -> std::result::Result<Option<Traffic>, Taken> {
         let this = Arc::clone(self);
         let fds = fds.clone();
         let work = spawn_blocking(move || this.apply_now(record, &fds));
         work.await.unwrap_or_else(|_| Err(Taken::Other(Error::internal("making the wire panicked"))))
     }
 
-    fn apply_now(&self, record: Record, fds: &Fds) -> std::result::Result<(), Taken> {
+    fn apply_now(&self, record: Record, fds: &Fds) -> std::result::Result<Option<Traffic>, Taken> {
         let id = record.plan.id.clone();
         let before = self.records.lock().get_mut(&id).map(|held| {
             let before = held.clone();
@@ -273,7 +280,7 @@ impl Wires {
         let made = self.make(record, before.as_ref(), fds);
         let mut records = self.records.lock();
         match made {
-            Ok(held) => {
+            Ok((held, traffic)) => {
                 let mut vnis = self.vnis.lock();
                 if let Some(old) = before.and_then(|before| before.record.vni()) {
                     vnis.release(old, &id);
@@ -282,7 +289,7 @@ impl Wires {
                     vnis.claim(vni, &id);
                 }
                 records.insert(id, held);
-                Ok(())
+                Ok(traffic)
             }
             Err(taken) => {
                 if let Some((held, before)) = records.get_mut(&id).zip(before) {
@@ -293,7 +300,12 @@ impl Wires {
         }
     }
 
-    fn make(&self, record: Record, before: Option<&Held>, fds: &Fds) -> std::result::Result<Held, Taken> {
+    fn make(
+        &self,
+        record: Record,
+        before: Option<&Held>,
+        fds: &Fds,
+    ) -> std::result::Result<(Held, Option<Traffic>), Taken> {
         let mut namespaces = Vec::new();
         for (_, end) in record.plan.ends() {
             // One that did not come with the request is looked for by the kernel crate.
@@ -304,7 +316,16 @@ impl Wires {
         }
         let known: Vec<&Namespace> = namespaces.iter().collect();
         let nsids = self.nsids(&record.plan, &known).map_err(Taken::Other)?;
-        let held = Held { record, nsids, claimed: true };
+        let mut held = Held { record, nsids, claimed: true, whole: None };
+        if let Some(before) = before
+            && let Some(traffic) = self.stands(before, &held)
+        {
+            held.whole = before.whole;
+            if before.record != held.record {
+                self.save(&held).map_err(Taken::Other)?;
+            }
+            return Ok((held, Some(traffic)));
+        }
         let plan = &held.record.plan;
         // What still removes an older wire of this connection would take the new file along.
         self.kernel.settle(&plan.id).map_err(|e| Taken::Other(refused(&e)))?;
@@ -321,7 +342,9 @@ impl Wires {
         match self.kernel.apply(plan, &known) {
             Ok(applied) => {
                 tracing::debug!(wire = %plan.id, created = applied.created, writes = applied.writes, "applied");
-                Ok(held)
+                let traffic = before.and_then(|_| self.traffic(&held));
+                held.whole = Some(Instant::now());
+                Ok((held, traffic))
             }
             Err(error) => {
                 let restored = match before {
@@ -334,6 +357,25 @@ impl Wires {
                 Err(taken(error, plan))
             }
         }
+    }
+
+    /// What a wire has carried that is as it was wanted a moment ago, and still wanted so.
+    fn stands(&self, before: &Held, now: &Held) -> Option<Traffic> {
+        let lately = before.whole.is_some_and(|at| at.elapsed() < SEEN_WHOLE);
+        let same = before.claimed && (&before.record.plan, before.nsids) == (&now.record.plan, now.nsids);
+        let (near, far) =
+            (lately && same).then(|| self.kernel.facts(&now.record.plan.id, now.nsids).ok())??;
+        let up = |facts: Option<EndFacts>| facts.is_some_and(|facts| facts.up);
+        let all = now.record.plan.ends().all(|(side, _)| match side {
+            Side::Near => up(near),
+            Side::Far => up(far),
+        });
+        all.then(|| Traffic::of(near, far))?
+    }
+
+    fn traffic(&self, held: &Held) -> Option<Traffic> {
+        let (near, far) = self.kernel.facts(&held.record.plan.id, held.nsids).ok()?;
+        Traffic::of(near, far)
     }
 
     fn nsids(&self, plan: &WirePlan, known: &[&Namespace]) -> Result<Nsids> {
@@ -607,6 +649,41 @@ mod tests {
         wires.flush().await;
         assert_eq!(node.files(), 0);
         assert_eq!(node.client.output("ip -br link").lines().count(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_refresh_that_changes_nothing_looks_whether_the_ends_are_up_and_now_and_then_at_everything() {
+        let Some(node) = Node::new(
+            "a_refresh_that_changes_nothing_looks_whether_the_ends_are_up_and_now_and_then_at_everything",
+        ) else {
+            return;
+        };
+        let wires = node.wires();
+        let mut record = node.veth("w");
+        record.plan.near.as_mut().unwrap().addresses = vec!["10.0.0.1/32".parse().unwrap()];
+        assert!(wires.apply(record.clone(), &Fds::default()).await.unwrap().is_none(), "it is new");
+        let addresses = || node.client.output("ip -br addr show dev nsm-w").contains("10.0.0.1/32");
+        assert!(addresses());
+        node.client.output("ip addr flush dev nsm-w");
+        let traffic = wires.apply(record.clone(), &Fds::default()).await.unwrap();
+        assert!(traffic.is_some() && !addresses(), "nobody has listed the addresses");
+        // An end that is down, a change of the plan, and time: each makes it look.
+        node.endpoint.output("ip link set nsm-w down");
+        made(&wires, &record).await;
+        assert!(addresses() && node.endpoint.output("ip link show nsm-w").contains(",UP"));
+        node.client.output("ip addr flush dev nsm-w");
+        record.plan.far.as_mut().unwrap().addresses = vec!["10.0.0.2/32".parse().unwrap()];
+        made(&wires, &record).await;
+        assert!(addresses());
+        node.client.output("ip addr flush dev nsm-w");
+        let long_ago = Instant::now().checked_sub(SEEN_WHOLE);
+        wires.records.lock().get_mut("w").unwrap().whole = long_ago;
+        made(&wires, &record).await;
+        assert!(addresses());
+        // Who restarts knows nothing of what was seen.
+        node.client.output("ip addr flush dev nsm-w");
+        made(&node.wires(), &record).await;
+        assert!(addresses());
     }
 
     #[tokio::test]

@@ -423,7 +423,10 @@ async fn keep(
                         "packets do not pass; asking for another endpoint (where endpoints do not answer pings: NSM_LIVENESS_CHECK_ENABLED=false)");
                 }
             }
-            tokio::time::sleep(pause).await;
+            // Not even for nothing: a timer rounds up to the next millisecond.
+            if !pause.is_zero() {
+                tokio::time::sleep(pause).await;
+            }
         } else {
             tokio::time::sleep(refresh::backoff(attempt - 1, rand::random())).await;
         }
