@@ -7,6 +7,8 @@ use std::{
 
 use hickory_proto::rr::Name;
 
+/// Under this id stand the servers that the pod had before any wire; no connection has it.
+pub const OWN: &str = "";
 /// Servers that one question is sent to; more are not asked.
 pub const MAX_SERVERS: usize = 16;
 /// Search domains that one question is tried with.
@@ -28,6 +30,8 @@ pub struct Step {
     pub name: Name,
     /// All of them are asked at once.
     pub servers: Vec<SocketAddr>,
+    /// They came together, so they know the same: what one does not have the others have neither.
+    pub alike: bool,
 }
 
 /// All that is configured, by the connection that brought it.
@@ -87,33 +91,60 @@ impl Configs {
         old != new
     }
 
-    /// What to try for a name, in order: as it is, everywhere, because nobody knows whose it is; then with each search
-    /// domain, at the servers that came with it, or without any domain.
+    /// What to try for a name, in order: as it is; then with each search domain, at the servers that came with it, or
+    /// without any domain.
     #[must_use]
     pub fn steps(&self, name: &Name) -> Vec<Step> {
-        let all = || self.0.values().flatten();
-        let everywhere = collect(all());
-        let mut steps = vec![Step { name: name.clone(), servers: everywhere.clone() }];
-        for domain in all().flat_map(|config| &config.search) {
+        let all: Vec<_> = self
+            .0
+            .iter()
+            .flat_map(|(id, configs)| configs.iter().map(move |config| (id == OWN, config)))
+            .collect();
+        let mut steps = tries(name.clone(), &all);
+        let mut tried = vec![name.clone()];
+        for domain in all.iter().flat_map(|(_, config)| &config.search) {
             let mut relative = name.clone();
             relative.set_fqdn(false);
             // A name that has become too long is no name.
             let Ok(mut name) = relative.append_domain(domain) else { continue };
             name.set_fqdn(true);
-            if steps.iter().any(|step| step.name == name) {
+            if tried.contains(&name) {
                 continue;
             }
-            let theirs = |config: &&Config| config.search.contains(domain) || config.search.is_empty();
-            let servers = collect(all().filter(theirs));
-            let servers = if servers.is_empty() { everywhere.clone() } else { servers };
-            steps.push(Step { name, servers });
-            if steps.len() > MAX_SEARCH {
+            tried.push(name.clone());
+            let theirs = |config: &Config| config.search.contains(domain) || config.search.is_empty();
+            let theirs: Vec<_> = all.iter().filter(|(_, config)| theirs(config)).copied().collect();
+            let theirs = tries(name.clone(), &theirs);
+            steps.extend(if theirs.is_empty() { tries(name, &all) } else { theirs });
+            if tried.len() > MAX_SEARCH {
                 break;
             }
         }
-        steps.retain(|step| !step.servers.is_empty());
         steps
     }
+}
+
+/// Asks first where a name is at home: at the wires whose domains it is in, or else at the pod's own servers, which know
+/// everything that is not a wire's. The others are asked when nothing is there.
+fn tries(name: Name, whom: &[(bool, &Config)]) -> Vec<Step> {
+    let wires =
+        |(own, config): &(bool, &Config)| !own && config.search.iter().any(|domain| domain.zone_of(&name));
+    let of_a_wire = whom.iter().any(wires);
+    let home = |config: &(bool, &Config)| if of_a_wire { wires(config) } else { config.0 };
+    let (first, then): (Vec<_>, Vec<_>) = whom.iter().copied().partition(home);
+    let known = collect(first.iter().map(|(_, config)| *config));
+    let mut steps = Vec::new();
+    for part in [first, then] {
+        let mut servers = collect(part.iter().map(|(_, config)| *config));
+        if !steps.is_empty() {
+            servers.retain(|server| !known.contains(server));
+        }
+        let alike = part.iter().filter(|(_, config)| !config.servers.is_empty()).count() < 2;
+        if !servers.is_empty() {
+            steps.push(Step { name: name.clone(), servers, alike });
+        }
+    }
+    steps
 }
 
 fn collect<'a>(configs: impl Iterator<Item = &'a Config>) -> Vec<SocketAddr> {
@@ -150,7 +181,7 @@ mod tests {
     fn a_name_is_tried_as_it_is_and_then_where_each_domain_is_at_home() {
         let mut configs = Configs::default();
         assert_eq!(tried(&configs, "web."), [""; 0], "nobody to ask");
-        assert!(configs.set("pod", vec![config(&["10.0.0.1"], &["cluster.local"])]));
+        assert!(configs.set(OWN, vec![config(&["10.0.0.1"], &["cluster.local"])]));
         assert!(configs.set("nsc-0", vec![config(&["172.16.1.2", "10.0.0.1"], &["corp", "corp"])]));
         assert!(
             !configs.set("nsc-0", vec![config(&["172.16.1.2", "10.0.0.1"], &["corp", "corp"])]),
@@ -158,12 +189,27 @@ mod tests {
         );
         assert_eq!(
             tried(&configs, "web."),
-            ["web. 172.16.1.2 10.0.0.1", "web.corp. 172.16.1.2 10.0.0.1", "web.cluster.local. 10.0.0.1"]
+            [
+                "web. 10.0.0.1",
+                "web. 172.16.1.2",
+                "web.cluster.local. 10.0.0.1",
+                "web.corp. 172.16.1.2 10.0.0.1"
+            ]
+        );
+        assert_eq!(
+            tried(&configs, "a.corp.")[..2],
+            ["a.corp. 172.16.1.2 10.0.0.1", "a.corp.cluster.local. 10.0.0.1"],
+            "a name of a wire"
         );
         configs.set("nsc-1", vec![config(&["8.8.8.8"], &[]), config(&[], &["lonely"])]);
-        assert_eq!(tried(&configs, "web.")[2], "web.lonely. 8.8.8.8", "servers without domains are for all");
+        assert_eq!(tried(&configs, "web.")[1], "web. 172.16.1.2 8.8.8.8");
+        assert_eq!(tried(&configs, "web.")[3], "web.cluster.local. 8.8.8.8", "only after the pod's own");
+        let lonely = |configs: &Configs| {
+            tried(configs, "web.").into_iter().filter(|t| t.contains("lonely")).collect::<Vec<_>>()
+        };
+        assert_eq!(lonely(&configs), ["web.lonely. 8.8.8.8"], "servers without domains are for all");
         configs.set("nsc-1", vec![config(&[], &["lonely"])]);
-        assert_eq!(tried(&configs, "web.")[2], "web.lonely. 172.16.1.2 10.0.0.1", "a domain without servers");
+        assert_eq!(lonely(&configs), ["web.lonely. 10.0.0.1 172.16.1.2"], "a domain without servers");
         assert!(configs.set("nsc-0", vec![]) && configs.set("nsc-1", vec![]));
         assert!(!configs.set("nsc-1", vec![]));
         assert_eq!(tried(&configs, "web.").len(), 2);

@@ -1,9 +1,10 @@
 //! The forwarder without sockets: questions, answers, time and chance go in, [`Action`]s come out.
 //!
 //! A question becomes a job. A job goes through its steps, one after the other: the name as it is, then the name with
-//! each search domain. A step asks all its servers at once, by UDP, and by TCP where the answer does not fit or none
-//! comes. The first answer with records ends the job. A step in which somebody has said that there is nothing waits a
-//! moment for the others and ends.
+//! each search domain, each of them where it is at home and then, if there is no such name, elsewhere. A step asks all its
+//! servers at once, by UDP, and by TCP where the answer does not fit or none comes. The first answer with records ends
+//! the job. A step in which somebody has said that there is nothing waits a moment for the others and ends: a short one
+//! for those that came with him, and the time of a datagram for those that did not.
 //!
 //! Everything is bounded: jobs, questions that wait for the same job, packets under way, and the time of each.
 
@@ -33,7 +34,7 @@ pub const MAX_WAITING: usize = 64;
 pub const MAX_EXCHANGES: usize = 1024;
 /// How long a question may take: upstream's.
 pub const BUDGET: Duration = Duration::from_secs(5);
-/// How long the other servers of a step have once one has said that there is nothing.
+/// How long the other servers of a step have once one that came with them has said that there is nothing.
 pub const GRACE: Duration = Duration::from_millis(250);
 /// How long a server has by UDP before it is asked by TCP.
 pub const UDP_PATIENCE: Duration = Duration::from_secs(1);
@@ -88,10 +89,11 @@ struct Job<C> {
     waiting: Vec<(C, Transport, Question)>,
     steps: vec::IntoIter<Step>,
     name: Name,
-    /// Whether the name is the one that was asked for.
-    first: bool,
     end: Instant,
     step_end: Instant,
+    /// Until then the others of this step are waited for once one has said that there is nothing, if they may know more.
+    patience: Instant,
+    alike: bool,
     retry: Option<Instant>,
     /// Answers of this step without records: that there are none, or that there is no such name.
     empty: Option<Message>,
@@ -106,6 +108,15 @@ struct Exchange {
     id: u16,
     server: SocketAddr,
     transport: Transport,
+}
+
+impl<C> Job<C> {
+    /// Somebody has said that there is nothing: the others have little time left, or, where they came from elsewhere and
+    /// may well have it, the time of a datagram.
+    fn hurry(&mut self, now: Instant) {
+        let until = if self.alike { now + GRACE } else { self.patience.max(now + GRACE) };
+        self.step_end = self.step_end.min(until);
+    }
 }
 
 impl<C> Default for Forwarder<C> {
@@ -177,9 +188,10 @@ impl<C> Forwarder<C> {
             waiting: vec![(client, transport, question)],
             steps: steps.into_iter(),
             name: key.name.clone(),
-            first: true,
             end: now + BUDGET,
             step_end: now,
+            patience: now,
+            alike: true,
             retry: None,
             empty: None,
             missing: None,
@@ -215,7 +227,7 @@ impl<C> Forwarder<C> {
             Told::Answer(answer) if answer.metadata.response_code == ResponseCode::NoError => {
                 if answer.answers.is_empty() {
                     job.empty.get_or_insert(*answer);
-                    job.step_end = job.step_end.min(now + GRACE);
+                    job.hurry(now);
                 } else {
                     self.finish(now, &asked.key, Some((*answer, packet.len())), &mut actions);
                     return actions;
@@ -223,7 +235,7 @@ impl<C> Forwarder<C> {
             }
             Told::Answer(answer) if answer.metadata.response_code == ResponseCode::NXDomain => {
                 job.missing.get_or_insert(*answer);
-                job.step_end = job.step_end.min(now + GRACE);
+                job.hurry(now);
             }
             // It cannot or does not want to: the others may.
             _ => {}
@@ -329,10 +341,9 @@ impl<C> Forwarder<C> {
             return;
         }
         let missing = job.missing.take();
-        if job.first {
-            job.denied = missing;
+        if job.name == key.name {
+            job.denied = job.denied.take().or(missing);
         }
-        job.first = false;
         self.forget_exchanges(key, actions);
         self.next_step(now, key, random, actions);
     }
@@ -360,7 +371,9 @@ impl<C> Forwarder<C> {
             let time = time / left.max(1);
             job.name = step.name;
             job.step_end = now + time;
-            job.retry = Some(now + UDP_PATIENCE.min(time / 2));
+            job.patience = now + UDP_PATIENCE.min(time / 2);
+            job.retry = Some(job.patience);
+            job.alike = step.alike;
             for server in step.servers {
                 self.ask(key, server, Transport::Udp, random, actions);
             }

@@ -10,13 +10,10 @@ use std::{
 use tokio::sync::Mutex;
 
 use crate::{
-    config::Config,
+    config::{Config, OWN},
     resolv::{self, ResolvConf},
     serve::Server,
 };
-
-/// The id under which the pod's own servers are configured; no connection has it.
-const OWN: &str = "";
 
 /// What a client is told from outside.
 #[derive(Debug, Clone)]

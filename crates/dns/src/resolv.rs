@@ -12,6 +12,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use rustix::{
+    fs::{FallocateFlags, fallocate},
+    io::Errno,
+};
+
 use crate::config::{self, Config};
 
 /// The first line of a file that was taken over.
@@ -76,7 +81,7 @@ impl ResolvConf {
     pub fn restore(&self) -> Result<bool, Error> {
         let text = self.read()?;
         match original(&text).filter(|_| text.starts_with(MARK)) {
-            Some(original) => self.write(&original).map(|()| true),
+            Some(original) => self.write(&text, &original).map(|()| true),
             None => Ok(false),
         }
     }
@@ -86,10 +91,10 @@ impl ResolvConf {
     /// # Errors
     /// A file that cannot be read or written.
     pub fn take_over(&self, server: IpAddr) -> Result<Config, Error> {
-        let text = self.read()?;
-        let text = original(&text).unwrap_or(text);
+        let found = self.read()?;
+        let text = original(&found).unwrap_or_else(|| found.clone());
         let config = configured(&text);
-        self.write(&taken_over(&text, server))?;
+        self.write(&found, &taken_over(&text, server))?;
         Ok(config)
     }
 
@@ -101,8 +106,8 @@ impl ResolvConf {
         String::from_utf8(bytes).ok().filter(|_| fits).ok_or_else(|| Error::Strange(self.path.clone()))
     }
 
-    fn write(&self, text: &str) -> Result<(), Error> {
-        write_in_place(&self.path, text).map_err(|source| Error::Io {
+    fn write(&self, old: &str, text: &str) -> Result<(), Error> {
+        write_in_place(&self.path, old, text).map_err(|source| Error::Io {
             path: self.path.clone(),
             what: "written",
             source,
@@ -167,14 +172,23 @@ fn directives(text: &str) -> impl Iterator<Item = (&str, std::str::SplitWhitespa
     })
 }
 
-/// One write, then the cut: whoever is killed in between leaves empty lines.
-fn write_in_place(path: &Path, text: &str) -> io::Result<()> {
+/// One write, then the cut: whoever is killed in between leaves empty lines. Without room for the new text the old one
+/// stays: room is made first where the file system can, and what was written half is undone where it cannot.
+fn write_in_place(path: &Path, old: &str, text: &str) -> io::Result<()> {
     let file = OpenOptions::new().write(true).open(path)?;
-    let old = usize::try_from(file.metadata()?.len()).unwrap_or(usize::MAX);
     let mut bytes = text.as_bytes().to_vec();
-    bytes.resize(bytes.len().max(old), b'\n');
-    file.write_all_at(&bytes, 0)?;
-    file.set_len(text.len() as u64)
+    bytes.resize(bytes.len().max(old.len()), b'\n');
+    let room = fallocate(&file, FallocateFlags::KEEP_SIZE, 0, bytes.len() as u64);
+    // Not every file system can, and those that cannot may still have room.
+    if let Err(full @ (Errno::NOSPC | Errno::DQUOT)) = room {
+        return Err(full.into());
+    }
+    let written = file.write_all_at(&bytes, 0).and_then(|()| file.set_len(text.len() as u64));
+    if written.is_err() {
+        // It had its room before. That it could not be written is told in any case.
+        let _ = file.write_all_at(old.as_bytes(), 0).and_then(|()| file.set_len(old.len() as u64));
+    }
+    written
 }
 
 fn is_mount(path: &Path) -> bool {
@@ -193,6 +207,38 @@ mod tests {
 
     const POD: &str = "search default.svc.cluster.local svc.cluster.local\nnameserver\t10.96.0.10\nnameserver 10.96.0.11\n; old\noptions ndots:5\n";
     const LOCAL: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
+
+    #[test]
+    fn without_room_the_file_stays_as_it_is() {
+        let tested = std::thread::spawn(|| {
+            #[allow(deprecated)] // Only this thread's mounts change.
+            rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNS).ok()?;
+            use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
+            let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+            mount_change("/", private).ok()?;
+            let dir = tempfile::tempdir().unwrap();
+            // Two pages: the text fits into one, and its new form does not into what another file leaves.
+            mount("none", dir.path(), "tmpfs", MountFlags::empty(), Some(c"size=8k")).ok()?;
+            std::fs::write(dir.path().join("other"), "x").unwrap();
+            let path = dir.path().join("resolv.conf");
+            let text = format!("{POD}#{:x<1$}\n", "", 4090 - POD.len());
+            std::fs::write(&path, &text).unwrap();
+            let error = ResolvConf::at(&path).take_over(LOCAL).unwrap_err();
+            let left = std::fs::read_to_string(&path).unwrap();
+            std::fs::remove_file(dir.path().join("other")).unwrap();
+            ResolvConf::at(&path).take_over(LOCAL).unwrap();
+            ResolvConf::at(&path).restore().unwrap();
+            let restored = std::fs::read_to_string(&path).unwrap();
+            rustix::mount::unmount(dir.path(), rustix::mount::UnmountFlags::empty()).unwrap();
+            Some((error, text, left, restored))
+        });
+        let Some((error, text, left, restored)) = tested.join().unwrap() else {
+            println!("SKIPPED without_room_the_file_stays_as_it_is: needs root to mount");
+            return;
+        };
+        assert!(error.to_string().contains("cannot be written"), "{error}");
+        assert_eq!((&left, &restored), (&text, &text));
+    }
 
     #[test]
     fn the_text_is_as_upstream_writes_it() {

@@ -13,6 +13,7 @@ use hickory_proto::{
 use nsm_dns::{
     Config,
     cache::MAX_ENTRIES,
+    config::OWN,
     forwarder::{
         Action, BUDGET, ExchangeId, Forwarder, GRACE, MAX_EXCHANGES, MAX_JOBS, MAX_WAITING, Transport,
         UDP_PATIENCE,
@@ -195,6 +196,50 @@ fn the_first_answer_with_records_wins_and_silence_is_not_waited_for() {
     assert_eq!(bench.replies.len(), 1);
     bench.passes(Duration::from_millis(1));
     assert_eq!((bench.replies.len(), bench.last_reply().metadata.response_code), (2, ResponseCode::NXDomain));
+}
+
+/// Wires know nothing of each other: that one has nothing says little of what the next has.
+#[test]
+fn what_one_wire_does_not_have_another_may_have_later() {
+    for code in [ResponseCode::NoError, ResponseCode::NXDomain] {
+        let mut bench = Bench::new(vec![config(&["10.0.0.1"], &[]), config(&["10.0.0.2"], &[])]);
+        let sent = bench.asks(1, &question(1, "web.", RecordType::A));
+        bench.hears(sent[0].exchange, &answer(&sent[0].packet, code, &[], 0));
+        bench.passes(GRACE * 2);
+        assert!(bench.replies.is_empty(), "{code}");
+        bench.hears(sent[1].exchange, &answer(&sent[1].packet, ResponseCode::NoError, &[[1, 2, 3, 4]], 0));
+        assert_eq!(bench.last_reply().answers.len(), 1);
+        // Who says nothing at all is not waited for longer than for a datagram.
+        let sent = bench.asks(2, &question(2, "web.", RecordType::A));
+        bench.hears(sent[0].exchange, &answer(&sent[0].packet, code, &[], 0));
+        bench.passes(UDP_PATIENCE);
+        assert_eq!((bench.replies.len(), bench.last_reply().metadata.response_code), (2, code));
+    }
+}
+
+#[test]
+fn the_pods_own_servers_are_asked_first_for_what_is_no_wires() {
+    let mut bench = Bench::new(vec![config(&["172.16.1.2"], &["corp"])]);
+    bench.forwarder.set(OWN, vec![config(&["10.96.0.10"], &["cluster.local"])]);
+    let texts = |sent: &[Sent]| sent.iter().map(Sent::text).collect::<Vec<_>>();
+    let sent = bench.asks(1, &question(1, "web.example.", RecordType::A));
+    assert_eq!(texts(&sent), ["10.96.0.10 web.example."]);
+    bench.hears(sent[0].exchange, &answer(&sent[0].packet, ResponseCode::NoError, &[[1, 2, 3, 4]], 0));
+    assert_eq!(bench.replies.len(), 1, "no wire has heard of it");
+    let sent = bench.asks(2, &question(2, "web.example.", RecordType::A));
+    let sent = bench.hears(sent[0].exchange, &answer(&sent[0].packet, ResponseCode::NXDomain, &[], 0));
+    assert_eq!(texts(&sent), ["172.16.1.2 web.example."]);
+    // The word of who is first asked counts, whatever the others do not know.
+    let sent = bench.hears(sent[0].exchange, &answer(&sent[0].packet, ResponseCode::Refused, &[], 0));
+    assert_eq!(texts(&sent), ["10.96.0.10 web.example.cluster.local."]);
+    let sent = bench.hears(sent[0].exchange, &answer(&sent[0].packet, ResponseCode::NXDomain, &[], 0));
+    assert_eq!(texts(&sent), ["172.16.1.2 web.example.corp."]);
+    bench.hears(sent[0].exchange, &answer(&sent[0].packet, ResponseCode::NXDomain, &[], 0));
+    assert_eq!(bench.last_reply().metadata.response_code, ResponseCode::NXDomain);
+    let sent = bench.asks(3, &question(3, "web.corp.", RecordType::A));
+    assert_eq!(texts(&sent), ["172.16.1.2 web.corp."]);
+    let sent = bench.hears(sent[0].exchange, &answer(&sent[0].packet, ResponseCode::NXDomain, &[], 0));
+    assert_eq!(texts(&sent), ["10.96.0.10 web.corp."]);
 }
 
 #[test]
