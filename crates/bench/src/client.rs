@@ -299,7 +299,7 @@ fn unexpected(answer: &Answer) -> Error {
 
 // === the program in the pod ===
 
-/// Serves orders until stdin ends. It must run on a runtime with several threads: pings block.
+/// Serves orders until stdin ends.
 ///
 /// # Errors
 ///
@@ -418,7 +418,9 @@ async fn open_one(client: &Arc<Client>, index: usize) -> Result<(Made, Wire), St
     let (Some(near), Some(far)) = (address(&context.src_ip_addrs), address(&context.dst_ip_addrs)) else {
         return Err(format!("{interface} has no addresses: {context:?}"));
     };
-    tokio::task::block_in_place(|| first_ping(far)).map_err(|error| format!("{interface}: {error}"))?;
+    let pinged =
+        tokio::task::spawn_blocking(move || first_ping(far)).await.map_err(|error| error.to_string())?;
+    pinged.map_err(|error| format!("{interface}: {error}"))?;
     Ok((Made { request, ping: began.elapsed(), interface, near, far }, wire))
 }
 

@@ -184,8 +184,9 @@ pub(crate) fn run(
 ) -> Result<()> {
     common.inspector.name(role, name);
     common.inspector.readers(common.introspect_readers.iter().cloned());
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
+    // One thread for everything that does not block: a request is a few short steps that wait for each other, and to
+    // wake another thread for each costs more than the steps. What blocks (the kernel, files) has threads beside it.
+    let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("the runtime cannot start")?;
@@ -206,7 +207,9 @@ pub(crate) fn run(
     drop(inside);
     let served = runtime.block_on(serve);
     if let Some(exported) = exported {
-        exported.flush();
+        // On another thread: this one carries what is sent.
+        let flushed = runtime.block_on(tokio::task::spawn_blocking(move || exported.flush()));
+        flushed.context("what was measured last cannot be sent")?;
     }
     served
 }
