@@ -5,6 +5,7 @@
 
 use std::fmt::Debug;
 
+use hickory_proto::rr::Name;
 use nsm_api::{
     limits,
     nsurl::NsUrl,
@@ -17,6 +18,7 @@ use nsm_api::{
         },
     },
 };
+use nsm_dns::message::{self, Asked, Told};
 use nsm_registry::path::RegistrationPath;
 use prost::Message;
 
@@ -24,7 +26,7 @@ use prost::Message;
 pub type Target = fn(&[u8]);
 
 /// All of them, by the names of their corpora.
-pub const TARGETS: [(&str, Target); 8] = [
+pub const TARGETS: [(&str, Target); 9] = [
     ("messages", messages),
     ("path", connection_path),
     ("nsurl", nsurl),
@@ -33,6 +35,7 @@ pub const TARGETS: [(&str, Target); 8] = [
     ("netlink", netlink),
     ("resource", resource),
     ("rules", rules),
+    ("dns", dns),
 ];
 
 /// Every message that peers send, and the checks that it goes through first.
@@ -118,6 +121,39 @@ pub fn rules(bytes: &[u8]) {
         && let Ok(rules) = nsm_cnf::rules::Rules::parse(text)
     {
         let _ = rules.to_string();
+    }
+}
+
+/// A packet, as a client's question and as the answer of a server to the same question.
+pub fn dns(bytes: &[u8]) {
+    let mut packet = bytes.to_vec();
+    let Some(flags) = packet.get_mut(2) else { return };
+    *flags &= 0x7f;
+    let question = match message::asked(&packet) {
+        Asked::Question(question) => question,
+        Asked::Refuse(refusal) => {
+            return assert!(matches!(message::asked(&refusal), Asked::Ignore), "it is no answer");
+        }
+        Asked::Ignore => return,
+    };
+    let id = u16::from_be_bytes([bytes[0], bytes[1]]);
+    let name = &question.key.name;
+    let is_an_answer = |reply: Option<Vec<u8>>, most: usize| {
+        let reply = reply.expect("whoever is asked answers");
+        assert!(reply.len() <= most, "{} bytes", reply.len());
+        assert!(
+            !matches!(message::told(&reply, id, name, &question.key), Told::Other),
+            "to another question"
+        );
+    };
+    is_an_answer(message::reply(&question, None, true), 4096);
+    if let Some(asked) = message::ask(id, name, &question.key) {
+        assert!(matches!(message::asked(&asked), Asked::Question(again) if again.key == question.key));
+    }
+    if let Told::Answer(answer) = message::told(bytes, id, name, &question.key) {
+        let _ = message::ttl(&answer);
+        is_an_answer(message::reply(&question, Some((name, &answer)), true), 4096);
+        is_an_answer(message::reply(&question, Some((&Name::root(), &answer)), false), usize::from(u16::MAX));
     }
 }
 
