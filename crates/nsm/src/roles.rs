@@ -16,7 +16,7 @@ use nsm_dns::{Names, Options};
 use nsm_identity::SpiffeId;
 use nsm_manager::{Candidate, ExcludedPrefixes, tell::ToldOfRegistry};
 use nsm_mesh::{Inside, NextHop, auth::OnlyFrom, inspect::Neighbour, metrics::Metrics};
-use nsm_registry::Cluster;
+use nsm_registry::{Cluster, node_labels};
 use nsm_sdk::{
     client::{Client as SdkClient, ClientConfig, Wire},
     endpoint::{EndpointConfig, Provides},
@@ -444,7 +444,8 @@ pub(crate) struct Client {
     /// a client of the same name goes on with them
     #[arg(long, env = "NSM_INIT", conflicts_with = "once")]
     init: bool,
-    /// Labels of every request, beside those of the URL
+    /// Labels of every request, beside those of the URL, and nodeName, podName and clusterName from NODE_NAME, POD_NAME
+    /// and CLUSTER_NAME
     #[arg(long, env = "NSM_LABELS", value_delimiter = ',', value_parser = label, value_name = "KEY:VALUE")]
     labels: Vec<(String, String)>,
     /// Services whose wires may have overlapping addresses, because their endpoints know of each other: groups of
@@ -512,7 +513,8 @@ impl Client {
             connect_to: (&self.connect_to).into(),
             dial_timeout: self.dial_timeout,
             request_timeout: self.request_timeout,
-            labels: self.labels.into_iter().collect(),
+            // Where it runs, as upstream's clients say it; what it is told itself goes before.
+            labels: node_labels().into_iter().chain(self.labels).collect(),
             awareness_groups: self.awareness_groups,
             takes_over: true,
             refreshes_together: false,
@@ -648,6 +650,7 @@ impl Serving {
             services,
             labels: self.labels.into_iter().collect(),
             register_payload: None,
+            idle_timeout: None,
             dial_timeout: self.dial_timeout,
             max_token_lifetime: self.tokens.max_token_lifetime,
             guard: self.guarding.guard()?,
@@ -688,6 +691,9 @@ pub(crate) struct Endpoint {
     /// [{"dns_server_ips": ["172.16.1.2"], "search_domains": ["my.domain"]}]
     #[arg(long, env = "NSM_DNS_CONFIGS", default_value = "[]", value_name = "JSON")]
     dns_configs: DnsConfigs,
+    /// End after so long without a wire, counted from the start too; 0: never
+    #[arg(long, env = "NSM_IDLE_TIMEOUT", default_value = "0s", value_parser = duration)]
+    idle_timeout: Duration,
     /// Payload of the services, where they are registered by us: IP or ETHERNET
     #[arg(long, env = "NSM_PAYLOAD", default_value = "ETHERNET", value_parser = ["ETHERNET", "IP"])]
     payload: String,
@@ -707,6 +713,7 @@ impl Endpoint {
         let (process, shutdown) = (self.common.process(), Shutdown::on_signals()?);
         let mut config = self.serving.config(self.service_names, &process).await?;
         config.register_payload = self.register_service.then_some(self.payload);
+        config.idle_timeout = Some(self.idle_timeout).filter(|time| !time.is_zero());
         let provides = Provides {
             prefixes: self.cidr_prefix,
             policy: self.ipam_policy,

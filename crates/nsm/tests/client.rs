@@ -2,9 +2,10 @@
 #![allow(clippy::unwrap_used)]
 
 use std::{
+    collections::BTreeMap,
     process::{Child, Command, Stdio},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
@@ -31,6 +32,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 #[derive(Debug, Default)]
 struct Answers {
     refused: Arc<AtomicUsize>,
+    labels: Arc<Mutex<BTreeMap<String, String>>>,
 }
 
 #[async_trait]
@@ -46,6 +48,7 @@ impl Element for Answers {
         next: Next<'_>,
     ) -> Result<Connection> {
         let conn = request.connection.get_or_insert_default();
+        conn.labels.clone_into(&mut self.labels.lock().unwrap());
         if conn.network_service == "nothing" {
             self.refused.fetch_add(1, Ordering::SeqCst);
             return Err(Error::not_found("there is nothing"));
@@ -60,6 +63,8 @@ struct Mesh {
     directory: tempfile::TempDir,
     connections: Arc<Connections>,
     refused: Arc<AtomicUsize>,
+    /// Of the last request.
+    labels: Arc<Mutex<BTreeMap<String, String>>>,
     tasks: Vec<JoinHandle<()>>,
 }
 
@@ -85,7 +90,7 @@ impl Mesh {
         let source = Source::open(&format!("unix://{}", identity.display())).await.unwrap();
         let server = Server::bind(source, &[ListenUrl::Unix(socket)]).await.unwrap();
         let (hub, answers) = (Arc::new(Hub::default()), Answers::default());
-        let refused = Arc::clone(&answers.refused);
+        let (refused, labels) = (Arc::clone(&answers.refused), Arc::clone(&answers.labels));
         let chain = chain![
             Authorize { max_token_lifetime: Duration::from_secs(600), policies: Arc::default() },
             Monitor { hub: Arc::clone(&hub), terminates: true },
@@ -95,7 +100,7 @@ impl Mesh {
         let mut routes = RoutesBuilder::default();
         nsm_mesh::server::add(&mut routes, Arc::clone(&connections), hub, Arc::default());
         let serving = tokio::spawn(server.serve(routes.routes(), &[], std::future::pending()));
-        Self { directory, connections, refused, tasks: vec![issuing, serving] }
+        Self { directory, connections, refused, labels, tasks: vec![issuing, serving] }
     }
 
     /// Asks for a wire that there is, and then for one that there is not.
@@ -111,6 +116,7 @@ impl Mesh {
         client
             .env("SPIFFE_ENDPOINT_SOCKET", at("identity.sock"))
             .env("NSM_INTROSPECT_DIR", "")
+            .envs([("NODE_NAME", "node1"), ("POD_NAME", "pod1"), ("CLUSTER_NAME", "cluster1")])
             .stdin(Stdio::null());
         client.stderr(std::fs::File::create(self.log()).unwrap());
         Client(client.spawn().unwrap())
@@ -151,6 +157,16 @@ async fn a_signal_while_a_later_wire_is_pending_closes_the_earlier_ones() {
     mesh.until("the client's end", || client.0.try_wait().unwrap().is_some()).await;
     assert!(client.0.wait().unwrap().success());
     assert_eq!(mesh.connections.ids(), [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_says_where_it_runs_unless_it_is_told_what_to_say() {
+    let mesh = Mesh::start().await;
+    let _client = mesh.client_of("kernel://there/nsm0?podName=url", &["--labels", "clusterName:flag"]);
+    mesh.until("a wire", || mesh.connections.len() == 1).await;
+    let labels = mesh.labels.lock().unwrap().clone();
+    let said = ["nodeName", "podName", "clusterName"].map(|key| labels[key].clone());
+    assert_eq!(said, ["node1", "url", "flag"]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

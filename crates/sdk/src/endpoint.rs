@@ -16,6 +16,7 @@ use nsm_mesh::{
 };
 use nsm_registry::{Client, ClientConfig, Listed};
 use nsm_transport::{DialUrl, Guard, ListenUrl, Pool, PoolConfig, Server};
+use tokio::time::Instant;
 
 use crate::{
     ipam::{Ipam, IpamPolicy, PrefixGroups},
@@ -70,6 +71,8 @@ pub struct EndpointConfig {
     pub labels: BTreeMap<String, String>,
     /// Register the services too, with this payload.
     pub register_payload: Option<String>,
+    /// After how long without a connection it ends.
+    pub idle_timeout: Option<Duration>,
     /// How long connecting to the manager may take.
     pub dial_timeout: Duration,
     /// How long our tokens live.
@@ -157,7 +160,10 @@ pub async fn serve(
         }
         let registration = manager.register_listed(listed, PATIENCE).await.map_err(refused)?;
         ready();
-        shutdown.await;
+        tokio::select! {
+            () = shutdown => {}
+            () = idle(&connections, config.idle_timeout) => tracing::info!("nobody has a wire; this endpoint ends"),
+        }
         if let Err(error) = registration.unregister().await {
             tracing::warn!(error = %explain(&error), "not unregistered; the registration expires");
         }
@@ -170,6 +176,18 @@ pub async fn serve(
     };
     let ((), result) = tokio::join!(serving, beside);
     result
+}
+
+/// Returns when there has been no connection for so long.
+async fn idle(connections: &Connections, most: Option<Duration>) {
+    let Some(most) = most else { return std::future::pending().await };
+    let mut since = Instant::now();
+    while since.elapsed() < most {
+        tokio::time::sleep((most / 10).min(Duration::from_secs(1))).await;
+        if !connections.is_empty() {
+            since = Instant::now();
+        }
+    }
 }
 
 /// Binds the endpoint's socket. Where its path is ours to choose it is gone again when this returns, whatever becomes
@@ -222,5 +240,30 @@ impl Drop for TemporaryDirectory {
         if let Err(error) = std::fs::remove_dir_all(&self.0) {
             tracing::warn!(path = %self.0.display(), %error, "not removed");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nsm_api::pb::{connection::Connection, networkservice::NetworkServiceRequest};
+    use nsm_mesh::{Call, chain};
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn an_endpoint_ends_when_nobody_has_had_a_wire_for_so_long() {
+        let connections = Connections::serving("nse", chain![], Arc::default());
+        let (most, begin) = (Duration::from_secs(100), Instant::now());
+        idle(&connections, Some(most)).await;
+        assert!(begin.elapsed() >= most, "from the start too");
+        let connection = Connection { id: "c".into(), network_service: "s".into(), ..Connection::default() };
+        let request =
+            NetworkServiceRequest { connection: Some(connection), ..NetworkServiceRequest::default() };
+        let answer = connections.request(Call::default(), request).await.unwrap();
+        let waits = tokio::time::timeout(most * 10, idle(&connections, Some(most)));
+        waits.await.expect_err("somebody has one");
+        connections.close(Call::default(), answer.connection).await.unwrap();
+        idle(&connections, Some(most)).await;
+        tokio::time::timeout(most * 10, idle(&connections, None)).await.expect_err("not asked for");
     }
 }

@@ -157,6 +157,7 @@ impl Program {
             services: vec![service.into()],
             labels: BTreeMap::new(),
             register_payload: None,
+            idle_timeout: None,
             dial_timeout: DIAL,
             max_token_lifetime: DEFAULT_MAX_LIFETIME,
             guard: Default::default(),

@@ -66,6 +66,7 @@ pub(crate) fn evil(lab: &str) {
             services: vec!["plain".into()],
             labels: BTreeMap::new(),
             register_payload: None,
+            idle_timeout: None,
             dial_timeout: harness::PATIENCE,
             max_token_lifetime: Duration::from_secs(600),
             guard: Default::default(),
