@@ -89,7 +89,7 @@ fn an_endpoint_without_a_free_address_says_so_and_keeps_whom_it_has() {
         &[],
         &[
             "gw: ",
-            "no pair of addresses is free",
+            "no address is free in",
             "hint: give the endpoint a larger NSM_CIDR_PREFIX, or start another endpoint of the service",
         ],
     );
