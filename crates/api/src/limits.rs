@@ -16,6 +16,12 @@ pub const MAX_ENTRIES: usize = 256;
 pub const MAX_TEXT: usize = 16 * 1024;
 /// A metric's key or value in the path: bytes. They are counters and names of interfaces.
 pub const MAX_METRIC: usize = 1024;
+/// What names a certificate: bytes.
+pub const MAX_SIGNER: usize = 64;
+/// Certificates of a chain, and bytes of one: those of SPIFFE have some 500.
+pub const MAX_CHAIN: usize = 8;
+/// As above.
+pub const MAX_CERTIFICATE: usize = 4096;
 /// Addresses, routes, prefixes and similar lists: items.
 pub const MAX_ITEMS: usize = 4096;
 
@@ -112,6 +118,9 @@ pub fn check_connection(conn: &Connection) -> Result<(), Malformed> {
             }
         }
         unknown(&segment.unknown)?;
+        few("path segment signer", segment.signer.len(), MAX_SIGNER)?;
+        few("path segment chain", segment.chain.len(), MAX_CHAIN)?;
+        segment.chain.iter().try_for_each(|der| few("path segment chain", der.len(), MAX_CERTIFICATE))?;
         name("path segment name", &segment.name, 253)?;
         name("path segment id", &segment.id, 253)?;
         short("path segment token", &segment.token, MAX_TEXT)?;

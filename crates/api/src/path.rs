@@ -209,13 +209,15 @@ pub fn expiry_before_us(conn: &Connection) -> Option<SystemTime> {
 /// All but the token: who has it speaks in its signer's name until it expires, and logs are read by many.
 impl fmt::Debug for PathSegment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, id, token, expires, metrics, unknown } = self;
+        let Self { name, id, token, expires, metrics, signer, chain, unknown } = self;
         f.debug_struct("PathSegment")
             .field("name", name)
             .field("id", id)
             .field("token", &format_args!("<{} bytes>", token.len()))
             .field("expires", expires)
             .field("metrics", metrics)
+            .field("signer", &format_args!("<{} bytes>", signer.len()))
+            .field("chain", &format_args!("<{} certificates>", chain.len()))
             .field("unknown", unknown)
             .finish()
     }

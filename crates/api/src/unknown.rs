@@ -13,7 +13,7 @@ use prost::{
 /// message that is passed on a place for it, as a `oneof` of all the numbers up to 255 that are free: upstream counts
 /// its fields from 1 and has got to 11. Numbers above, and groups, are dropped.
 #[derive(Clone, PartialEq, Eq, Hash)]
-pub struct Unknown(Vec<u8>);
+pub struct Unknown(Box<[u8]>);
 
 impl Unknown {
     /// How many bytes it takes on the wire.
@@ -42,7 +42,9 @@ impl Unknown {
             ($kind:ident, $type:ty) => {{
                 let mut value = <$type>::default();
                 $kind::merge(wire_type, &mut value, buf, ctx)?;
-                $kind::encode(tag, &value, &mut field.get_or_insert_with(|| Self(Vec::new())).0);
+                let mut kept = field.take().map_or_else(Vec::new, |kept| kept.0.into_vec());
+                $kind::encode(tag, &value, &mut kept);
+                *field = Some(Self(kept.into()));
             }};
         }
         match wire_type {

@@ -10,6 +10,7 @@
 #![forbid(clippy::unwrap_used)]
 
 pub mod ca;
+pub mod chains;
 mod id;
 pub mod policy;
 mod source;

@@ -16,8 +16,9 @@ use std::{
 use serde_json::Value;
 
 use crate::{
+    chains::Chain,
     id::SpiffeId,
-    svid::{Bundles, Leaf},
+    svid::{Bundles, CertificateError, Leaf},
     token::{self, Claims, Malformed},
 };
 
@@ -40,6 +41,8 @@ pub enum Check {
     OneAudience,
     /// Every hop is of a trust domain that we have roots for.
     TrustDomain,
+    /// The tokens of hops that are no neighbours are signed by the certificates that were handed on for them.
+    HopsSigned,
     /// A manager serves workloads on its Unix socket only, where the kernel says who they are.
     OnNode,
 }
@@ -61,6 +64,8 @@ pub trait Judge: fmt::Debug + Send + Sync {
 pub struct Policies {
     /// What is left out of [`Check::ALL`].
     pub without: BTreeSet<Check>,
+    /// Whether a hop whose certificate nobody has handed on is refused. Only where every hop is ours.
+    pub all_hops_signed: bool,
     /// What the operator adds; each must allow.
     pub files: Vec<Arc<dyn Judge>>,
 }
@@ -74,6 +79,9 @@ pub struct Evidence<'a> {
     pub peer: &'a Leaf,
     /// The trust domains that we have roots for.
     pub trusted: &'a Bundles,
+    /// The certificates that were handed on for each segment, as far as they were, verified; `None`: in this protocol
+    /// there is no place for them.
+    pub signers: Option<&'a [Option<Arc<Chain>>]>,
     /// When.
     pub now: SystemTime,
 }
@@ -149,6 +157,33 @@ pub enum Denial {
         /// Who it is.
         peer: SpiffeId,
     },
+    /// See [`Check::HopsSigned`].
+    #[error(
+        "the token in path segment {segment} claims to be of {subject:?}, but the certificate that was handed on for it \
+         has not signed it"
+    )]
+    NotSigned {
+        /// Index of the segment.
+        segment: usize,
+        /// Who claims to have signed it.
+        subject: String,
+    },
+    /// See [`Policies::all_hops_signed`].
+    #[error("nobody has handed on the certificate of {subject:?}, whose token is in path segment {segment}")]
+    NoSigner {
+        /// Index of the segment.
+        segment: usize,
+        /// Who claims to have signed it.
+        subject: String,
+    },
+    /// A certificate that was handed on is nobody's.
+    #[error("the certificate that was handed on for path segment {segment} is not accepted: {reason}")]
+    Certificate {
+        /// Index of the segment.
+        segment: usize,
+        /// What is wrong with it.
+        reason: CertificateError,
+    },
     /// See [`Check::TrustDomain`].
     #[error(
         "{subject:?} made the token in path segment {segment}, and this process has no roots for its trust domain; \
@@ -220,6 +255,7 @@ impl Denial {
             Self::Unchained { .. } => "tokens_chained",
             Self::Unsigned { .. } => "peer_signed",
             Self::Impersonation { .. } => "own_name",
+            Self::NotSigned { .. } | Self::NoSigner { .. } | Self::Certificate { .. } => "hops_signed",
             Self::ForeignDomain { .. } => "trust_domain",
             Self::Audiences { .. } => "one_audience",
             Self::Policy { .. } | Self::Broken { .. } => "policy_file",
@@ -237,7 +273,7 @@ impl From<Denial> for tonic::Status {
 
 impl Check {
     /// All, in the order in which they are made.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::TokensValid,
         Self::TokensExpired,
         Self::TokensChained,
@@ -245,6 +281,7 @@ impl Check {
         Self::TrustDomain,
         Self::PeerSigned,
         Self::OwnName,
+        Self::HopsSigned,
         Self::ClientAllowed,
         Self::OnNode,
     ];
@@ -261,6 +298,7 @@ impl Check {
             Self::OwnName => "own_name",
             Self::OneAudience => "one_audience",
             Self::TrustDomain => "trust_domain",
+            Self::HopsSigned => "hops_signed",
             Self::OnNode => "on_node",
         }
     }
@@ -281,6 +319,9 @@ impl Check {
             Self::OwnName => "a hop can speak in the name of another",
             Self::OneAudience => "a token addressed to many hops can be used again by each of them",
             Self::TrustDomain => "a path may name hops of domains that nobody here vouches for",
+            Self::HopsSigned => {
+                "a hop in the middle can invent those before it, also where their certificates are known"
+            }
             Self::OnNode => {
                 "a workload may ask a manager by TCP, from any node: where it runs, and whether the namespace is its \
                  own, is not looked at"
@@ -334,12 +375,21 @@ impl Policies {
         &self,
         tokens: &[T],
         neighbour: usize,
-        Evidence { peer, trusted, now, .. }: Evidence<'_>,
+        evidence: Evidence<'_>,
         document: impl FnOnce() -> Value,
     ) -> Result<(), Denial> {
         use Check::*;
-        let of_tokens =
-            [TokensValid, TokensExpired, TokensChained, OneAudience, TrustDomain, PeerSigned, OwnName];
+        let Evidence { peer, trusted, now, .. } = evidence;
+        let of_tokens = [
+            TokensValid,
+            TokensExpired,
+            TokensChained,
+            OneAudience,
+            TrustDomain,
+            PeerSigned,
+            OwnName,
+            HopsSigned,
+        ];
         if of_tokens.into_iter().any(|check| self.makes(check)) {
             let claims = tokens_valid(tokens)?;
             let made = |check, verdict: &dyn Fn() -> Result<(), Denial>| {
@@ -351,8 +401,36 @@ impl Policies {
             made(OwnName, &|| own_name(&claims, neighbour, peer))?;
             made(OneAudience, &|| one_audience(&claims))?;
             made(TrustDomain, &|| of_trusted_domains(&claims, trusted))?;
+            made(HopsSigned, &|| self.hops_signed(tokens, &claims, neighbour, evidence))?;
         }
         self.ask(document)
+    }
+
+    /// Of the hops that are neither we nor our neighbour, the token of each whose certificate was handed on. One in
+    /// another's name says nothing of this hop: a hop of upstream's that took another's place keeps what it does not know.
+    fn hops_signed<T: AsRef<str>>(
+        &self,
+        tokens: &[T],
+        claims: &[Claims],
+        neighbour: usize,
+        Evidence { index, signers, .. }: Evidence<'_>,
+    ) -> Result<(), Denial> {
+        let Some(signers) = signers else { return Ok(()) };
+        for (segment, (jwt, claims)) in tokens.iter().zip(claims).enumerate() {
+            if segment == index || segment == neighbour {
+                continue;
+            }
+            let subject = || brief(&claims.subject);
+            let signer = signers.get(segment).and_then(Option::as_ref).map(|chain| chain.leaf());
+            match signer.filter(|leaf| leaf.id().as_str() == claims.subject) {
+                Some(leaf) if token::is_signed_by(jwt.as_ref(), leaf) != Ok(true) => {
+                    return Err(Denial::NotSigned { segment, subject: subject() });
+                }
+                None if self.all_hops_signed => return Err(Denial::NoSigner { segment, subject: subject() }),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Asks the operator's policies only.
@@ -382,8 +460,11 @@ pub fn check_server<T: AsRef<str>>(
     peer: &Leaf,
     now: SystemTime,
 ) -> Result<(), Denial> {
-    without_roots()
-        .check_server(tokens, Evidence { index, peer, trusted: &Bundles::default(), now }, || Value::Null)
+    without_roots().check_server(
+        tokens,
+        Evidence { index, peer, trusted: &Bundles::default(), signers: None, now },
+        || Value::Null,
+    )
 }
 
 /// [`Policies::check_client`] with upstream's checks and [`Check::OwnName`], without roots and files.
@@ -393,12 +474,15 @@ pub fn check_client<T: AsRef<str>>(
     peer: &Leaf,
     now: SystemTime,
 ) -> Result<(), Denial> {
-    without_roots()
-        .check_client(tokens, Evidence { index, peer, trusted: &Bundles::default(), now }, || Value::Null)
+    without_roots().check_client(
+        tokens,
+        Evidence { index, peer, trusted: &Bundles::default(), signers: None, now },
+        || Value::Null,
+    )
 }
 
 fn without_roots() -> Policies {
-    Policies { without: BTreeSet::from([Check::TrustDomain]), files: Vec::new() }
+    Policies { without: BTreeSet::from([Check::TrustDomain]), ..Policies::default() }
 }
 
 /// Every token parses as a JWT; returns their claims, unverified.

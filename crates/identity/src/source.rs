@@ -72,6 +72,7 @@ impl Source {
                             expires = %humantime::format_rfc3339_seconds(identity.svid().not_after()),
                             "identity renewed"
                         );
+                        let identity = identity.after(&sender.borrow());
                         sender.send_replace(Arc::new(identity));
                     }
                 }

@@ -12,6 +12,7 @@ use std::{
 };
 
 use aws_lc_rs::{
+    digest,
     error::Unspecified,
     rand::SystemRandom,
     signature::{
@@ -36,6 +37,7 @@ use x509_parser::{
 
 use crate::{
     Error,
+    chains::{Chains, Fingerprint},
     id::{SpiffeId, TrustDomain},
 };
 
@@ -45,6 +47,7 @@ use crate::{
 #[derive(Clone)]
 pub struct Leaf {
     der: CertificateDer<'static>,
+    fingerprint: Fingerprint,
     id: SpiffeId,
     not_after: SystemTime,
     /// The key if it is P-256, which is what tokens are verified with: parsed once, used for every call.
@@ -73,6 +76,7 @@ pub struct Identity {
     bundles: Bundles,
     client: Arc<ClientConfig>,
     server: Arc<ServerConfig>,
+    chains: Arc<Chains>,
 }
 
 /// Why a certificate is not accepted as an X.509-SVID.
@@ -154,7 +158,8 @@ impl Leaf {
         let point =
             || ParsedPublicKey::new(&ECDSA_P256_SHA256_FIXED, &cert.public_key().subject_public_key.data);
         let p256_key = is_p256.then(point).transpose().map_err(|_| CertificateError::Malformed)?;
-        Ok(Self { id, not_after, p256_key, der, verified: Arc::default() })
+        let fingerprint = fingerprint(&der);
+        Ok(Self { id, not_after, p256_key, der, fingerprint, verified: Arc::default() })
     }
 
     /// Whom the certificate stands for.
@@ -165,6 +170,11 @@ impl Leaf {
     /// The certificate, DER.
     pub fn der(&self) -> &CertificateDer<'static> {
         &self.der
+    }
+
+    /// What tells it from others.
+    pub fn fingerprint(&self) -> &Fingerprint {
+        &self.fingerprint
     }
 
     /// The certificate as PEM: what upstream's policies get of the peer.
@@ -268,6 +278,11 @@ impl Bundles {
         Ok(())
     }
 
+    /// The roots of a domain; none for one that is not trusted.
+    pub(crate) fn roots(&self, domain: &TrustDomain) -> &[TrustAnchor<'static>] {
+        self.0.get(domain).map_or(&[], Vec::as_slice)
+    }
+
     /// The trusted domains.
     pub fn domains(&self) -> impl Iterator<Item = &TrustDomain> {
         self.0.keys()
@@ -328,7 +343,14 @@ impl Identity {
         server.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
         server.send_tls13_tickets = 0;
 
-        Ok(Self { svid, bundles, client: Arc::new(client), server: Arc::new(server) })
+        let chains = Arc::<Chains>::default();
+        Ok(Self { svid, bundles, client: Arc::new(client), server: Arc::new(server), chains })
+    }
+
+    /// The same, going on with the chains that an earlier snapshot of this process knows.
+    #[must_use]
+    pub fn after(self, earlier: &Self) -> Self {
+        Self { chains: Arc::clone(&earlier.chains), ..self }
     }
 
     /// Who we are.
@@ -344,6 +366,11 @@ impl Identity {
     /// Whom this snapshot trusts.
     pub fn bundles(&self) -> &Bundles {
         &self.bundles
+    }
+
+    /// The chains of hops that this process knows.
+    pub fn chains(&self) -> &Chains {
+        &self.chains
     }
 
     /// TLS for dialling: mutual, ALPN `h2`, TLS 1.2 or newer, no resumption, host names ignored.
@@ -366,6 +393,12 @@ pub(crate) fn split_certificates(mut der: &[u8]) -> Result<Vec<CertificateDer<'s
         der = rest;
     }
     Ok(certificates)
+}
+
+pub(crate) fn fingerprint(der: &[u8]) -> Fingerprint {
+    let mut fingerprint = Fingerprint::default();
+    fingerprint.copy_from_slice(digest::digest(&digest::SHA256, der).as_ref());
+    fingerprint
 }
 
 fn algorithms() -> WebPkiSupportedAlgorithms {

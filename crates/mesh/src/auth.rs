@@ -15,7 +15,8 @@ use nsm_api::{
 };
 use nsm_identity::{
     SpiffeId,
-    policy::{Evidence, Policies},
+    chains::Chain,
+    policy::{Check, Evidence, Policies},
     token,
 };
 use nsm_transport::{DialUrl, Peer, Pool};
@@ -25,10 +26,11 @@ use tokio::time::Instant;
 use crate::{
     chain::{Caller, Context, Element},
     error::{Error, Result},
+    signers,
 };
 
 /// Writes the caller's token into its segment and our own, addressed to the caller, into ours; then makes the
-/// four checks of a server on everything left of here. Requests of this process itself pass: there is no caller to
+/// checks of a server on everything left of here. Requests of this process itself pass: there is no caller to
 /// check.
 #[derive(Debug, Clone)]
 pub struct Authorize {
@@ -42,6 +44,8 @@ impl Authorize {
     fn check(&self, cx: &Context<'_>, conn: &mut Connection) -> Result<()> {
         let Some(Caller { peer, token }) = &cx.caller else { return Ok(()) };
         let now = SystemTime::now();
+        signers::learn(conn, peer.identity(), self.policies.makes(Check::HopsSigned), now)?;
+        signers::called_by(peer, conn);
         if let Some(previous) = path::previous_mut(conn) {
             // Upstream's callers always send exactly one; without it the connection would have no end.
             let token = token.as_ref().ok_or_else(|| {
@@ -63,9 +67,11 @@ impl Authorize {
         if let Some(segment) = path::current_mut(conn) {
             own.jwt().clone_into(&mut segment.token);
             segment.expires = Some(path::to_timestamp(own.expires()));
+            signers::sign(segment, peer.identity());
         }
         let tokens: Vec<&str> = path::segments(conn).iter().map(|s| s.token.as_str()).collect();
-        self.policies.check_server(&tokens, evidence(conn, peer, now), || document(conn, peer))?;
+        let signers = signers::known(conn, peer.identity(), now);
+        self.policies.check_server(&tokens, evidence(conn, peer, &signers, now), || document(conn, peer))?;
         Ok(())
     }
 }
@@ -100,6 +106,7 @@ pub(crate) fn sign_for_caller(answer: &mut Connection, caller: &Peer, next: &Pee
         .map_err(|e| Error::internal(format!("no token can be made: {e}")))?;
     token.jwt().clone_into(&mut own.token);
     own.expires = Some(path::to_timestamp(token.expires()));
+    signers::sign(own, caller.identity());
     Ok(())
 }
 
@@ -110,14 +117,20 @@ pub(crate) fn sign_for_caller(answer: &mut Connection, caller: &Peer, next: &Pee
 /// The first check that fails.
 pub fn check_answer(conn: &Connection, policies: &Policies, peer: &Peer, now: SystemTime) -> Result<()> {
     let tokens: Vec<&str> = path::segments(conn).iter().map(|s| s.token.as_str()).collect();
+    let signers = signers::known(conn, peer.identity(), now);
     policies
-        .check_client(&tokens, evidence(conn, peer, now), || document(conn, peer))
+        .check_client(&tokens, evidence(conn, peer, &signers, now), || document(conn, peer))
         .map_err(|denial| Error::denied(format!("the answer of {} is refused: {denial}", peer.id())))
 }
 
-fn evidence<'a>(conn: &Connection, peer: &'a Peer, now: SystemTime) -> Evidence<'a> {
+fn evidence<'a>(
+    conn: &Connection,
+    peer: &'a Peer,
+    signers: &'a [Option<Arc<Chain>>],
+    now: SystemTime,
+) -> Evidence<'a> {
     let index = path::index(conn);
-    Evidence { index, peer: peer.leaf(), trusted: peer.identity().bundles(), now }
+    Evidence { index, peer: peer.leaf(), trusted: peer.identity().bundles(), signers: Some(signers), now }
 }
 
 /// What an operator's policies see of a connection: upstream's document, the path up to here as Go writes it

@@ -21,6 +21,7 @@ use nsm_api::{
         networkservice::{NetworkServiceRequest, network_service_client::NetworkServiceClient},
     },
 };
+use nsm_identity::policy::Check;
 use nsm_transport::{Connection as Channel, FileId, Peer, Pool};
 use parking_lot::Mutex;
 use tokio::time::Instant;
@@ -36,6 +37,7 @@ use crate::{
     inside::Inside,
     monitor::{self, Hub, Viewer},
     scope::{Lease, Reason, Release, Scope},
+    signers,
 };
 
 /// How long before its own deadline a hop stops waiting, at most: time for an answer to come back on a busy machine.
@@ -119,6 +121,10 @@ impl Dial {
         limits::check_connection(&answer).map_err(|e| useless(e.to_string()))?;
         path::graft(&mut answer, asked).map_err(|e| useless(e.to_string()))?;
         let peer = hop.peer();
+        let refuse = self.check_answers && self.pool.policies().makes(Check::HopsSigned);
+        signers::learn(&mut answer, peer.identity(), refuse, SystemTime::now())
+            .map_err(|denial| Error::denied(format!("the answer of {} is refused: {denial}", peer.id())))?;
+        signers::answered_by(peer, &answer);
         if self.check_answers {
             auth::check_answer(&answer, self.pool.policies(), peer, SystemTime::now())?;
         }
@@ -224,7 +230,7 @@ impl Reached {
         &self,
         cx: &mut Context<'_>,
         target: &NextHop,
-        request: NetworkServiceRequest,
+        mut request: NetworkServiceRequest,
     ) -> Result<Connection> {
         // Who waits for us shall hear from us which hop was silent. So we stop waiting before our time is over, and
         // the next hop is told a time that makes it stop before us.
@@ -242,11 +248,18 @@ impl Reached {
         for mechanism in fds::mechanisms(&request) {
             cx.fds.send(channel.peer(), mechanism);
         }
+        if let Some(conn) = &mut request.connection {
+            signers::to_next(conn, channel.peer());
+        }
         let mut call = tonic::Request::new(request);
         call.set_timeout(left.saturating_sub(margin / 2));
         let until = cx.deadline.checked_sub(margin).unwrap_or(cx.deadline);
         match tokio::time::timeout_at(until, NetworkServiceClient::new(channel.clone()).request(call)).await {
-            Ok(answer) => Ok(answer?.into_inner()),
+            Ok(answer) => {
+                // Whatever it complains of: it may have forgotten what it was told.
+                let answer = answer.inspect_err(|_| channel.peer().told().clear());
+                Ok(answer?.into_inner())
+            }
             Err(_) => Err(Error::new(
                 Code::DeadlineExceeded,
                 format!("{target} ({}) did not answer in time", channel.peer().id()),
@@ -263,6 +276,7 @@ impl Reached {
         if let Some(named) = theirs {
             accompany(&mut conn, named, &channel);
         }
+        signers::to_next(&mut conn, channel.peer());
         let mut call = tonic::Request::new(conn);
         call.set_timeout(deadline.saturating_duration_since(Instant::now()));
         match tokio::time::timeout_at(deadline, NetworkServiceClient::new(channel).close(call)).await {

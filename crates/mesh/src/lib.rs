@@ -18,6 +18,7 @@ pub mod monitor;
 pub mod refresh;
 pub mod scope;
 pub mod server;
+mod signers;
 
 pub use chain::{Answer, Call, Chain, Connections, Context, Element, Next};
 pub use error::{Error, Result};

@@ -28,6 +28,7 @@ use crate::{
     fds::{self, Fds},
     inspect::{self, Gone, Look, Teller},
     monitor::{Hub, Viewer},
+    signers,
 };
 
 /// The names of both services, for gRPC health.
@@ -159,7 +160,8 @@ impl NetworkService for Hop {
             .map_err(|e| e.at(self.connections.me()))
             .inspect_err(refused)?;
         let call = Call { caller: Some(caller), deadline: Some(deadline), fds: received.clone() };
-        let (answer, receipt) = self.connections.answer(call, request).await.inspect_err(refused)?;
+        let (mut answer, receipt) = self.connections.answer(call, request).await.inspect_err(refused)?;
+        signers::to_caller(&mut answer.connection, &peer);
         // What the caller itself sent it need not get back (section 17 rule 14).
         if let Some(mechanism) = &answer.connection.mechanism
             && let Ok(Some(url)) = mechanism.inode()

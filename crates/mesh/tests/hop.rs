@@ -31,7 +31,12 @@ use nsm_api::{
         },
     },
 };
-use nsm_identity::{Source, ca::Authority, token};
+use nsm_identity::{
+    Identity, Source,
+    ca::Authority,
+    policy::{Check, Policies},
+    token,
+};
 use nsm_mesh::{
     Connections, Context, Element, Next, NextHop, Result,
     auth::Authorize,
@@ -101,11 +106,13 @@ impl NetworkService for Peer {
         request: Request<NetworkServiceRequest>,
     ) -> std::result::Result<Response<Connection>, Status> {
         self.note(request.metadata());
+        let token = nsm_transport::client_token(request.metadata()).unwrap();
         let request = request.into_inner();
         self.asked.lock().push(request.clone());
         // As an endpoint of upstream does it.
         let mut conn = request.connection.unwrap();
         let asker = path::step(&mut conn, "nse", nsm_mesh::chain::new_id).unwrap();
+        token.jwt().clone_into(&mut path::previous_mut(&mut conn).unwrap().token);
         let own = path::current_mut(&mut conn).unwrap();
         own.token = "nse's".into();
         own.expires = Some(path::to_timestamp(SystemTime::now() + Duration::from_secs(600)));
@@ -167,6 +174,7 @@ struct Mesh {
     _directory: tempfile::TempDir,
     url: DialUrl,
     next: Peer,
+    nse: Arc<Identity>,
     hub: Arc<Hub>,
     served: Vec<tokio::task::JoinHandle<()>>,
 }
@@ -179,6 +187,11 @@ impl Drop for Mesh {
 
 impl Mesh {
     async fn start() -> Self {
+        Self::with(Policies::default()).await
+    }
+
+    /// A hop that checks this.
+    async fn with(policies: Policies) -> Self {
         let authority = Authority::new("test.lab".parse().unwrap(), SystemTime::now()).unwrap();
         let directory = tempfile::tempdir().unwrap();
         let source = |name: &str| {
@@ -190,7 +203,8 @@ impl Mesh {
             format!("unix://{}", directory.path().join(name).display()).parse().unwrap()
         };
         let next = Peer::new();
-        let server = Server::bind(source("nse"), &[listen("nse.sock")]).await.unwrap();
+        let nse = source("nse");
+        let server = Server::bind(nse.clone(), &[listen("nse.sock")]).await.unwrap();
         let mut routes = RoutesBuilder::default();
         routes
             .add_service(NetworkServiceServer::new(next.clone()))
@@ -198,26 +212,34 @@ impl Mesh {
         let mut served = vec![tokio::spawn(server.serve(routes.routes(), &[], std::future::pending()))];
 
         let hub = Arc::new(Hub::default());
-        let pool = Pool::new(source("mgr"), PoolConfig::default());
+        let own = source("mgr");
+        let pool = Pool::new(own.clone(), PoolConfig::default());
         let chain = chain![
-            Authorize { max_token_lifetime: Duration::from_secs(600), policies: Arc::default() },
+            Authorize { max_token_lifetime: Duration::from_secs(600), policies: Arc::new(policies) },
             Monitor { hub: Arc::clone(&hub), terminates: false },
             To(dial("nse.sock").into()),
             Dial::new(pool, "mgr", Arc::clone(&hub), PATIENCE),
         ];
         let connections = Connections::serving("mgr", chain, Arc::new(Metrics::default()));
-        let server = Server::bind(source("mgr"), &[listen("mgr.sock")]).await.unwrap();
+        let server = Server::bind(own, &[listen("mgr.sock")]).await.unwrap();
         let mut routes = RoutesBuilder::default();
         server::add(&mut routes, connections, Arc::clone(&hub), Arc::default());
         served.push(tokio::spawn(server.serve(routes.routes(), &[], std::future::pending())));
         let url = dial("mgr.sock");
-        Self { authority, _directory: directory, url, next, hub, served }
+        Self { authority, _directory: directory, url, next, nse: nse.current(), hub, served }
+    }
+
+    fn identity(&self, name: &str) -> Identity {
+        identity(&self.authority, name)
     }
 
     async fn channel(&self) -> nsm_transport::Connection {
-        let id = "spiffe://test.lab/nsc".parse().unwrap();
-        let identity = self.authority.identity(&id, Duration::from_secs(3600), SystemTime::now()).unwrap();
-        Pool::new(Source::fixed(identity), PoolConfig::default()).get(&self.url, PATIENCE).await.unwrap()
+        self.channel_of("nsc").await
+    }
+
+    async fn channel_of(&self, name: &str) -> nsm_transport::Connection {
+        let source = Source::fixed(self.identity(name));
+        Pool::new(source, PoolConfig::default()).get(&self.url, PATIENCE).await.unwrap()
     }
 
     async fn ask(&self, request: NetworkServiceRequest) -> Answer {
@@ -230,6 +252,11 @@ impl Mesh {
         let client = MonitorConnectionClient::new(self.channel().await).monitor_connections(selector).await;
         client.unwrap().into_inner()
     }
+}
+
+fn identity(authority: &Authority, name: &str) -> Identity {
+    let id = format!("spiffe://test.lab/{name}").parse().unwrap();
+    authority.identity(&id, Duration::from_secs(3600), SystemTime::now()).unwrap()
 }
 
 fn request() -> NetworkServiceRequest {
@@ -556,6 +583,152 @@ async fn a_connection_whose_next_hop_falls_silent_is_down() {
         assert!(
             events.next().await.is_none_or(|end| end.is_err_and(|status| status.code() != Code::Cancelled))
         );
+    }
+}
+
+/// A request that a client has made to `near`, and `near` makes to the hop: the client's token is what `signer` made of
+/// it, and comes with this certificate.
+fn handed_on(signer: &Identity, chain: Option<&Identity>) -> NetworkServiceRequest {
+    let near = "spiffe://test.lab/near".parse().unwrap();
+    let lifetime = Duration::from_secs(600);
+    let token = token::mint(signer.svid(), Some(&near), None, lifetime, SystemTime::now()).unwrap();
+    let mut request = request();
+    let conn = request.connection.as_mut().unwrap();
+    path::step(conn, "near", nsm_mesh::chain::new_id).unwrap();
+    let client = &mut conn.path.as_mut().unwrap().path_segments[0];
+    token.jwt().clone_into(&mut client.token);
+    client.expires = Some(path::to_timestamp(token.expires()));
+    client.chain =
+        chain.into_iter().flat_map(|c| c.svid().chain()).map(|der| der.as_ref().to_vec()).collect();
+    request
+}
+
+#[tokio::test]
+async fn what_a_hop_behind_our_neighbour_did_not_sign_is_refused() {
+    let mesh = Mesh::start().await;
+    let near = mesh.channel_of("near").await;
+    let ask = async |channel: &nsm_transport::Connection, request| {
+        NetworkServiceClient::new(channel.clone()).request(request).await.map(Response::into_inner)
+    };
+    let forger = Authority::new("test.lab".parse().unwrap(), SystemTime::now()).unwrap();
+    let (client, forged) = (mesh.identity("nsc"), identity(&forger, "nsc"));
+    let bad = [
+        ("another CA's client", handed_on(&forged, Some(&forged)), "not accepted"),
+        ("another key", handed_on(&forged, Some(&client)), "has not signed it"),
+        ("another key, the client being known", handed_on(&forged, Some(&client)), "has not signed it"),
+    ];
+    for (what, request, why) in bad.clone() {
+        let status = ask(&near, request).await.unwrap_err();
+        assert_eq!(status.code(), Code::PermissionDenied, "{what}: {status}");
+        assert!(status.message().contains(why), "{what}: {status}");
+    }
+    assert!(mesh.next.asked.lock().is_empty(), "nobody was asked");
+    // Its own key, with its certificate; then by the hash alone; and with nothing, as from upstream's hops.
+    let mut by_hash = handed_on(&client, None);
+    client
+        .svid()
+        .leaf()
+        .fingerprint()
+        .as_slice()
+        .clone_into(&mut by_hash.connection.as_mut().unwrap().path.as_mut().unwrap().path_segments[0].signer);
+    let mut forged_by_hash = by_hash.clone();
+    let segment =
+        |request: &NetworkServiceRequest| path::segments(request.connection.as_ref().unwrap())[0].clone();
+    segment(&handed_on(&forged, None)).token.clone_into(
+        &mut forged_by_hash.connection.as_mut().unwrap().path.as_mut().unwrap().path_segments[0].token,
+    );
+    ask(&near, handed_on(&client, Some(&client))).await.unwrap();
+    ask(&near, by_hash).await.unwrap();
+    ask(&near, handed_on(&forged, None)).await.unwrap();
+    assert!(ask(&near, forged_by_hash).await.unwrap_err().message().contains("has not signed it"));
+    // What is handed on of somebody else says nothing of who is named: a hop of upstream's keeps what it does not know.
+    ask(&near, handed_on(&mesh.identity("other"), Some(&client))).await.unwrap();
+
+    // Where the check is left out all pass, and where every hop has to be known the unknown are refused.
+    let without = Mesh::with(Policies { without: [Check::HopsSigned].into(), ..Policies::default() }).await;
+    let channel = without.channel_of("near").await;
+    for (what, request, _) in bad {
+        ask(&channel, request).await.unwrap_or_else(|e| panic!("{what}: {e}"));
+    }
+    let all = Mesh::with(Policies { all_hops_signed: true, ..Policies::default() }).await;
+    let (channel, client) = (all.channel_of("near").await, all.identity("nsc"));
+    let status = ask(&channel, handed_on(&client, None)).await.unwrap_err();
+    assert!(status.message().contains("nobody has handed on the certificate"), "{status}");
+    ask(&channel, handed_on(&client, Some(&client))).await.unwrap();
+    // Who asks himself needs no certificate beside that of his connection.
+    all.ask(request()).await.unwrap();
+}
+
+#[tokio::test]
+async fn certificates_are_handed_on_until_they_are_known() {
+    let mesh = Mesh::start().await;
+    let near = mesh.channel_of("near").await;
+    let client = mesh.identity("nsc");
+    let hash = |identity: &Identity| identity.svid().leaf().fingerprint().to_vec();
+    let handed = |nth: usize| {
+        let asked = mesh.next.asked.lock()[nth].clone();
+        let segments = path::segments(asked.connection.as_ref().unwrap()).to_vec();
+        let signers: Vec<_> = segments.iter().map(|segment| segment.signer.clone()).collect();
+        (segments.iter().map(|segment| segment.chain.len()).collect::<Vec<_>>(), signers)
+    };
+    let ask = async || {
+        let request = handed_on(&client, Some(&client));
+        NetworkServiceClient::new(near.clone()).request(request).await.unwrap().into_inner()
+    };
+    // To a hop that does not understand them, as upstream's, always: others may be behind it.
+    for nth in 0..2 {
+        let answer = ask().await;
+        let (chains, signers) = handed(nth);
+        assert_eq!((chains, &signers[0]), (vec![1, 0, 1], &hash(&client)), "the client's and the hop's own");
+        assert_eq!(path::segments(&answer)[3].signer, Vec::<u8>::new());
+    }
+    // A hop that names itself has understood them.
+    let signed = hash(&mesh.nse);
+    mesh.next.answers(move |conn| {
+        let mut own = conn.path.as_ref().unwrap().path_segments.last().unwrap().clone();
+        signed.clone_into(&mut own.signer);
+        *conn.path.as_mut().unwrap().path_segments.last_mut().unwrap() = own;
+    });
+    ask().await;
+    assert_eq!(handed(2).0, [1, 0, 1], "not known yet");
+    ask().await;
+    let (chains, signers) = handed(3);
+    assert_eq!(chains, [0, 0, 0], "it has them");
+    assert_eq!((&signers[0], signers[2].len()), (&hash(&client), 32), "by hash");
+}
+
+/// An edge client checks everybody's signature on the answer, as far as certificates came.
+#[tokio::test]
+async fn what_a_hop_behind_our_neighbour_did_not_sign_is_no_answer() {
+    let mesh = Mesh::start().await;
+    let pool = Pool::new(Source::fixed(mesh.identity("nsc")), PoolConfig::default());
+    let edge = chain![
+        To(mesh.url.clone().into()),
+        Dial::new(pool, "nsc", Arc::default(), PATIENCE).checking_answers(),
+    ];
+    let edge = Connections::asking("nsc", edge, Arc::new(Metrics::default()));
+    let forger = Authority::new("test.lab".parse().unwrap(), SystemTime::now()).unwrap();
+    let nse = identity(&mesh.authority, "nse");
+    let cases = [(nse.clone(), None), (identity(&forger, "nse"), Some("has not signed it"))];
+    for (signer, error) in cases {
+        let manager = "spiffe://test.lab/mgr".parse().unwrap();
+        let lifetime = Duration::from_secs(600);
+        let token = token::mint(signer.svid(), Some(&manager), None, lifetime, SystemTime::now()).unwrap();
+        let chain: Vec<_> = nse.svid().chain().iter().map(|der| der.as_ref().to_vec()).collect();
+        mesh.next.answers(move |conn| {
+            let own = conn.path.as_mut().unwrap().path_segments.last_mut().unwrap();
+            token.jwt().clone_into(&mut own.token);
+            own.chain.clone_from(&chain);
+        });
+        let answer = edge.request(nsm_mesh::Call::default(), request()).await;
+        match (answer, error) {
+            (Ok(answer), None) => {
+                let segments = path::segments(&answer.connection);
+                assert!(segments.iter().all(|s| s.signer.len() == 32 && s.chain.is_empty()), "{segments:?}");
+            }
+            (Err(error), Some(why)) => assert!(error.to_string().contains(why), "{error}"),
+            (answer, error) => panic!("{answer:?} {error:?}"),
+        }
     }
 }
 

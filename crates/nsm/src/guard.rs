@@ -16,6 +16,10 @@ pub(crate) struct Checks {
     /// Checks to leave out, for a mesh with peers that fail them for honest reasons. Each gives something up
     #[arg(long, env = "NSM_WITHOUT_CHECKS", value_delimiter = ',', value_parser = check(), value_name = "CHECK")]
     without_checks: Vec<Check>,
+    /// Refuse paths with a hop whose signature cannot be verified because nobody handed on its certificate. For meshes
+    /// without programs of upstream's
+    #[arg(long, env = "NSM_ALL_HOPS_SIGNED")]
+    all_hops_signed: bool,
 }
 
 /// A list of policies, as a group of flags with one flag: its field, variable, side and default, and what it says in
@@ -147,7 +151,8 @@ impl Checks {
             let names: BTreeSet<_> = self.without_checks.iter().map(|check| check.name()).collect();
             tracing::warn!(checks = ?names, "left out: peers are trusted more than they could be (NSM_WITHOUT_CHECKS)");
         }
-        Policies { without: self.without_checks.iter().copied().collect(), files: Vec::new() }
+        let without = self.without_checks.iter().copied().collect();
+        Policies { without, all_hops_signed: self.all_hops_signed, files: Vec::new() }
     }
 }
 

@@ -161,7 +161,8 @@ fn adopt(path: &mut RegistrationPath, answer: &MetadataMap, connection: &Connect
     // The index is our own business; what the answer says of it does not count.
     let peer = connection.peer();
     let trusted = peer.identity().bundles();
-    let evidence = Evidence { index: path.index, peer: peer.leaf(), trusted, now: SystemTime::now() };
+    let evidence =
+        Evidence { index: path.index, peer: peer.leaf(), trusted, signers: None, now: SystemTime::now() };
     connection.policies().check_client(&answered.tokens, evidence, || {
         document(&answered.tokens, path.index, peer, ("", None))
     })?;

@@ -438,8 +438,13 @@ impl<T: Item> Front<T> {
             warn!(%peer, kind = T::KIND, name = item.name(), %denial, "a registration is refused");
             Error::Denied(denial)
         };
-        let evidence =
-            Evidence { index: path.index, peer: peer.leaf(), trusted: peer.identity().bundles(), now };
+        let evidence = Evidence {
+            index: path.index,
+            peer: peer.leaf(),
+            trusted: peer.identity().bundles(),
+            signers: None,
+            now,
+        };
         let known = || self.0.directory.known(item.name());
         self.0
             .policies

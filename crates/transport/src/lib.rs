@@ -42,6 +42,7 @@ mod peer;
 mod pool;
 mod reflection;
 mod server;
+mod told;
 mod trace;
 mod url;
 
@@ -56,6 +57,7 @@ pub use peer::{Peer, PeerError, client_token};
 pub use pool::{Connection, DialError, Pool, PoolConfig, ResponseBody};
 pub use reflection::Reflection;
 pub use server::{Limits, Server};
+pub use told::Told;
 pub use trace::{Propagation, is_traced, propagate};
 pub use url::{DialTarget, DialUrl, ListenUrl, UrlError};
 

@@ -12,13 +12,17 @@ use nsm_identity::{
     CertificateError, Identity, Leaf, SpiffeId, Token, UnixPeer,
     token::{self, Minter},
 };
+use rustls_pki_types::CertificateDer;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
 };
 use tonic::{Status, metadata::MetadataMap};
 
-use crate::fd::{FdStream, FdTable};
+use crate::{
+    fd::{FdStream, FdTable},
+    told::Told,
+};
 
 /// Metadata key of the caller's token (`control-plane.md` 5.2).
 pub(crate) const TOKEN_KEY: &str = "nsm-client-token";
@@ -32,10 +36,13 @@ pub struct Peer(Arc<Inner>);
 
 struct Inner {
     leaf: Leaf,
+    /// What it presented, leaf first.
+    chain: Vec<CertificateDer<'static>>,
     identity: Arc<Identity>,
     address: String,
     unix: Option<(UnixPeer, FdTable)>,
     minter: Minter,
+    told: Told,
 }
 
 impl Peer {
@@ -55,6 +62,16 @@ impl Peer {
     /// Its certificate: for policies, [`nsm_identity::policy`].
     pub fn leaf(&self) -> &Leaf {
         &self.0.leaf
+    }
+
+    /// The certificates that it presented, leaf first.
+    pub fn chain(&self) -> &[CertificateDer<'static>] {
+        &self.0.chain
+    }
+
+    /// What it was told on this connection.
+    pub fn told(&self) -> &Told {
+        &self.0.told
     }
 
     /// What *we* presented on this connection. Tokens for this peer are signed with it, also after a rotation.
@@ -88,9 +105,17 @@ impl Peer {
     /// This process as its own peer, for roles that share one: what is said between them travels over no connection.
     #[must_use]
     pub fn this_process(identity: Arc<Identity>) -> Self {
-        let leaf = identity.svid().leaf().clone();
+        let (leaf, chain) = (identity.svid().leaf().clone(), identity.svid().chain().to_vec());
         let address = "this process".to_owned();
-        Self(Arc::new(Inner { leaf, identity, address, unix: None, minter: Minter::default() }))
+        Self(Arc::new(Inner {
+            leaf,
+            chain,
+            identity,
+            address,
+            unix: None,
+            minter: Minter::default(),
+            told: Told::default(),
+        }))
     }
 
     /// Reads the peer of an established TLS connection.
@@ -112,7 +137,16 @@ impl Peer {
             }
             Wire::Tcp(_) => None,
         };
-        Ok(Self(Arc::new(Inner { leaf, identity, address, unix, minter: Minter::default() })))
+        let chain = certificates.iter().map(|der| der.clone().into_owned()).collect();
+        Ok(Self(Arc::new(Inner {
+            leaf,
+            chain,
+            identity,
+            address,
+            unix,
+            minter: Minter::default(),
+            told: Told::default(),
+        })))
     }
 }
 

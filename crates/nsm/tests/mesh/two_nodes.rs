@@ -230,6 +230,32 @@ fn a_killed_forwarder_of_either_node_adopts_its_end_without_a_write() {
     mesh.nothing_is_left(&["a", "gw"]);
 }
 
+/// Certificates reach whoever has to verify, also after a hop has forgotten them.
+#[test]
+fn where_every_hop_has_to_be_known_wires_come_up_and_outlive_a_hop() {
+    let test = "where_every_hop_has_to_be_known_wires_come_up_and_outlive_a_hop";
+    let mesh = Mesh::up_with(test, PODS, |plan| {
+        for process in &mut plan.processes {
+            process.env.insert("NSM_ALL_HOPS_SIGNED".into(), "true".into());
+        }
+    });
+    let Some(mesh) = mesh else { return };
+    mesh.client("client", "a", "kernel://plain/nsm0", SHORT);
+    mesh.ready(&["client"]);
+    mesh.pings("a", GATEWAY);
+    for name in ["node2/forwarder", "node1/manager"] {
+        let before = NODES.map(|node| record_of(&mesh, node));
+        mesh.end(name, Signal::KILL);
+        mesh.restart(name);
+        for (node, before) in NODES.iter().zip(&before) {
+            refreshed(&mesh, node, before);
+        }
+    }
+    mesh.pings("a", GATEWAY);
+    mesh.end("client", Signal::TERM);
+    mesh.nothing_is_left(&["a", "gw"]);
+}
+
 #[test]
 fn an_end_that_was_not_told_of_a_close_is_an_orphan_and_goes() {
     for (here, there) in [("node1", "node2"), ("node2", "node1")] {
