@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nsm_lab::scenario::Daemons;
+use nsm_lab::{plan::PodEntry, scenario::Daemons};
 use rustix::process::Signal;
 use tonic::Code;
 
@@ -97,6 +97,13 @@ const MESHES: &[Swap] = &[
     Swap { name: "their near node", theirs: &["client", "node1/manager", "node1/forwarder"], remote: true },
 ];
 
+/// Watchers of upstream's on one node: their names, in whose name (that pod's) they watch, and whom.
+const WATCHERS: [(&str, &str, &str); 3] = [
+    ("at-manager", "client", "nsm.io.sock"),
+    ("at-forwarder", "m", "forwarder.sock"),
+    ("at-endpoint", "f", "gw-b.sock"),
+];
+
 /// The cases, in the order of the table's columns.
 const CASES: &[(&str, &str)] = &[
     ("register", "a registration is taken"),
@@ -107,7 +114,8 @@ const CASES: &[(&str, &str)] = &[
     ("refresh", "the same connection, asked for again before its tokens expire"),
     (
         "events",
-        "INITIAL_STATE_TRANSFER, then UPDATE, and where it is watched to the end DELETE, in this order",
+        "INITIAL_STATE_TRANSFER, UPDATE and, on one node, where a watcher of upstream's stays to the end, DELETE, in this \
+         order",
     ),
     ("heal", "the endpoint is killed, the connection goes on with another one"),
     ("unknown", "fields, labels, contexts and mechanisms that nobody has heard of harm nothing and pass"),
@@ -243,6 +251,7 @@ fn run(swap: &Swap, upstream: &Path) -> Matrix {
     run.registrations();
     run.selection();
     run.unknown();
+    run.watch();
     run.refresh();
     run.refusals();
     run.heal();
@@ -261,7 +270,8 @@ impl<'s> Run<'s> {
             )
         };
         let scenario = format!(
-            "{SERVICES}nodes: [{nodes}]\npods:\n- {{name: client, node: node1}}\n{}{}",
+            "{SERVICES}nodes: [{nodes}]\npods:\n- {{name: client, node: node1}}\n- {{name: m, node: node1}}\n\
+             - {{name: f, node: node1}}\n{}{}",
             pods("gw-a", "red", "172.16.1.0/24"),
             pods("gw-b", "blue", "172.16.2.0/24"),
         );
@@ -287,6 +297,12 @@ impl<'s> Run<'s> {
             });
             if let Some(identity) = plan.processes.iter_mut().find(|process| process.name == "identity") {
                 identity.args.truncate(3);
+            }
+            // Whoever watches a hop sees what is his only: these are who asks it.
+            for (pod, who) in [("m", "manager"), ("f", "forwarder")] {
+                let spiffe_id = format!("spiffe://{}.lab/node1/{who}", plan.lab);
+                plan.pods.retain(|entry| entry.pod != pod);
+                plan.pods.push(PodEntry { pod: pod.into(), node: "node1".into(), spiffe_id });
             }
             // It comes later, and watches hear of it.
             plan.processes.retain(|process| process.name != "gw-b");
@@ -363,9 +379,9 @@ impl<'s> Run<'s> {
         let asked = if self.is_theirs("node1/manager") { "registry.sock" } else { "nsm.io.sock" };
         let args = ["find", "--service-name", "plain", "--connect-to", &self.socket(asked)];
         self.mesh.start_program("find", "client", &self.upstream, &args);
-        // What their endpoint registers has a field that nobody knows.
-        let future = format!("future={}", self.is_theirs("gw-a"));
-        self.line(&["find".into()], &["got NetworkServiceEndpointRegistry/Find", "nse=gw-a ", &future]);
+        // What a program of theirs registers or passes on has a field that nobody knows.
+        let future = if self.is_theirs("gw-a") { "future=true" } else { "nse=gw-a " };
+        self.line(&["find".into()], &["got NetworkServiceEndpointRegistry/Find", "nse=gw-a ", future]);
         let node = if self.swap.remote { "node2" } else { "node1" };
         let paths = self.mesh.lab.plan.paths();
         let manager = format!("unix://{}", paths.node(node).join("nsm.io.sock").display());
@@ -511,6 +527,20 @@ impl<'s> Run<'s> {
         self.mesh.end("odd", Signal::TERM);
     }
 
+    /// Watchers of upstream's at each hop of the first node, in the name of whoever asks it.
+    fn watch(&self) {
+        for (watcher, pod, socket) in self.watchers() {
+            let args = ["monitor", "--name", watcher, "--connect-to", &self.socket(socket)];
+            self.mesh.start_program(watcher, pod, &self.upstream, &args);
+        }
+        self.ready(&self.watchers().map(|(watcher, ..)| watcher).collect::<Vec<_>>());
+    }
+
+    fn watchers(&self) -> impl Iterator<Item = (&'static str, &'static str, &'static str)> {
+        let some = !self.swap.remote && self.pairs.iter().any(|pair| pair.wires);
+        WATCHERS.into_iter().filter(move |_| some)
+    }
+
     fn refresh(&mut self) {
         for pair in self.pairs.clone().iter().filter(|pair| pair.wires) {
             let call = format!("{} NetworkService/Request peer={}", pair.verb(), pair.peer);
@@ -605,6 +635,11 @@ impl<'s> Run<'s> {
         }
         let pods: &[&str] = if self.is_theirs("node1/forwarder") { &[] } else { &["client"] };
         self.mesh.no_wire_is_left(pods);
+        for (watcher, ..) in self.watchers() {
+            let end = ["got MonitorConnection/MonitorConnections", "type=DELETE", "conn=nsc-0 "];
+            self.line(&[watcher.to_owned()], &end);
+            self.mesh.end(watcher, Signal::TERM);
+        }
         self.mesh.end("gw-b", Signal::TERM);
         // A manager of upstream's unregisters in its own name, which no registry takes: it has to expire.
         if !self.swap.theirs.iter().any(|name| name.starts_with("gw-") || name.ends_with("manager")) {
@@ -629,8 +664,30 @@ impl<'s> Run<'s> {
                 "{}: {pair:?} events {first:?} {update:?}: {logs}",
                 self.swap.name
             );
+            if !self.swap.remote {
+                self.watched_to_the_end(pair);
+            }
             self.saw(pair, "events");
         }
+    }
+}
+
+impl Run<'_> {
+    /// A watcher of upstream's at the hop of these two that is asked has seen the wire begin, change and end.
+    fn watched_to_the_end(&self, pair: &Pair) {
+        let asked = if pair.served { pair.theirs } else { pair.ours };
+        let watcher = format!("at-{asked}");
+        let log = self.mesh.log(&watcher);
+        let events: Vec<_> = log.lines().filter(|line| line.contains("got MonitorConnection/")).collect();
+        assert!(events[0].contains("type=INITIAL_STATE_TRANSFER"), "{}: {pair:?}: {log}", self.swap.name);
+        let of_it: Vec<_> = events.iter().filter(|line| line.contains("conn=nsc-0 ")).collect();
+        let last = |kind: &str| of_it.iter().rposition(|line| line.contains(kind));
+        let (update, delete) = (last("type=UPDATE"), last("type=DELETE"));
+        assert!(
+            update.is_some() && update < delete && delete == of_it.len().checked_sub(1),
+            "{}: {pair:?}: {log}",
+            self.swap.name
+        );
     }
 }
 
@@ -701,6 +758,48 @@ pub(crate) fn lies(lab: &str, socket: &str) {
             assert_eq!(status.code(), Code::PermissionDenied, "{what}: {status}");
         }
     });
+}
+
+/// Who is behind a hop of upstream's is verified all the same: that hop passes on certificates that it does not know.
+#[test]
+fn certificates_of_hops_survive_upstreams_manager_and_forwarder() {
+    let test = "certificates_of_hops_survive_upstreams_manager_and_forwarder";
+    if harness::may_not(test) {
+        return;
+    }
+    let Some(upstream) = nsm_upstream::program(test) else { return };
+    for (theirs, strict) in [("node1/manager", "node1/forwarder"), ("node1/forwarder", "gw")] {
+        let mesh = Mesh::up_with(&format!("certs_{}", theirs.replace('/', "_")), PODS, |plan| {
+            for process in &mut plan.processes {
+                if process.name == theirs {
+                    process.exe = Some(upstream.clone());
+                }
+                if process.name == strict {
+                    process.env.insert("NSM_ALL_HOPS_SIGNED".into(), "true".into());
+                }
+            }
+        });
+        let Some(mesh) = mesh else { return };
+        mesh.client("nsc", "a", "kernel://plain/nsm0", &["--max-token-lifetime", TOKENS]);
+        mesh.ready(&["nsc"]);
+        let served = || mesh.log(theirs).matches("served NetworkService/Request").count();
+        let first = served();
+        assert!(first > 0, "{theirs} was not asked");
+        harness::eventually_within(PATIENCE, "refreshes", || match served() {
+            count if count > first + 1 => Ok(()),
+            count => Err(count.to_string()),
+        });
+        // A client of upstream's hands nothing on, and is told why it gets nothing here.
+        let manager = mesh.url("nsm.io.sock");
+        let args = ["client", "--once", "--name", "odd", "--connect-to", &manager];
+        let args = [&args[..], &["--network-services", "kernel://plain/odd0"]].concat();
+        mesh.start_program("odd", "b", &upstream.display().to_string(), &args);
+        let (how, said) = mesh.ended("odd");
+        assert_eq!(how, "exit status 1", "{said}");
+        mesh.says(strict, "nobody has handed on the certificate");
+        mesh.end("nsc", Signal::TERM);
+        mesh.no_wire_is_left(if theirs == "node1/forwarder" { &[] } else { &["a"] });
+    }
 }
 
 /// A client and its endpoint on one node, as other tests of the mesh have them.
