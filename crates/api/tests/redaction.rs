@@ -68,12 +68,15 @@ fn no_message_shows_a_token_and_all_show_the_rest() {
         }
         for text in texts.into_inner() {
             secrets += usize::from(text == SECRET);
-            assert_eq!(shown.contains(&text), text != SECRET, "{name} and {text}: {shown}");
+            let shows = text != SECRET && !BINARY.contains(&text.as_str());
+            assert_eq!(shown.contains(&text), shows, "{name} and {text}: {shown}");
         }
     }
     assert!(secrets >= 5, "segments are in requests, connections, paths, events and selectors");
 }
 
+/// Certificates are no secrets, and nothing to read: they are shown by their size.
+const BINARY: [&str; 2] = ["text-of-signer", "text-of-chain"];
 const SECRET: &str = "eyJhbGciOiJFUzI1NiJ9";
 
 /// Fields that hold what lets its holder speak for another.
