@@ -108,14 +108,80 @@ impl Default for Hub {
 #[derive(Default)]
 struct HubState {
     connections: HashMap<String, Known>,
-    watchers: Vec<Watcher>,
+    watchers: Watchers,
 }
+
+/// Those who watch. Most watch one connection, so an event looks only at those whose selector names a segment of its
+/// path, and at those who name none.
+#[derive(Default)]
+struct Watchers {
+    by_segment: HashMap<String, Vec<Watcher>>,
+    count: usize,
+    of_one: HashMap<SpiffeId, usize>,
+    /// How many there may be before those who have gone are looked for.
+    look_at: usize,
+}
+
+/// The key of those who name no segment: no segment's id is empty.
+const ANY: &str = "";
 
 /// A connection, and who asked for it.
 #[derive(Clone)]
 struct Known {
     conn: Connection,
     owner: Option<SpiffeId>,
+}
+
+impl Watchers {
+    fn key(selector: &MonitorScopeSelector) -> &str {
+        selector.path_segments.iter().map(|segment| &*segment.id).find(|id| !id.is_empty()).unwrap_or(ANY)
+    }
+
+    fn add(&mut self, watcher: Watcher) {
+        self.count += 1;
+        if let Viewer::Peer(id) = &watcher.viewer {
+            *self.of_one.entry(id.clone()).or_default() += 1;
+        }
+        let key = Self::key(&watcher.selector).to_owned();
+        self.by_segment.entry(key).or_default().push(watcher);
+        if self.count > self.look_at {
+            self.forget_gone();
+            self.look_at = (2 * self.count).max(64);
+        }
+    }
+
+    /// How many of an identity watch; those who have gone are only told apart when there are too many.
+    fn of(&self, id: &SpiffeId) -> usize {
+        self.of_one.get(id).copied().unwrap_or_default()
+    }
+
+    fn forget_gone(&mut self) {
+        let keys: Vec<String> = self.by_segment.keys().cloned().collect();
+        keys.iter().for_each(|key| self.retain(key, |watcher| !watcher.events.is_closed()));
+    }
+
+    /// Keeps of those under a key whom `keep` tells.
+    fn retain(&mut self, key: &str, mut keep: impl FnMut(&Watcher) -> bool) {
+        let Some(watchers) = self.by_segment.get_mut(key) else { return };
+        watchers.retain(|watcher| {
+            let stays = keep(watcher);
+            if !stays {
+                self.count -= 1;
+                if let Viewer::Peer(id) = &watcher.viewer
+                    && let Some(count) = self.of_one.get_mut(id)
+                {
+                    *count -= 1;
+                    if *count == 0 {
+                        self.of_one.remove(id);
+                    }
+                }
+            }
+            stays
+        });
+        if watchers.is_empty() {
+            self.by_segment.remove(key);
+        }
+    }
 }
 
 struct Watcher {
@@ -147,7 +213,7 @@ impl fmt::Debug for Hub {
         let state = self.state.lock();
         f.debug_struct("Hub")
             .field("connections", &state.connections.len())
-            .field("watchers", &state.watchers.len())
+            .field("watchers", &state.watchers.count)
             .finish()
     }
 }
@@ -171,9 +237,14 @@ impl Hub {
     ) -> Result<mpsc::Receiver<Arc<ConnectionEvent>>> {
         let (events, receiver) = mpsc::channel(LAG);
         let mut state = self.state.lock();
-        state.watchers.retain(|w| !w.events.is_closed());
+        let mut full = |of: &dyn Fn(&Watchers) -> bool| {
+            if of(&state.watchers) {
+                state.watchers.forget_gone();
+            }
+            of(&state.watchers)
+        };
         if let Viewer::Peer(id) = &viewer
-            && state.watchers.iter().filter(|w| w.viewer == viewer).count() >= self.most_of_one
+            && full(&|watchers| watchers.of(id) >= self.most_of_one)
         {
             return Err(Error::new(
                 tonic::Code::ResourceExhausted,
@@ -184,7 +255,7 @@ impl Hub {
             )
             .counted("watches"));
         }
-        if state.watchers.len() >= MAX_WATCHERS {
+        if full(&|watchers| watchers.count >= MAX_WATCHERS) {
             return Err(Error::new(
                 tonic::Code::ResourceExhausted,
                 format!("{MAX_WATCHERS} streams watch this process already"),
@@ -218,7 +289,7 @@ impl Hub {
             // The channel is new and empty.
             let _ = events.try_send(Arc::new(initial));
         }
-        state.watchers.push(Watcher { selector, viewer, events });
+        state.watchers.add(Watcher { selector, viewer, events });
         Ok(receiver)
     }
 
@@ -236,7 +307,7 @@ impl Hub {
 
     /// Ends all streams: for a shutdown that does not wait for those who watch.
     pub fn end_watches(&self) {
-        self.state.lock().watchers.clear();
+        self.state.lock().watchers = Watchers::default();
     }
 
     /// A connection is new or has changed; `owner` asked for it.
@@ -292,19 +363,28 @@ impl HubState {
         let entry = |known: &Known| (known.conn.id.clone(), known.conn.clone());
         // Most see all of it, and share it.
         let mut whole = None;
-        self.watchers.retain(|watcher| {
-            let sees = |known: &&Known| watcher.viewer.sees(known) && matches(&watcher.selector, &known.conn);
-            let seen: Vec<&Known> = news.iter().filter(sees).collect();
-            let event = match seen.len() {
-                0 => return true,
-                all if all == news.len() => {
-                    Arc::clone(whole.get_or_insert_with(|| event(news.iter().map(entry).collect())))
-                }
-                _ => event(seen.into_iter().map(entry).collect::<BTreeMap<_, _>>()),
-            };
-            // Full: the watcher reads too slowly and is cut off; it comes back and gets the state anew.
-            watcher.events.try_send(event).is_ok()
-        });
+        let concerned: BTreeSet<&str> = news
+            .iter()
+            .flat_map(|known| path::segments(&known.conn))
+            .map(|segment| &*segment.id)
+            .chain([ANY])
+            .collect();
+        for key in concerned {
+            self.watchers.retain(key, |watcher| {
+                let sees =
+                    |known: &&Known| watcher.viewer.sees(known) && matches(&watcher.selector, &known.conn);
+                let seen: Vec<&Known> = news.iter().filter(sees).collect();
+                let event = match seen.len() {
+                    0 => return true,
+                    all if all == news.len() => {
+                        Arc::clone(whole.get_or_insert_with(|| event(news.iter().map(entry).collect())))
+                    }
+                    _ => event(seen.into_iter().map(entry).collect::<BTreeMap<_, _>>()),
+                };
+                // Full: the watcher reads too slowly and is cut off; it comes back and gets the state anew.
+                watcher.events.try_send(event).is_ok()
+            });
+        }
     }
 }
 
@@ -445,6 +525,39 @@ mod tests {
         hub.delete("u1");
         drop(hub);
         assert!(late.recv().await.is_none(), "a deletion is told once");
+    }
+
+    #[tokio::test]
+    async fn each_of_many_watchers_hears_of_its_own_and_who_has_gone_does_not_count() {
+        let me: SpiffeId = "spiffe://t/me".parse().unwrap();
+        let hub = Hub::of(100);
+        let watch = |segments: &[(&str, &str)]| {
+            hub.watch(selector(segments, &[]), Viewer::Peer(me.clone())).map(|mut events| {
+                events.try_recv().unwrap();
+                events
+            })
+        };
+        // The segment that is named need not be the first, and need not be ours.
+        let mut watchers: Vec<_> =
+            (0..100).map(|n| watch(&[("nsc", ""), ("mgr", &format!("u{n}"))]).unwrap()).collect();
+        assert!(watch(&[]).unwrap_err().to_string().contains("100 streams"));
+        for n in 0..100 {
+            hub.update(
+                conn(2, &[("nsc", "x"), ("mgr", &format!("u{n}")), ("fwd", &format!("f{n}"))]),
+                Some(me.clone()),
+            );
+        }
+        for (n, events) in watchers.iter_mut().enumerate() {
+            let event = events.try_recv().unwrap();
+            assert_eq!(event.connections.keys().collect::<Vec<_>>(), [&format!("f{n}")]);
+            assert!(events.try_recv().is_err(), "nothing of the others");
+        }
+        watchers.truncate(50);
+        for _ in 0..1000 {
+            drop(watch(&[("", "u7")]).unwrap());
+        }
+        watchers.extend((50..100).map(|_| watch(&[]).unwrap()));
+        assert!(watch(&[]).is_err());
     }
 
     #[tokio::test]
