@@ -68,7 +68,8 @@ fn no_message_shows_a_token_and_all_show_the_rest() {
         }
         for text in texts.into_inner() {
             secrets += usize::from(text == SECRET);
-            let shows = text != SECRET && !BINARY.contains(&text.as_str());
+            let binary = !name.starts_with("nsm.") && BINARY.contains(&text.as_str());
+            let shows = text != SECRET && !binary;
             assert_eq!(shown.contains(&text), shows, "{name} and {text}: {shown}");
         }
     }
