@@ -10,14 +10,14 @@ mod attest;
 mod authority;
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashMap},
     fs,
     future::Future,
     io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
 
@@ -47,6 +47,13 @@ use crate::{
 
 /// How often a waiting caller is looked at again: what an entry names may appear without a change of the file.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
+/// Connections of one process, and on one socket: a workload that leaks them does not use up those of all.
+const MAX_OF_ONE: usize = 64;
+const MAX_CONNECTIONS: usize = 4096;
+/// Calls at a time on one connection; a source makes two or three.
+const MAX_STREAMS: u32 = 64;
+/// Bytes of a request, and of its headers: the requests are empty.
+const MAX_MESSAGE: u16 = 16 * 1024;
 const SHORTEST_TTL: Duration = Duration::from_secs(2);
 
 /// The configuration file, YAML.
@@ -394,12 +401,19 @@ async fn serve_node(
     shared: Arc<Shared>,
     mut stopped: watch::Receiver<()>,
 ) -> Result<(), CaError> {
-    let callers = futures::stream::unfold(listener, |listener| async move {
+    let crowd = Crowd::default();
+    let callers = futures::stream::unfold((listener, crowd), |(listener, crowd)| async move {
         loop {
             match listener.accept().await {
                 // A caller that has gone already cannot be attested, and needs nothing.
                 Ok((stream, _)) => match UnixPeer::of(&stream) {
-                    Ok(peer) => return Some((Ok::<_, io::Error>(Caller { stream, peer }), listener)),
+                    Ok(peer) => match crowd.enter(peer.pid()) {
+                        Some(counted) => {
+                            let caller = Caller { stream, peer, _counted: counted };
+                            return Some((Ok::<_, io::Error>(caller), (listener, crowd)));
+                        }
+                        None => warn!(%peer, uid = peer.uid(), "too many connections: one is closed"),
+                    },
                     Err(reason) => debug!(%reason, "a caller without a process"),
                 },
                 Err(reason) => {
@@ -412,7 +426,9 @@ async fn serve_node(
     });
     let api = NodeApi { node: node.clone(), shared, stopped: stopped.clone() };
     tonic::transport::Server::builder()
-        .add_service(SpiffeWorkloadApiServer::new(api))
+        .max_concurrent_streams(MAX_STREAMS)
+        .http2_max_header_list_size(u32::from(MAX_MESSAGE))
+        .add_service(SpiffeWorkloadApiServer::new(api).max_decoding_message_size(usize::from(MAX_MESSAGE)))
         .serve_with_incoming_shutdown(callers, async move { while stopped.changed().await.is_ok() {} })
         .await
         .map_err(|source| CaError::Serve { node, source })
@@ -562,6 +578,41 @@ impl SpiffeWorkloadApi for NodeApi {
 struct Caller {
     stream: UnixStream,
     peer: UnixPeer,
+    _counted: Counted,
+}
+
+/// The connections of a socket, by process; those that are not visible are one.
+#[derive(Debug, Clone, Default)]
+struct Crowd(Arc<Mutex<HashMap<Option<u32>, usize>>>);
+
+impl Crowd {
+    /// Counts one for as long as what is returned lives; `None` beyond the bounds.
+    fn enter(&self, pid: Option<u32>) -> Option<Counted> {
+        let mut crowd = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (all, its) = (crowd.values().sum::<usize>(), crowd.get(&pid).copied().unwrap_or_default());
+        if all >= MAX_CONNECTIONS || its >= MAX_OF_ONE {
+            return None;
+        }
+        crowd.insert(pid, its + 1);
+        Some(Counted { crowd: self.clone(), pid })
+    }
+}
+
+struct Counted {
+    crowd: Crowd,
+    pid: Option<u32>,
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let mut crowd = self.crowd.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(its) = crowd.get_mut(&self.pid) {
+            *its -= 1;
+            if *its == 0 {
+                crowd.remove(&self.pid);
+            }
+        }
+    }
 }
 
 impl Connected for Caller {

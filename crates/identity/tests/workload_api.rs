@@ -119,6 +119,27 @@ async fn an_entry_that_comes_late_is_found() {
     lab.stop().await;
 }
 
+#[tokio::test]
+async fn a_process_that_opens_connections_without_end_is_stopped() {
+    use tokio::{io::AsyncReadExt as _, net::UnixStream};
+    let entries = format!("[{{spiffeId: 'spiffe://test.lab/me', selectors: {}}}]", me());
+    let lab = Lab::start("", &entries);
+    let path = lab.dir.path().join("node1.sock");
+    let mut open = Vec::new();
+    for _ in 0..64 {
+        let mut stream = UnixStream::connect(&path).await.unwrap();
+        // The server's first frame: it is accepted.
+        timeout(PATIENCE, stream.read_u8()).await.unwrap().unwrap();
+        open.push(stream);
+    }
+    let mut more = UnixStream::connect(&path).await.unwrap();
+    assert_eq!(timeout(PATIENCE, more.read(&mut [0])).await.unwrap().unwrap(), 0, "closed at once");
+    drop(open);
+    // They are let go of one after the other.
+    while timeout(PATIENCE, Source::fetch_once(&lab.endpoint("node1"))).await.unwrap().is_err() {}
+    lab.stop().await;
+}
+
 /// What the Workload API says to this process, asked once.
 async fn refusal(lab: &Lab, node: &str) -> String {
     let error = timeout(PATIENCE, Source::fetch_once(&lab.endpoint(node))).await.unwrap().unwrap_err();

@@ -469,6 +469,7 @@ impl Inspector {
     #[must_use]
     pub fn over_mtls(self: &Arc<Self>) -> IntrospectServer<impl Introspect + use<>> {
         IntrospectServer::new(Face { inspector: Arc::clone(self), owner: false })
+            .max_decoding_message_size(nsm_transport::MAX_MESSAGE)
     }
 
     /// Serves root and the user that this process runs as, on a socket at `path`, until the answer is dropped; those of
@@ -485,7 +486,8 @@ impl Inspector {
         let socket = UnixSocket::bind_private(path)?;
         let failed = |source| nsm_identity::Error::Socket { path: path.into(), what: "listen at", source };
         let listener = socket.listener().map_err(failed)?;
-        let face = IntrospectServer::new(Face { inspector: Arc::clone(self), owner: true });
+        let face = IntrospectServer::new(Face { inspector: Arc::clone(self), owner: true })
+            .max_decoding_message_size(nsm_transport::MAX_MESSAGE);
         let own = rustix::process::geteuid().as_raw();
         let callers = futures::stream::unfold(listener, move |listener| async move {
             loop {
@@ -512,7 +514,8 @@ impl Inspector {
             let mut routes = tonic::service::RoutesBuilder::default();
             routes.add_service(face).add_service(health);
             routes.add_service(nsm_transport::Reflection::of(&[SERVICE]));
-            let server = tonic::transport::Server::builder().add_routes(routes.routes());
+            let server =
+                tonic::transport::Server::builder().max_concurrent_streams(64).add_routes(routes.routes());
             if let Err(error) = server.serve_with_incoming(callers).await {
                 tracing::warn!(error = %crate::error::explain(&error), "this process cannot be looked at any more");
             }

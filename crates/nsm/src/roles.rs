@@ -878,6 +878,8 @@ pub(crate) struct Ipam {
     #[arg(long, env = "NSM_STATE_FILE", value_name = "FILE")]
     state_file: Option<PathBuf>,
     #[command(flatten)]
+    bounds: Bounds,
+    #[command(flatten)]
     pub(crate) common: Common,
 }
 
@@ -894,6 +896,7 @@ impl Ipam {
             prefix: self.prefix,
             client_prefix_length: self.client_prefix_len,
             state_file: self.state_file,
+            guard: self.bounds.guard(Arc::default()),
         };
         config.check()?;
         let server = PrefixServer::bind(config, process.identity().await?).await?;

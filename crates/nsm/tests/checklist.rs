@@ -225,3 +225,53 @@ fn exist(claim: &str, tests: &[(&str, &str)]) {
         assert!(is_test, "{claim}: {test} in {file} is no test");
     }
 }
+
+/// Bounds on what peers may use are set where a server is built: whoever builds one more has to think of them.
+#[test]
+fn every_server_has_bounds() {
+    let crates = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crates");
+    let mut files = vec![crates.to_owned()];
+    let mut servers = Vec::new();
+    while let Some(path) = files.pop() {
+        if path.is_dir() {
+            // Tests' servers, and the resolver's, which is no gRPC.
+            if !path.ends_with("tests") && !path.ends_with("dns") {
+                files.extend(fs::read_dir(&path).expect("read").flatten().map(|entry| entry.path()));
+            }
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            let text = fs::read_to_string(&path).expect("read");
+            let (code, _) = text.split_once("#[cfg(test)]").unwrap_or((&text, ""));
+            let code: String = code
+                .lines()
+                .filter(|line| !line.trim_start().starts_with("//"))
+                .collect::<Vec<_>>()
+                .join("\n");
+            for (built, bounded) in [
+                ("    Server::bind(", ".guarded("),
+                ("transport::Server::builder()", ".max_concurrent_streams("),
+            ] {
+                let builds = code.contains(built) || code.contains(&format!("= {}", built.trim_start()));
+                if builds {
+                    servers.push(path.strip_prefix(crates).expect("below").display().to_string());
+                    assert!(code.contains(bounded), "{}: {built} without {bounded}", path.display());
+                }
+            }
+            let services = code.matches("Server::new(").count();
+            let bounded = code.matches(".max_decoding_message_size(").count();
+            assert_eq!(services, bounded, "{}: services without .max_decoding_message_size(", path.display());
+        }
+    }
+    servers.sort();
+    assert_eq!(
+        servers,
+        [
+            "forwarder/src/serve.rs",
+            "identity/src/ca.rs",
+            "manager/src/lib.rs",
+            "mesh/src/inspect.rs",
+            "registry/src/server.rs",
+            "sdk/src/endpoint.rs",
+            "sdk/src/prefix_server.rs",
+        ]
+    );
+}

@@ -4,6 +4,9 @@
 //! [`Prefixes`] decides, purely. What is allocated on a stream lasts as long as the stream. Beyond upstream it is then
 //! kept for a while for whoever names it, because its holder comes back after a lost connection or a restart of this
 //! server, which remembers leases in a file; only when nothing else is free it goes to another.
+//!
+//! The file is for the next process, not for the next boot: with the machine go the streams of all holders, who ask for
+//! their prefixes by name again. So it is renamed into place and never synced.
 
 use std::{
     collections::BTreeMap,
@@ -29,9 +32,9 @@ use nsm_api::{
         ipam_server::{Ipam, IpamServer},
     },
 };
-use nsm_identity::{Source, explain};
+use nsm_identity::{Source, SpiffeId, explain};
 use nsm_mesh::{Error, Result};
-use nsm_transport::{ListenUrl, Peer, Server};
+use nsm_transport::{Census, Guard, ListenUrl, MAX_MESSAGE, Peer, Refusal, Server};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -42,7 +45,7 @@ pub const SERVICES: [&str; 1] = ["ipam.IPAM"];
 
 /// How long a prefix is kept for its holder after its stream has ended.
 const GRACE: Duration = Duration::from_secs(60);
-/// Prefixes that one stream may hold; endpoints hold one.
+/// Prefixes that one identity may hold, on all its streams together; endpoints hold one.
 const MOST_OF_ONE: usize = 64;
 
 /// What is free of a prefix and what is not.
@@ -53,12 +56,34 @@ pub struct Prefixes {
     leases: BTreeMap<IpNet, Holder>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A stream, and whose it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Asker {
+    /// Its number.
+    pub stream: u64,
+    /// Who has opened it.
+    pub id: SpiffeId,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum Holder {
     /// The stream that it was allocated on.
-    Stream(u64),
-    /// Nobody, but until then its last holder may come back.
-    Away(Instant),
+    Stream(Asker),
+    /// Nobody, but until then its last holder may come back, who is not known after a restart.
+    Away(Instant, Option<SpiffeId>),
+}
+
+impl Holder {
+    fn is(&self, stream: u64) -> bool {
+        matches!(self, Self::Stream(asker) if asker.stream == stream)
+    }
+
+    fn id(&self) -> Option<&SpiffeId> {
+        match self {
+            Self::Stream(asker) => Some(&asker.id),
+            Self::Away(_, id) => id.as_ref(),
+        }
+    }
 }
 
 /// Why nothing could be allocated, or not be set up.
@@ -67,8 +92,8 @@ enum Holder {
 pub enum Refused {
     #[error("no /{length} is free in {whole}: {held} are held, {excluded} prefixes are excluded")]
     Exhausted { whole: IpNet, length: u8, held: usize, excluded: usize },
-    #[error("this stream holds {MOST_OF_ONE} prefixes, the most that one may hold")]
-    TooMany,
+    #[error("{0} holds {MOST_OF_ONE} prefixes, the most that one identity may hold")]
+    TooMany(SpiffeId),
     #[error("{whole} has no /{length} in it; expected a length from {} to {}", whole.prefix_len(), whole.max_prefix_len())]
     Length { whole: IpNet, length: u8 },
 }
@@ -89,7 +114,7 @@ impl Prefixes {
     pub fn recover(&mut self, leases: impl IntoIterator<Item = IpNet>, now: Instant) {
         for prefix in leases.into_iter().map(|p| p.trunc()) {
             if self.whole.contains(&prefix) && !self.leases.keys().any(|held| overlap(held, &prefix)) {
-                self.leases.insert(prefix, Holder::Away(now + GRACE));
+                self.leases.insert(prefix, Holder::Away(now + GRACE, None));
             }
         }
     }
@@ -106,15 +131,12 @@ impl Prefixes {
     /// [`Refused::Exhausted`], [`Refused::TooMany`].
     pub fn allocate(
         &mut self,
-        stream: u64,
+        asker: &Asker,
         wanted: Option<IpNet>,
         excluded: &[IpNet],
         now: Instant,
     ) -> Result<IpNet, Refused> {
-        self.leases.retain(|_, holder| !matches!(holder, Holder::Away(until) if *until <= now));
-        if self.leases.values().filter(|holder| **holder == Holder::Stream(stream)).count() >= MOST_OF_ONE {
-            return Err(Refused::TooMany);
-        }
+        self.leases.retain(|_, holder| !matches!(holder, Holder::Away(until, _) if *until <= now));
         // Nobody had more than a part, so nobody gets more back.
         let wanted = wanted.map(|p| p.trunc()).filter(|p| {
             self.whole.contains(p)
@@ -134,15 +156,20 @@ impl Prefixes {
                 held: self.leases.len(),
                 excluded: excluded.len(),
             })?;
+        // What is kept for it counts too: streams that come and go would take what is kept for others.
+        let its = |(held, by): &(&IpNet, &Holder)| by.id() == Some(&asker.id) && !overlap(held, &prefix);
+        if self.leases.iter().filter(its).count() >= MOST_OF_ONE {
+            return Err(Refused::TooMany(asker.id.clone()));
+        }
         self.leases.retain(|held, _| !overlap(held, &prefix));
-        self.leases.insert(prefix, Holder::Stream(stream));
+        self.leases.insert(prefix, Holder::Stream(asker.clone()));
         Ok(prefix)
     }
 
     /// Frees a prefix that was allocated on this stream. Whether it was.
     pub fn free(&mut self, stream: u64, prefix: IpNet) -> bool {
         let prefix = prefix.trunc();
-        let its = self.leases.get(&prefix) == Some(&Holder::Stream(stream));
+        let its = self.leases.get(&prefix).is_some_and(|holder| holder.is(stream));
         if its {
             self.leases.remove(&prefix);
         }
@@ -151,8 +178,8 @@ impl Prefixes {
 
     /// The stream has ended.
     pub fn end(&mut self, stream: u64, now: Instant) {
-        for holder in self.leases.values_mut().filter(|holder| **holder == Holder::Stream(stream)) {
-            *holder = Holder::Away(now + GRACE);
+        for holder in self.leases.values_mut().filter(|holder| holder.is(stream)) {
+            *holder = Holder::Away(now + GRACE, holder.id().cloned());
         }
     }
 
@@ -215,6 +242,8 @@ pub struct PrefixServerConfig {
     pub client_prefix_length: u8,
     /// Where leases are kept for the next process; `None`: nowhere.
     pub state_file: Option<PathBuf>,
+    /// What endpoints may use of it.
+    pub guard: Guard,
 }
 
 impl PrefixServerConfig {
@@ -248,6 +277,7 @@ impl PrefixServer {
         let leases = Leases::open(&config)?;
         let server =
             Server::bind(source, &config.listen_on).await.map_err(|e| Error::unavailable(explain(&e)))?;
+        let server = server.guarded(&config.guard);
         tracing::info!(prefix = %config.prefix, length = config.client_prefix_length, "handing out prefixes");
         Ok(Self { server, leases })
     }
@@ -263,7 +293,7 @@ impl PrefixServer {
         let mut routes = tonic::service::RoutesBuilder::default();
         let (stop, stopped) = tokio::sync::watch::channel(());
         let leases = Leases { stopped: Some(stopped), ..self.leases };
-        routes.add_service(IpamServer::new(leases));
+        routes.add_service(IpamServer::new(leases).max_decoding_message_size(MAX_MESSAGE));
         let shutdown = async {
             shutdown.await;
             drop(stop);
@@ -276,8 +306,11 @@ impl PrefixServer {
 #[derive(Debug, Clone)]
 struct Leases {
     prefixes: Arc<Mutex<Prefixes>>,
-    file: Option<Arc<PathBuf>>,
+    file: Option<Arc<LeaseFile>>,
     streams: Arc<AtomicU64>,
+    /// Open streams of each identity.
+    census: Census,
+    most_streams: usize,
     /// Ends with the server, and streams with it.
     stopped: Option<tokio::sync::watch::Receiver<()>>,
 }
@@ -302,25 +335,32 @@ impl Leases {
         }
         Ok(Self {
             prefixes: Arc::new(Mutex::new(prefixes)),
-            file: config.state_file.clone().map(Arc::new),
+            file: config
+                .state_file
+                .clone()
+                .map(|path| Arc::new(LeaseFile { path, writing: Mutex::default() })),
             streams: Arc::default(),
+            census: Census::default(),
+            most_streams: config.guard.limits.watches_of_one,
             stopped: None,
         })
     }
 
-    /// Writes beside the file and renames: a crash leaves the old one or the new one.
-    fn save(&self, prefixes: &Prefixes) -> io::Result<()> {
-        let Some(file) = self.file.as_deref() else { return Ok(()) };
-        let mut beside = file.clone().into_os_string();
-        beside.push(".new");
-        let text: String = prefixes.leases().map(|prefix| format!("{prefix}\n")).collect();
-        fs::write(&beside, text)?;
-        fs::rename(&beside, file)
+    /// Writes what is held now, on a thread that may wait for a disk.
+    async fn save(&self) {
+        let Some(file) = self.file.clone() else { return };
+        let prefixes = Arc::clone(&self.prefixes);
+        let saved = tokio::task::spawn_blocking(move || file.write(&prefixes)).await;
+        if let Err(error) = saved.map_err(io::Error::other).and_then(|saved| saved) {
+            // Only a restart would miss it, and then it is asked for by name.
+            tracing::warn!(%error, "the leases could not be written");
+        }
     }
 
-    fn answer(&self, stream: u64, request: &PrefixRequest) -> Result<Option<PrefixResponse>, Status> {
+    fn answer(&self, asker: &Asker, request: &PrefixRequest) -> Result<Option<PrefixResponse>, Status> {
         let mut prefixes = self.prefixes.lock();
-        let answer = match request.r#type() {
+        let stream = asker.stream;
+        Ok(match request.r#type() {
             Type::Allocate => {
                 if request.exclude_prefixes.len() > MAX_ITEMS {
                     return Err(Status::invalid_argument(format!(
@@ -333,7 +373,7 @@ impl Leases {
                     request.exclude_prefixes.iter().filter_map(|text| text.parse().ok()).collect();
                 let wanted = request.prefix.parse().ok();
                 let prefix = prefixes
-                    .allocate(stream, wanted, &excluded, Instant::now())
+                    .allocate(asker, wanted, &excluded, Instant::now())
                     .map_err(|e| Status::resource_exhausted(e.to_string()))?;
                 tracing::info!(stream, %prefix, "allocated");
                 let exclude_prefixes = request.exclude_prefixes.clone();
@@ -350,24 +390,39 @@ impl Leases {
                     request.r#type
                 )));
             }
-        };
-        if let Err(error) = self.save(&prefixes) {
-            // Only a restart would miss it, and then it is asked for by name.
-            tracing::warn!(%error, "the leases could not be written");
-        }
-        Ok(answer)
+        })
+    }
+}
+
+/// The file of the leases. The next process reads it.
+#[derive(Debug)]
+struct LeaseFile {
+    path: PathBuf,
+    /// One writer at a time, and each writes what is held when its turn comes: the last one all.
+    writing: Mutex<()>,
+}
+
+impl LeaseFile {
+    /// Writes beside the file and renames: a crash leaves the old one or the new one.
+    fn write(&self, prefixes: &Mutex<Prefixes>) -> io::Result<()> {
+        let _turn = self.writing.lock();
+        let text: String = prefixes.lock().leases().map(|prefix| format!("{prefix}\n")).collect();
+        let mut beside = self.path.clone().into_os_string();
+        beside.push(".new");
+        fs::write(&beside, text)?;
+        fs::rename(&beside, &self.path)
     }
 }
 
 /// Keeps what was allocated on a stream until it ends.
 struct OpenStream {
     leases: Leases,
-    id: u64,
+    asker: Asker,
 }
 
 impl Drop for OpenStream {
     fn drop(&mut self) {
-        self.leases.prefixes.lock().end(self.id, Instant::now());
+        self.leases.prefixes.lock().end(self.asker.stream, Instant::now());
     }
 }
 
@@ -380,16 +435,26 @@ impl Ipam for Leases {
         request: Request<Streaming<PrefixRequest>>,
     ) -> Result<Response<Self::ManagePrefixesStream>, Status> {
         let peer = Peer::of(&request)?.id().clone();
-        let id = self.streams.fetch_add(1, Ordering::Relaxed);
-        let stream = OpenStream { leases: self.clone(), id };
+        let counted = self.census.enter(&peer, self.most_streams).ok_or_else(|| {
+            let text =
+                format!("{peer} has {} streams open, the most that one identity may have", self.most_streams);
+            Refusal("watches").mark(Status::resource_exhausted(text))
+        })?;
+        let asker = Asker { stream: self.streams.fetch_add(1, Ordering::Relaxed), id: peer };
+        let stream = OpenStream { leases: self.clone(), asker };
         let mut stopped = self.stopped.clone();
         let mut requests = request.into_inner();
         // One answer at a time: who does not read is not read from.
         let (tell, answers) = mpsc::channel(1);
         tokio::spawn(async move {
+            let _counted = counted;
             let serve = async {
                 while let Some(Ok(request)) = requests.next().await {
-                    match stream.leases.answer(stream.id, &request) {
+                    let answer = stream.leases.answer(&stream.asker, &request);
+                    if answer.is_ok() {
+                        stream.leases.save().await;
+                    }
+                    match answer {
                         Ok(None) => {}
                         Ok(Some(answer)) => {
                             if tell.send(Ok(answer)).await.is_err() {
@@ -397,7 +462,7 @@ impl Ipam for Leases {
                             }
                         }
                         Err(status) => {
-                            tracing::info!(peer = %peer, %status, "request for a prefix refused");
+                            tracing::info!(peer = %stream.asker.id, %status, "request for a prefix refused");
                             let _ = tell.send(Err(status)).await;
                             return;
                         }
@@ -428,6 +493,11 @@ mod tests {
         text.parse().unwrap()
     }
 
+    /// A stream, each of somebody else.
+    fn of(stream: u64) -> Asker {
+        Asker { stream, id: format!("spiffe://test.lab/{stream}").parse().unwrap() }
+    }
+
     fn pool(whole: &str, length: u8) -> Prefixes {
         Prefixes::new(p(whole), length).unwrap()
     }
@@ -438,7 +508,7 @@ mod tests {
         let mut pool = pool("172.16.0.0/16", 24);
         let mut take = |stream, wanted: &str, excluded: &[&str]| {
             let excluded: Vec<_> = excluded.iter().map(|text| p(text)).collect();
-            pool.allocate(stream, wanted.parse().ok(), &excluded, now).unwrap().to_string()
+            pool.allocate(&of(stream), wanted.parse().ok(), &excluded, now).unwrap().to_string()
         };
         assert_eq!(take(1, "", &[]), "172.16.0.0/24");
         assert_eq!(take(2, "", &[]), "172.16.1.0/24");
@@ -454,18 +524,37 @@ mod tests {
     fn a_prefix_is_kept_for_its_holder_unless_nothing_else_is_free() {
         let now = Instant::now();
         let mut pool = pool("10.0.0.0/23", 24);
-        let a = pool.allocate(1, None, &[], now).unwrap();
+        let a = pool.allocate(&of(1), None, &[], now).unwrap();
         pool.end(1, now);
-        let b = pool.allocate(2, None, &[], now).unwrap();
+        let b = pool.allocate(&of(2), None, &[], now).unwrap();
         assert_ne!(a, b, "its holder may come back");
-        assert_eq!(pool.allocate(3, Some(a), &[], now), Ok(a), "and does");
-        assert!(matches!(pool.allocate(4, None, &[], now), Err(Refused::Exhausted { held: 2, .. })));
+        assert_eq!(pool.allocate(&of(3), Some(a), &[], now), Ok(a), "and does");
+        assert!(matches!(pool.allocate(&of(4), None, &[], now), Err(Refused::Exhausted { held: 2, .. })));
         pool.end(3, now);
-        assert_eq!(pool.allocate(4, None, &[], now), Ok(a), "better than to refuse");
+        assert_eq!(pool.allocate(&of(4), None, &[], now), Ok(a), "better than to refuse");
         assert!(!pool.free(2, a), "it is another's");
         assert!(pool.free(2, b) && !pool.free(2, b));
         pool.end(4, now);
-        assert_eq!(pool.allocate(5, None, &[], now + GRACE), Ok(a), "long enough");
+        assert_eq!(pool.allocate(&of(5), None, &[], now + GRACE), Ok(a), "long enough");
+    }
+
+    #[test]
+    fn an_identity_holds_no_more_on_many_streams_than_on_one() {
+        let now = Instant::now();
+        let mut pool = pool("10.0.0.0/16", 24);
+        let greedy = |stream| Asker { stream, ..of(0) };
+        let held: Vec<_> =
+            (0..64).map(|stream| pool.allocate(&greedy(stream), None, &[], now).unwrap()).collect();
+        let refused = pool.allocate(&greedy(64), None, &[], now).unwrap_err();
+        assert_eq!(refused, Refused::TooMany(of(0).id));
+        pool.allocate(&of(99), None, &[], now).unwrap();
+        // Streams that end give nothing back at once; whoever comes back for it gets it.
+        (0..64).for_each(|stream| pool.end(stream, now));
+        assert_eq!(pool.allocate(&greedy(65), None, &[], now), Err(Refused::TooMany(of(0).id)));
+        assert_eq!(pool.allocate(&greedy(65), Some(held[3]), &[], now), Ok(held[3]));
+        assert!(pool.free(65, held[3]));
+        pool.allocate(&greedy(66), None, &[], now).unwrap();
+        pool.allocate(&greedy(67), None, &[], now + GRACE).unwrap();
     }
 
     #[test]
@@ -474,8 +563,11 @@ mod tests {
         let mut pool = pool("2001:db8::/64", 112);
         pool.recover(["2001:db8::/112", "2001:db8::1:0/112", "2001:db8::/112", "fd00::/112"].map(p), now);
         assert_eq!(pool.leases().count(), 2);
-        assert_eq!(pool.allocate(1, None, &[], now).unwrap(), p("2001:db8::2:0/112"));
-        assert_eq!(pool.allocate(2, Some(p("2001:db8::1:0/112")), &[], now).unwrap(), p("2001:db8::1:0/112"));
+        assert_eq!(pool.allocate(&of(1), None, &[], now).unwrap(), p("2001:db8::2:0/112"));
+        assert_eq!(
+            pool.allocate(&of(2), Some(p("2001:db8::1:0/112")), &[], now).unwrap(),
+            p("2001:db8::1:0/112")
+        );
     }
 
     #[test]
@@ -485,12 +577,12 @@ mod tests {
             assert!(error.contains(whole) && error.contains("expected a length"), "{error}");
         }
         let mut everything = pool("0.0.0.0/0", 0);
-        assert_eq!(everything.allocate(1, None, &[], Instant::now()).unwrap(), p("0.0.0.0/0"));
+        assert_eq!(everything.allocate(&of(1), None, &[], Instant::now()).unwrap(), p("0.0.0.0/0"));
         let mut everything = pool("::/0", 0);
-        assert_eq!(everything.allocate(1, None, &[], Instant::now()).unwrap(), p("::/0"));
+        assert_eq!(everything.allocate(&of(1), None, &[], Instant::now()).unwrap(), p("::/0"));
         let mut one = pool("255.255.255.255/32", 32);
-        one.allocate(1, None, &[], Instant::now()).unwrap();
-        assert!(one.allocate(1, None, &[], Instant::now()).is_err());
+        one.allocate(&of(1), None, &[], Instant::now()).unwrap();
+        assert!(one.allocate(&of(1), None, &[], Instant::now()).is_err());
     }
 
     proptest::proptest! {
@@ -510,7 +602,7 @@ mod tests {
                         let taken = |part: &IpNet, live: &[(u64, IpNet)]| {
                             live.iter().map(|(_, held)| held).chain(excluded).any(|net| overlap(net, part))
                         };
-                        match pool.allocate(stream, Some(some), excluded, now) {
+                        match pool.allocate(&of(stream), Some(some), excluded, now) {
                             Ok(got) => {
                                 proptest::prop_assert!(!taken(&got, &live));
                                 live.push((stream, got));

@@ -13,7 +13,7 @@ use nsm_sdk::{
     prefix_client::LeasedPrefix,
     prefix_server::{PrefixServer, PrefixServerConfig},
 };
-use nsm_transport::{DialTarget, DialUrl, ListenUrl, Pool, PoolConfig};
+use nsm_transport::{DialTarget, DialUrl, Guard, Limits, ListenUrl, Pool, PoolConfig};
 use tokio::{sync::oneshot, task::JoinHandle};
 use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
 use tonic::Code;
@@ -42,6 +42,7 @@ impl Mesh {
             prefix: p("172.16.0.0/22"),
             client_prefix_length: 24,
             state_file: Some(self.state_file()),
+            guard: Guard { limits: Limits { watches_of_one: 3, ..Limits::default() }, ..Guard::default() },
         }
     }
 
@@ -133,6 +134,32 @@ async fn a_stream_allocates_gives_back_and_is_told_what_is_wrong() {
         assert_eq!(error.code(), Code::InvalidArgument);
         assert!(error.message().contains("expected 1 (ALLOCATE) or 2 (DELETE)"), "{error:?}");
     }
+    stop.send(()).unwrap();
+    served.await.unwrap();
+}
+
+#[tokio::test]
+async fn an_identity_has_so_many_streams_and_messages_are_bounded() {
+    let mesh = Mesh::new();
+    let (stop, served) = mesh.serve().await;
+    let open = async |name: &str, request: PrefixRequest| {
+        let pool = Pool::new(mesh.source(name), PoolConfig::default());
+        let mut client = IpamClient::new(pool.get(mesh.target(), PATIENCE).await.unwrap());
+        let requests = tokio_stream::once(request).chain(tokio_stream::pending());
+        Ok::<_, tonic::Status>(client.manage_prefixes(requests).await?.into_inner())
+    };
+    let nothing = || PrefixRequest { r#type: Type::Delete.into(), ..PrefixRequest::default() };
+    let mut streams = Vec::new();
+    for _ in 0..3 {
+        streams.push(open("greedy", nothing()).await.unwrap());
+    }
+    let refused = open("greedy", nothing()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    assert!(refused.message().contains("spiffe://test.lab/greedy has 3 streams open"), "{refused}");
+    let large = PrefixRequest { prefix: "x".repeat(3 << 20), ..nothing() };
+    let mut answers = open("another", large).await.unwrap();
+    assert!(answers.next().await.is_none(), "a message that is too long ends its stream");
+    drop(streams);
     stop.send(()).unwrap();
     served.await.unwrap();
 }

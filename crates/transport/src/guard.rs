@@ -122,13 +122,14 @@ pub(crate) fn reason(status: &Status) -> &'static str {
     "other"
 }
 
-/// Connections of each identity, on all sockets of a server.
+/// How many of something each identity has: connections on all sockets of a server, or streams of a service.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Census(Arc<Mutex<HashMap<SpiffeId, usize>>>);
+pub struct Census(Arc<Mutex<HashMap<SpiffeId, usize>>>);
 
 impl Census {
-    /// Counts a connection for as long as what is returned lives; `None` beyond the bound.
-    pub(crate) fn enter(&self, id: &SpiffeId, most: usize) -> Option<Counted> {
+    /// Counts one for as long as what is returned lives; `None` beyond the bound.
+    #[must_use]
+    pub fn enter(&self, id: &SpiffeId, most: usize) -> Option<Counted> {
         let mut open = self.0.lock();
         let of_one = open.entry(id.clone()).or_default();
         if *of_one >= most {
@@ -139,9 +140,9 @@ impl Census {
     }
 }
 
-/// One connection in a [`Census`].
+/// One of what a [`Census`] counts.
 #[derive(Debug)]
-pub(crate) struct Counted {
+pub struct Counted {
     census: Census,
     id: SpiffeId,
 }
