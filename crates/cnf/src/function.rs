@@ -67,7 +67,7 @@ pub async fn run(
         tracing::info!("rules, first match decides:\n{rules}");
     }
     let works = Works::start(role).map_err(|e| refused("start", &e))?;
-    let hub = Arc::new(Hub::of(config.guard.limits.watches_of_one));
+    let hub = Arc::new(Hub::guarded(&config.guard));
     let pool = config.pool(source.clone());
     let dial = Dial::new(pool.clone(), &config.name, Arc::clone(&hub), config.dial_timeout);
     let chain = function(

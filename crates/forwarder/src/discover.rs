@@ -17,6 +17,9 @@ use nsm_registry::{Endpoint, LookUp};
 use parking_lot::Mutex;
 use tonic::Code;
 
+/// Services whose turn is remembered.
+const MAX_TURNS: usize = 4096;
+
 /// The element. Candidates are tried in turn, starting with the next one for every new wire of a service, or with those
 /// that the weights of its routes prefer.
 #[derive(Debug)]
@@ -50,6 +53,10 @@ impl Discover {
 
     fn turn(&self, service: &str) -> usize {
         let mut turns = self.turns.lock();
+        // Services come and go; to begin anew harms no turn.
+        if turns.len() >= MAX_TURNS && !turns.contains_key(service) {
+            turns.clear();
+        }
         let turn = turns.entry(service.to_owned()).or_default();
         std::mem::replace(turn, turn.wrapping_add(1))
     }

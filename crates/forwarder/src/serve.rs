@@ -199,7 +199,7 @@ impl Forwarder {
     /// Starts without listening anywhere: for a manager in the same process.
     pub fn start(self, only_from: OnlyFrom, directory: Arc<dyn LookUp>, pool: Pool) -> Running {
         let Self { config, wires, tunnel, watch } = self;
-        let hub = Arc::new(Hub::of(config.guard.limits.watches_of_one));
+        let hub = Arc::new(Hub::guarded(&config.guard));
         let chain = chain(
             Authorize { max_token_lifetime: config.max_token_lifetime, policies: config.guard.policies },
             only_from,

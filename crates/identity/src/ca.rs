@@ -18,7 +18,7 @@ use std::{
     path::{Path, PathBuf},
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use serde::{Deserialize, Deserializer, de};
@@ -37,7 +37,7 @@ pub use attest::{Entry, Selectors};
 pub use authority::Authority;
 
 use crate::{
-    Error, FileWatch, SpiffeId, TrustDomain, UnixPeer, UnixSocket,
+    Error, FileWatch, Seldom, SpiffeId, TrustDomain, UnixPeer, UnixSocket,
     pb::{
         self,
         spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer},
@@ -412,7 +412,11 @@ async fn serve_node(
                             let caller = Caller { stream, peer, _counted: counted };
                             return Some((Ok::<_, io::Error>(caller), (listener, crowd)));
                         }
-                        None => warn!(%peer, uid = peer.uid(), "too many connections: one is closed"),
+                        None => {
+                            if let Some(untold) = crowd.told.turn(Instant::now()) {
+                                warn!(%peer, uid = peer.uid(), untold, "too many connections: one is closed");
+                            }
+                        }
                     },
                     Err(reason) => debug!(%reason, "a caller without a process"),
                 },
@@ -583,12 +587,15 @@ struct Caller {
 
 /// The connections of a socket, by process; those that are not visible are one.
 #[derive(Debug, Clone, Default)]
-struct Crowd(Arc<Mutex<HashMap<Option<u32>, usize>>>);
+struct Crowd {
+    of: Arc<Mutex<HashMap<Option<u32>, usize>>>,
+    told: Arc<Seldom>,
+}
 
 impl Crowd {
     /// Counts one for as long as what is returned lives; `None` beyond the bounds.
     fn enter(&self, pid: Option<u32>) -> Option<Counted> {
-        let mut crowd = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut crowd = self.of.lock().unwrap_or_else(PoisonError::into_inner);
         let (all, its) = (crowd.values().sum::<usize>(), crowd.get(&pid).copied().unwrap_or_default());
         if all >= MAX_CONNECTIONS || its >= MAX_OF_ONE {
             return None;
@@ -605,7 +612,7 @@ struct Counted {
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        let mut crowd = self.crowd.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut crowd = self.crowd.of.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(its) = crowd.get_mut(&self.pid) {
             *its -= 1;
             if *its == 0 {

@@ -13,6 +13,7 @@ pub mod ca;
 pub mod chains;
 mod id;
 pub mod policy;
+mod seldom;
 mod source;
 mod svid;
 pub mod token;
@@ -23,6 +24,7 @@ use std::{io, path::PathBuf, sync::Arc};
 
 pub use id::{InvalidId, SpiffeId, TrustDomain};
 pub use policy::Denial;
+pub use seldom::Seldom;
 pub use source::{ENDPOINT_VARIABLE, Source};
 pub use svid::{Bundles, CertificateError, Identity, Leaf, Svid};
 pub use token::{Claims, Token};

@@ -152,7 +152,7 @@ impl Manager {
         if let Cluster::At(url) = config.registry.clone() {
             inspector.add(Arc::new(Neighbour { pool: pool.clone(), role: "registry", url }));
         }
-        let hub = Arc::new(Hub::of(config.guard.limits.watches_of_one));
+        let hub = Arc::new(Hub::guarded(&config.guard));
         let (follow_service, news) = FollowService::new();
         let chain = chain(&config, registry.clone(), follow_service.clone(), own, Arc::clone(&hub), pool);
         let connections = Connections::serving(&config.name, chain, Arc::clone(&config.metrics));

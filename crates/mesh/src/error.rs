@@ -5,7 +5,7 @@ use std::fmt;
 use nsm_api::{limits::Malformed, path::PathError};
 use nsm_identity::Denial;
 pub use nsm_identity::explain;
-use nsm_transport::Refusal;
+use nsm_transport::{Refusal, Unanswered};
 use tonic::{Code, Status};
 
 /// The result of everything that a chain does.
@@ -125,11 +125,13 @@ impl From<Denial> for Error {
 }
 
 impl From<Status> for Error {
-    /// A neighbour's error, passed on as it is: its text names the hop that failed, if that is one of ours.
+    /// A neighbour's error, passed on as it is: its text names the hop that failed, if that is one of ours. Where no
+    /// neighbour has answered it is this hop's.
     fn from(status: Status) -> Self {
+        let hop = (!Unanswered::is_why(&status)).then(String::new);
         // A neighbour's words go into logs and onto terminals.
         let text: String = status.message().chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-        Self { hop: Some(String::new()), ..Self::new(status.code(), text) }
+        Self { hop, ..Self::new(status.code(), text) }
     }
 }
 

@@ -19,8 +19,9 @@ use nsm_api::{
     },
 };
 use nsm_identity::SpiffeId;
+use nsm_transport::{Guard, Refusals};
 use parking_lot::Mutex;
-use tokio::sync::mpsc;
+use tokio::sync::mpsc::{self, error::TrySendError};
 
 use crate::{
     chain::{Context, Element, Next},
@@ -34,8 +35,6 @@ const LAG: usize = 256;
 const TOGETHER: usize = 128;
 /// Watchers of one process.
 const MAX_WATCHERS: usize = 65_536;
-/// Watchers of one identity: upstream's neighbours open one for each of their connections.
-const MAX_OF_ONE: usize = 16_384;
 
 /// Whether a connection is in a selector's scope (section 9.1).
 #[must_use]
@@ -97,11 +96,13 @@ pub struct Hub {
     state: Mutex<HubState>,
     /// Watchers of one identity.
     most_of_one: usize,
+    /// Where it is counted that one was cut off.
+    refusals: Refusals,
 }
 
 impl Default for Hub {
     fn default() -> Self {
-        Self::of(MAX_OF_ONE)
+        Self::guarded(&Guard::default())
     }
 }
 
@@ -219,10 +220,25 @@ impl fmt::Debug for Hub {
 }
 
 impl Hub {
-    /// A hub that one identity may watch so many times at once.
+    /// A hub that keeps who watches within these bounds.
     #[must_use]
-    pub fn of(most_of_one: usize) -> Self {
-        Self { state: Mutex::default(), most_of_one }
+    pub fn guarded(guard: &Guard) -> Self {
+        let (most_of_one, refusals) = (guard.limits.watches_of_one, guard.refusals.clone());
+        Self { state: Mutex::default(), most_of_one, refusals }
+    }
+
+    fn tell(&self, state: &mut HubState, kind: ConnectionEventType, news: &[Known]) {
+        for _ in 0..state.tell(kind, news) {
+            self.refusals.count(tonic::Code::Aborted, "slow_reader");
+        }
+    }
+
+    fn tell_news(&self, state: &mut HubState, news: Vec<Known>) {
+        // Together: what falls at once is few events, and cuts off nobody who reads at all.
+        for some in news.chunks(TOGETHER) {
+            self.tell(state, ConnectionEventType::Update, some);
+        }
+        state.connections.extend(news.into_iter().map(|known| (known.conn.id.clone(), known)));
     }
 
     /// Watches what the selector names. The first event is the initial transfer, always, even when empty:
@@ -312,14 +328,14 @@ impl Hub {
 
     /// A connection is new or has changed; `owner` asked for it.
     pub fn update(&self, conn: Connection, owner: Option<SpiffeId>) {
-        self.state.lock().update(vec![Known { conn, owner }]);
+        self.tell_news(&mut self.state.lock(), vec![Known { conn, owner }]);
     }
 
     /// A connection is gone.
     pub fn delete(&self, id: &str) {
         let mut state = self.state.lock();
         if let Some(known) = state.connections.remove(id) {
-            state.tell(ConnectionEventType::Delete, &[known]);
+            self.tell(&mut state, ConnectionEventType::Delete, &[known]);
         }
     }
 
@@ -335,7 +351,7 @@ impl Hub {
                 }
             }
         }
-        state.update(news);
+        self.tell_news(&mut state, news);
     }
 
     /// The next hop of these connections is lost: DOWN travels hop by hop towards the clients.
@@ -344,21 +360,14 @@ impl Hub {
         let known = ids.into_iter().filter_map(|id| state.connections.get(id));
         let mut fell: Vec<Known> = known.filter(|known| known.conn.state() != State::Down).cloned().collect();
         fell.iter_mut().for_each(|known| known.conn.set_state(State::Down));
-        state.update(fell);
+        self.tell_news(&mut state, fell);
     }
 }
 
 impl HubState {
-    fn update(&mut self, news: Vec<Known>) {
-        // Together: what falls at once is few events, and cuts off nobody who reads at all.
-        for some in news.chunks(TOGETHER) {
-            self.tell(ConnectionEventType::Update, some);
-        }
-        self.connections.extend(news.into_iter().map(|known| (known.conn.id.clone(), known)));
-    }
-
-    /// Tells every watcher what it sees of this.
-    fn tell(&mut self, kind: ConnectionEventType, news: &[Known]) {
+    /// Tells every watcher what it sees of this; returns how many were cut off.
+    fn tell(&mut self, kind: ConnectionEventType, news: &[Known]) -> usize {
+        let mut cut = 0;
         let event = |connections| Arc::new(ConnectionEvent { r#type: kind.into(), connections });
         let entry = |known: &Known| (known.conn.id.clone(), known.conn.clone());
         // Most see all of it, and share it.
@@ -382,9 +391,12 @@ impl HubState {
                     _ => event(seen.into_iter().map(entry).collect::<BTreeMap<_, _>>()),
                 };
                 // Full: the watcher reads too slowly and is cut off; it comes back and gets the state anew.
-                watcher.events.try_send(event).is_ok()
+                let sent = watcher.events.try_send(event);
+                cut += usize::from(matches!(sent, Err(TrySendError::Full(_))));
+                sent.is_ok()
             });
         }
+        cut
     }
 }
 
@@ -530,7 +542,8 @@ mod tests {
     #[tokio::test]
     async fn each_of_many_watchers_hears_of_its_own_and_who_has_gone_does_not_count() {
         let me: SpiffeId = "spiffe://t/me".parse().unwrap();
-        let hub = Hub::of(100);
+        let limits = nsm_transport::Limits { watches_of_one: 100, ..Default::default() };
+        let hub = Hub::guarded(&Guard { limits, ..Guard::default() });
         let watch = |segments: &[(&str, &str)]| {
             hub.watch(selector(segments, &[]), Viewer::Peer(me.clone())).map(|mut events| {
                 events.try_recv().unwrap();
@@ -572,6 +585,11 @@ mod tests {
             seen += 1;
         }
         assert_eq!(seen, LAG, "what was buffered, then the end");
+        assert_eq!(hub.refusals.of("slow_reader"), 1);
+        // Who leaves by himself is none.
+        drop(hub.watch(selector(&[], &[]), Viewer::All).unwrap());
+        hub.update(conn(1, PATH), None);
+        assert_eq!(hub.refusals.of("slow_reader"), 1);
     }
 
     #[tokio::test]

@@ -27,11 +27,11 @@ use nsm_identity::{
     policy::{self, Check, Evidence, Policies},
     token,
 };
-use nsm_transport::{Deadline, Guard, Limits, ListenUrl, MAX_MESSAGE, Peer, Server, client_token};
+use nsm_transport::{Deadline, Guard, Limits, ListenUrl, MAX_MESSAGE, Peer, Refusals, Server, client_token};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::{sync::watch, time::Instant};
-use tonic::{Request, Response, Status, metadata::MetadataValue, service::Routes};
+use tonic::{Code, Request, Response, Status, metadata::MetadataValue, service::Routes};
 use tracing::{debug, info, warn};
 
 use crate::{
@@ -395,6 +395,7 @@ impl<T: Item> Front<T> {
 
     async fn find(&self, request: Request<T::Query>) -> Result<Response<Found<T>>, Status> {
         let peer = Peer::of(&request)?.clone();
+        let refusals = request.extensions().get::<Refusals>().cloned().unwrap_or_default();
         let (query, watch) = T::query(request.into_inner());
         check(&query)?;
         let open = watch.then(|| self.count_watch(peer.id())).transpose()?;
@@ -406,6 +407,9 @@ impl<T: Item> Front<T> {
         };
         let found = events.map(move |event| {
             let _counted = &open;
+            if matches!(event, Err(Error::TooSlow)) {
+                refusals.count(Code::Aborted, "slow_reader");
+            }
             event.map(|(item, deleted)| item.to_response(deleted)).map_err(Status::from)
         });
         Ok(Response::new(if watch { Box::pin(found.take_until(end)) } else { Box::pin(found) }))

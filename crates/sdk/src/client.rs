@@ -588,6 +588,10 @@ mod tests {
         give_up.after(&Error::unavailable("the manager cannot be reached"));
         tokio::time::advance(PATIENCE * 2).await;
         assert!(!give_up.is_due(), "nobody was asked");
+        let broke = nsm_transport::Unanswered.mark(tonic::Status::unavailable("the connection broke"));
+        give_up.after(&broke.into());
+        tokio::time::advance(PATIENCE * 2).await;
+        assert!(!give_up.is_due(), "nobody has answered");
         give_up.after(&Error::unavailable("a hop behind it cannot be reached").at("manager"));
         give_up.after(&Error::not_found("the endpoint").at("forwarder"));
         assert!(!give_up.is_due());

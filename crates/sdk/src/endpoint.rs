@@ -117,7 +117,7 @@ pub async fn serve_addresses(
 ) -> Result<()> {
     let namespace = OwnNamespace::open()
         .map_err(|e| Error::internal(format!("our own network namespace cannot be opened: {e}")))?;
-    let hub = Arc::new(Hub::of(config.guard.limits.watches_of_one));
+    let hub = Arc::new(Hub::guarded(&config.guard));
     let chain = endpoint(config.authorize(), Arc::clone(&hub), provides, namespace);
     let pool = config.pool(source.clone());
     serve(config, chain, hub, source, pool, ready, shutdown).await

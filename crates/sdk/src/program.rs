@@ -164,7 +164,7 @@ impl Program {
             registry_answers: Default::default(),
             metrics: Default::default(),
         };
-        let hub = Arc::new(Hub::of(config.guard.limits.watches_of_one));
+        let hub = Arc::new(Hub::guarded(&config.guard));
         let pool = config.pool(self.source.clone());
         Ok(Serving { config, namespace: own_namespace()?, hub, source: self.source.clone(), pool })
     }

@@ -60,6 +60,26 @@ impl Refusal {
     }
 }
 
+/// The source of a [`Status`] that no peer has sent: the way to it broke, and whether it has done anything is not known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("nobody has answered")]
+pub struct Unanswered;
+
+impl Unanswered {
+    /// Adds it to a status.
+    #[must_use]
+    pub fn mark(self, mut status: Status) -> Status {
+        status.set_source(Arc::new(self));
+        status
+    }
+
+    /// Whether it is the source of a status.
+    #[must_use]
+    pub fn is_why(status: &Status) -> bool {
+        std::error::Error::source(status).is_some_and(|source| source.is::<Self>())
+    }
+}
+
 impl Refusals {
     /// Shows the counters with a role's own.
     pub fn register(&self, registry: &mut Registry) {
@@ -78,7 +98,8 @@ impl Refusals {
         labels.filter_map(|labels| self.0.get(&labels).map(|counter| counter.get())).sum()
     }
 
-    pub(crate) fn count(&self, code: Code, reason: &'static str) {
+    /// Counts one.
+    pub fn count(&self, code: Code, reason: &'static str) {
         self.0.get_or_create(&Labels { code: format!("{code:?}"), reason }).inc();
     }
 }
@@ -161,16 +182,53 @@ impl Drop for Counted {
 
 /// A request's body whose bytes count against what its connection may have in flight: a peer that begins ten thousand
 /// messages and ends none would otherwise fill the memory within every bound on messages.
+///
+/// The messages of a stream count until the next one begins: its handler has taken them by then. That of a call with
+/// one counts as long as the call.
 pub(crate) struct Metered<B> {
     inner: B,
     in_flight: Arc<AtomicUsize>,
     most: usize,
     taken: usize,
+    begun: Begun,
+}
+
+/// Where in gRPC's frames a body is: a byte of flags, the length, the message.
+#[derive(Debug, Default)]
+struct Begun {
+    header: [u8; 5],
+    of_header: usize,
+    left: usize,
+    /// Bytes of the message that has begun and not ended.
+    bytes: usize,
+}
+
+impl Begun {
+    fn advance(&mut self, mut data: &[u8]) {
+        while let Some(&first) = data.first() {
+            let taken = if self.of_header < self.header.len() {
+                self.header[self.of_header] = first;
+                self.of_header += 1;
+                let [_, a, b, c, d] = self.header;
+                self.left = u32::from_be_bytes([a, b, c, d]) as usize;
+                1
+            } else {
+                let taken = self.left.min(data.len());
+                self.left -= taken;
+                taken
+            };
+            self.bytes += taken;
+            if self.of_header == self.header.len() && self.left == 0 {
+                *self = Self::default();
+            }
+            data = data.get(taken..).unwrap_or_default();
+        }
+    }
 }
 
 impl<B> Metered<B> {
     pub(crate) fn new(inner: B, in_flight: Arc<AtomicUsize>, most: usize) -> Self {
-        Self { inner, in_flight, most, taken: 0 }
+        Self { inner, in_flight, most, taken: 0, begun: Begun::default() }
     }
 }
 
@@ -193,9 +251,16 @@ impl<B: Body<Data = Bytes, Error = hyper::Error> + Unpin> Body for Metered<B> {
             }
             Some(Ok(frame)) => frame,
         };
-        let bytes = frame.data_ref().map_or(0, Bytes::len);
-        this.taken += bytes;
-        let all = this.in_flight.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        let data: &[u8] = frame.data_ref().map_or(&[], |data| data);
+        if !data.is_empty() {
+            // A decoder asks for more when it has nothing whole left.
+            let ended = this.taken - this.begun.bytes;
+            this.taken -= ended;
+            this.in_flight.fetch_sub(ended, Ordering::Relaxed);
+        }
+        this.begun.advance(data);
+        this.taken += data.len();
+        let all = this.in_flight.fetch_add(data.len(), Ordering::Relaxed) + data.len();
         if all > this.most {
             let text = format!(
                 "the calls in flight on this connection hold {all} bytes; at most {} are accepted",

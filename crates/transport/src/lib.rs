@@ -51,7 +51,7 @@ use std::io;
 pub use deadline::Deadline;
 pub use delivery::OnDelivery;
 pub use fd::{FdError, FdStream, FdTable, GRACE, MAX_FDS_PER_WRITE, MAX_KEPT};
-pub use guard::{Census, Counted, Guard, Refusal, Refusals};
+pub use guard::{Census, Counted, Guard, Refusal, Refusals, Unanswered};
 pub use nsm_identity::{FileId, UnixPeer};
 pub use peer::{Peer, PeerError, client_token};
 pub use pool::{Connection, DialError, Pool, PoolConfig, ResponseBody};

@@ -53,6 +53,7 @@ use tracing::{Instrument as _, debug};
 use crate::{
     deadline::{Deadline, exceeded},
     fd::FdTable,
+    guard::Unanswered,
     peer::{EXPIRES_KEY, Peer, PeerError, TOKEN_KEY, Wire},
     trace,
     url::{DialTarget, DialUrl},
@@ -198,7 +199,7 @@ impl DialError {
 
 impl From<DialError> for Status {
     fn from(error: DialError) -> Self {
-        Status::unavailable(explain(&error))
+        Unanswered.mark(Status::unavailable(explain(&error)))
     }
 }
 
@@ -432,7 +433,7 @@ impl Connection {
             .0
             .peer
             .token(self.0.max_token_lifetime, SystemTime::now())
-            .map_err(|e| Status::unavailable(explain(&e)))?;
+            .map_err(|e| Unanswered.mark(Status::unavailable(explain(&e))))?;
         let header =
             |text: &str| HeaderValue::from_str(text).map_err(|_| Status::internal("a token is no header"));
         let mut secret = header(token.jwt())?;
@@ -452,7 +453,7 @@ impl Connection {
             text.push_str(": ");
             text.push_str(end);
         }
-        Status::unavailable(text)
+        Unanswered.mark(Status::unavailable(text))
     }
 }
 

@@ -9,14 +9,14 @@ use std::{
     net::SocketAddr,
     panic::AssertUnwindSafe,
     sync::{Arc, atomic::AtomicUsize},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures::FutureExt;
 use http::{Request, Response};
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use nsm_identity::{Identity, Source, UnixSocket, explain};
+use nsm_identity::{Identity, Seldom, Source, UnixSocket, explain};
 use tokio::{
     net::{TcpListener, UnixListener},
     sync::watch,
@@ -158,7 +158,7 @@ impl Server {
             reporter.set_service_status(service, tonic_health::ServingStatus::Serving).await;
         }
         let routes = routes.add_service(health).add_service(Reflection::of(services)).prepare();
-        let (limits, census) = (self.limits, Census::default());
+        let (limits, census, told) = (self.limits, Census::default(), Arc::<Seldom>::default());
         let (stop, stopped) = watch::channel(());
         let mut accepting = JoinSet::new();
         let mut files = Vec::new();
@@ -169,6 +169,7 @@ impl Server {
                 limits,
                 census: census.clone(),
                 refusals: self.refusals.clone(),
+                told: told.clone(),
                 stopped: stopped.clone(),
                 handshakes: JoinSet::new(),
                 oldest: VecDeque::new(),
@@ -236,6 +237,7 @@ struct Acceptor {
     limits: Limits,
     census: Census,
     refusals: Refusals,
+    told: Arc<Seldom>,
     stopped: watch::Receiver<()>,
     handshakes: JoinSet<Option<(TlsStream<Wire>, Peer)>>,
     oldest: VecDeque<AbortHandle>,
@@ -283,7 +285,7 @@ impl Acceptor {
             oldest.abort();
         }
         let identity = self.source.current();
-        let (limit, refusals) = (self.limits.handshake, self.refusals.clone());
+        let (limit, refusals, told) = (self.limits.handshake, self.refusals.clone(), self.told.clone());
         let handshake = async move {
             let reason = match timeout(limit, handshake(wire, identity, &address)).await {
                 Ok(Ok(connection)) => return Some(connection),
@@ -291,7 +293,11 @@ impl Acceptor {
                 Err(_) => "no handshake in time".into(),
             };
             refusals.count(Code::Unauthenticated, "handshake");
-            info!(address, reason, "a connection was refused");
+            // Anybody can cause this, as often as he likes.
+            match told.turn(Instant::now()) {
+                Some(untold) => info!(address, reason, untold, "a connection was refused"),
+                None => debug!(address, reason, "a connection was refused"),
+            }
             None
         };
         self.oldest.push_back(self.handshakes.spawn(handshake));
@@ -343,6 +349,9 @@ async fn connection(
     let service = service_fn(move |request: Request<Incoming>| {
         let (peer, refusals) = (handler.clone(), refusals.clone());
         let request = request.map(|body| Metered::new(body, in_flight.clone(), limits.in_flight));
+        let mut request = request;
+        // For what is refused after an answer has begun.
+        request.extensions_mut().insert(refusals.clone());
         let answer = call(routes.clone(), peer.clone(), request);
         async move {
             let answer = answer.await?;

@@ -126,6 +126,34 @@ async fn messages_that_are_begun_and_not_ended_are_bounded() {
     }
 }
 
+/// A stream that lives long sends more in its life than may be in flight at a moment.
+#[tokio::test]
+async fn messages_that_have_ended_do_not_count_against_a_stream() {
+    let served = Served::with(Limits { in_flight: 64 * 1024, ..Limits::default() }).await;
+    let connection = served.works(&served.pool("long")).await.unwrap();
+    let ask = || {
+        let message = vec![
+            // ServerReflectionRequest { list_services: "…" }
+            0x3a, 0x80, 0x10,
+        ];
+        let text = vec![b'x'; 2048];
+        let length = u32::try_from(message.len() + text.len()).unwrap().to_be_bytes();
+        [&[0][..], &length, &message, &text].concat()
+    };
+    let all = ask().repeat(100);
+    // In pieces that begin and end anywhere.
+    let pieces: Vec<Vec<u8>> = all.chunks(777).map(<[u8]>::to_vec).collect();
+    let request = http::Request::post("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo")
+        .header("content-type", "application/grpc")
+        .header("te", "trailers")
+        .body(stream(pieces, true))
+        .unwrap();
+    let answer = connection.clone().call(request).await.unwrap();
+    let answer = http_body_util::BodyExt::collect(answer.into_body()).await.unwrap();
+    let status = Status::from_header_map(answer.trailers().unwrap()).unwrap();
+    assert_eq!((status.code(), served.guard.refusals.of("in_flight")), (Code::Ok, 0), "{status}");
+}
+
 #[tokio::test]
 async fn who_does_not_speak_tls_is_counted() {
     let served = Served::with(Limits::default()).await;
