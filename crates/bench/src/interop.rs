@@ -45,7 +45,7 @@ pub fn beside_upstream(
     let build = |name: &str, theirs: bool| -> Result<Standing, Error> {
         let path = Path::new("nsm bench interop");
         let name = format!("{}-{name}", options.lab);
-        let text = Topology::Local.scenario(&name, false, 1);
+        let text = Topology::Local.scenario(&name, false, 1, 1);
         let mut plan = Plan::new(&Scenario::parse(&text, path)?);
         for process in plan.processes.iter_mut().filter(|process| theirs && process.name != "identity") {
             process.exe = Some(upstream.to_owned());

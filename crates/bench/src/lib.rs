@@ -40,8 +40,11 @@ pub use interop::beside_upstream;
 const SERVICE: &str = "bench";
 /// A pod that gets its first wire is prepared for it once and for all: everybody may ping there.
 const PREPARED: &str = "net.ipv4.ping_group_range";
-/// How long the kernel and the mesh may take to let go of wires that were closed; links are deleted in the background.
+/// How long the kernel and the mesh may take to let go of wires that were closed, and for each of them; links are deleted
+/// in the background.
 const SETTLE: Duration = Duration::from_secs(10);
+/// See [`SETTLE`].
+const SETTLE_EACH: Duration = Duration::from_millis(50);
 
 /// Where client and endpoint are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -76,6 +79,8 @@ pub struct Options {
     pub wires: usize,
     /// From how many pods they are asked for, in turns.
     pub clients: usize,
+    /// How many endpoints share them.
+    pub endpoints: usize,
     /// How many wires are asked for at a time; a row for each.
     pub concurrency: Vec<usize>,
     /// How many rounds of measurements, wire and bare, are compared.
@@ -101,7 +106,7 @@ struct Standing(Lab);
 // === impl Topology ===
 
 impl Topology {
-    fn scenario(self, name: &str, together: bool, clients: usize) -> String {
+    fn scenario(self, name: &str, together: bool, clients: usize, endpoints: usize) -> String {
         let daemons = if together { "together" } else { "separate" };
         let (nodes, far, cables) = match self {
             // The bare pairs stand beside the wire, in the same pods.
@@ -111,6 +116,17 @@ impl Topology {
         let clients: String = (0..clients.max(1))
             .map(|number| format!("- {{name: {}, node: node1}}\n", client::pod(number)))
             .collect();
+        let endpoint = |number: usize| {
+            let (name, net) = match number {
+                0 => ("endpoint".to_owned(), 200),
+                _ => (format!("endpoint-{}", number + 1), number),
+            };
+            format!(
+                "- {{name: {name}, node: {far}, \
+                 endpoint: {{services: [{SERVICE}], cidrPrefix: [10.{net}.0.0/16]}}}}\n"
+            )
+        };
+        let endpoints: String = (0..endpoints.max(1)).map(endpoint).collect();
         format!(
             "name: {name}\n\
              networkServices:\n\
@@ -122,7 +138,7 @@ impl Topology {
              daemons: {daemons}\n\
              pods:\n\
              {clients}\
-             - {{name: endpoint, node: {far}, endpoint: {{services: [{SERVICE}], cidrPrefix: [10.200.0.0/16]}}}}\n\
+             {endpoints}\
              {cables}"
         )
     }
@@ -192,8 +208,10 @@ fn measure(
     };
     let before = Snapshot::take()?;
     let path = Path::new("nsm bench");
-    let mut plan =
-        Plan::new(&Scenario::parse(&topology.scenario(&name, options.together, options.clients), path)?);
+    let mut plan = Plan::new(&Scenario::parse(
+        &topology.scenario(&name, options.together, options.clients, options.endpoints),
+        path,
+    )?);
     for process in &mut plan.processes {
         process.env.insert("NSM_LOG_LEVEL".into(), LOG_LEVEL.into());
     }
@@ -234,8 +252,9 @@ fn measure_in(
 }
 
 /// Waits until the machine is as it was, as far as it bears the lab's name; what is different after all.
-fn settle(lab: &Lab, before: &Snapshot) -> Result<Vec<String>, Error> {
-    let end = Instant::now() + SETTLE;
+fn settle(lab: &Lab, before: &Snapshot, wires: usize) -> Result<Vec<String>, Error> {
+    let end = Instant::now() + SETTLE + SETTLE_EACH * u32::try_from(wires).unwrap_or(u32::MAX);
+    let mut pause = Duration::from_millis(20);
     loop {
         let mut left = leaks::compare(before, &Snapshot::take()?);
         left.retain(|line| line.contains(&lab.plan.lab) && !line.contains(PREPARED));
@@ -243,6 +262,8 @@ fn settle(lab: &Lab, before: &Snapshot) -> Result<Vec<String>, Error> {
             return Ok(left);
         }
         lab.supervisor.check()?;
-        std::thread::sleep(Duration::from_millis(20));
+        std::thread::sleep(pause);
+        // To look takes the longer the more is left, and keeps the kernel from deleting it.
+        pause = (2 * pause).min(Duration::from_secs(1));
     }
 }

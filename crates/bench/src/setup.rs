@@ -12,7 +12,8 @@ use crate::client::{Closed, Opened, Workers};
 use crate::figures::Target;
 use crate::{Error, Options, Row, Times, Topology, Value, bare, settle};
 
-/// Wires that are made and closed before anything counts: afterwards every connection between daemons stands.
+/// Wires that are made and closed before anything counts, at least one from each pod: afterwards every connection
+/// between programs stands.
 const WARM_UP: usize = 3;
 
 /// Name of the programs that ask for wires, beside those of the lab.
@@ -55,7 +56,8 @@ pub(crate) fn measure(
     };
 
     let cold = workers.open(lab, 1, 1)?;
-    workers.open(lab, WARM_UP - 1, 1)?;
+    let warm_up = WARM_UP.max(options.clients);
+    workers.open(lab, warm_up, 1)?;
     workers.close(lab)?;
     let dialled = handshakes(lab);
     // What a wire costs is counted from here: the code that the first ones brought into memory is not theirs.
@@ -86,7 +88,7 @@ pub(crate) fn measure(
             rows.push(refresh_row(options, topology, refreshed));
             rows.push(cpu_row(topology, "refresh", &end, &after, opened.made.len()));
         }
-        left.extend(settle(lab, &before)?);
+        left.extend(settle(lab, &before, options.wires)?);
     }
 
     let kernel_row =
@@ -125,9 +127,7 @@ pub(crate) fn measure(
     rows.push(
         Row::new(topology, "handshakes", "TLS handshakes while warm", Value::count(warm))
             .target(Target::none_of(warm))
-            .note(format!(
-                "{requests} requests and closes; {dialled} before, for the start and {WARM_UP} wires"
-            )),
+            .note(format!("{requests} requests and closes; {dialled} before, when programs first met")),
     );
     rows.push(
         Row::new(topology, "left.wires", "objects left by closed wires", Value::count(left.len()))

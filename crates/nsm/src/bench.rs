@@ -64,6 +64,9 @@ struct Amounts {
     /// From how many pods to ask for them, in turns
     #[arg(long, global = true, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=200))]
     clients: u16,
+    /// How many endpoints share them
+    #[arg(long, global = true, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=199))]
+    endpoints: u16,
     /// How many wires to ask for at a time; each is a row of its own
     #[arg(long, global = true, value_delimiter = ',', default_value = "1,16")]
     concurrency: Vec<usize>,
@@ -147,6 +150,7 @@ fn measure(
         measures,
         wires: amounts.wires.into(),
         clients: amounts.clients.into(),
+        endpoints: amounts.endpoints.into(),
         concurrency: amounts.concurrency,
         pairs: amounts.pairs,
         duration: amounts.duration,
