@@ -34,6 +34,7 @@
 //! # }
 //! ```
 
+mod cork;
 mod deadline;
 mod delivery;
 mod fd;

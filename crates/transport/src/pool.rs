@@ -51,6 +51,7 @@ use tower::Service;
 use tracing::{Instrument as _, debug};
 
 use crate::{
+    cork::Corked,
     deadline::{Deadline, exceeded},
     fd::FdTable,
     guard::Unanswered,
@@ -558,12 +559,13 @@ async fn open(
     let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned())
         // Only a hint for servers with many names; ours and upstream's ignore it.
         .unwrap_or_else(|_| ServerName::from(std::net::Ipv4Addr::LOCALHOST));
-    let stream = TlsConnector::from(identity.client_config().clone())
-        .connect(name, wire)
+    let mut stream = TlsConnector::from(identity.client_config().clone())
+        .connect(name, Corked::new(wire))
         .await
         .map_err(|source| DialError::Handshake { url: url.clone(), source: Arc::new(source) })?;
+    stream.get_mut().0.cork();
     let (wire, connection) = stream.get_ref();
-    let peer = Peer::new(connection, wire, identity, url.clone())
+    let peer = Peer::new(connection, wire.get_ref(), identity, url.clone())
         .map_err(|source| DialError::Peer { url: url.clone(), source })?;
     let refused = |reason| DialError::Refused { url: url.clone(), reason };
     let (greet, greeted) = oneshot::channel();
@@ -609,7 +611,7 @@ async fn open(
 /// The client's TLS stream: says when the server has said something, which it does only after it has accepted our
 /// certificate, and finds out why it did not.
 struct Greeted {
-    stream: TlsStream<Wire>,
+    stream: TlsStream<Corked<Wire>>,
     greet: Option<oneshot::Sender<()>>,
 }
 

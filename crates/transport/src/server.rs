@@ -30,6 +30,7 @@ use tracing::{Instrument as _, debug, error, info, warn};
 
 use crate::{
     Error,
+    cork::Corked,
     deadline::{Deadline, DeadlineBody, exceeded},
     delivery::DeliveredBody,
     guard::{self, Census, Counted, Guard, Metered, Refusals},
@@ -239,7 +240,7 @@ struct Acceptor {
     refusals: Refusals,
     told: Arc<Seldom>,
     stopped: watch::Receiver<()>,
-    handshakes: JoinSet<Option<(TlsStream<Wire>, Peer)>>,
+    handshakes: JoinSet<Option<(TlsStream<Corked<Wire>>, Peer)>>,
     oldest: VecDeque<AbortHandle>,
     connections: JoinSet<()>,
 }
@@ -303,7 +304,7 @@ impl Acceptor {
         self.oldest.push_back(self.handshakes.spawn(handshake));
     }
 
-    fn serve(&mut self, stream: TlsStream<Wire>, peer: Peer) {
+    fn serve(&mut self, stream: TlsStream<Corked<Wire>>, peer: Peer) {
         if self.connections.len() >= self.limits.connections {
             self.refusals.count(Code::ResourceExhausted, "connections");
             warn!(id = %peer.id(), address = peer.address(), "too many connections: one is closed");
@@ -327,16 +328,18 @@ async fn handshake(
     wire: Wire,
     identity: Arc<Identity>,
     address: &str,
-) -> Result<(TlsStream<Wire>, Peer), String> {
+) -> Result<(TlsStream<Corked<Wire>>, Peer), String> {
     let acceptor = TlsAcceptor::from(identity.server_config().clone());
-    let stream = acceptor.accept(wire).await.map_err(|e| explain(&e))?;
+    let mut stream = acceptor.accept(Corked::new(wire)).await.map_err(|e| explain(&e))?;
+    stream.get_mut().0.cork();
     let (wire, connection) = stream.get_ref();
-    let peer = Peer::new(connection, wire, identity, address.to_owned()).map_err(|e| e.to_string())?;
+    let peer =
+        Peer::new(connection, wire.get_ref(), identity, address.to_owned()).map_err(|e| e.to_string())?;
     Ok((stream, peer))
 }
 
 async fn connection(
-    stream: TlsStream<Wire>,
+    stream: TlsStream<Corked<Wire>>,
     peer: Peer,
     routes: Routes,
     limits: Limits,
