@@ -208,7 +208,7 @@ pub(crate) fn run(
     let served = runtime.block_on(serve);
     if let Some(exported) = exported {
         // On another thread: this one carries what is sent.
-        let flushed = runtime.block_on(tokio::task::spawn_blocking(move || exported.flush()));
+        let flushed = runtime.block_on(runtime.spawn_blocking(move || exported.flush()));
         flushed.context("what was measured last cannot be sent")?;
     }
     served
