@@ -417,6 +417,7 @@ async fn a_broken_connection_is_replaced_and_a_late_server_waited_for() {
     until(|| connection.is_closed()).await;
     let status = client(&connection).request(ask("whoami")).await.unwrap_err();
     assert_eq!(status.code(), Code::Unavailable, "{status}");
+    assert!(nsm_transport::Unanswered::is_why(&status), "nobody has said so");
     pool.get(&url, PATIENCE).await.unwrap_err();
 
     let waiting = tokio::spawn({
