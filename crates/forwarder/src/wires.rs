@@ -1,6 +1,6 @@
 //! The wires of this node: what is planned, on disk and in the kernel, for this process and the one after it.
 //!
-//! The kernel's calls block for tenths of milliseconds, so they run on the runtime's blocking threads. A wire
+//! The kernel's calls block for tenths of milliseconds, so they run on threads beside the runtime's. A wire
 //! is written to the store before it is made, and its file is removed after its links: a crash in between leaves a
 //! record without a wire, which is harmless, and never a wire without a record.
 //!
@@ -27,11 +27,12 @@ use nsm_kernel::{
     netns::{Namespace, NsId},
     plan::{Construction, Side, WirePlan},
     store::{self, Store},
+    travellers::Travellers,
 };
 use nsm_mesh::{Error, Result, error::explain, fds::Fds};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use tokio::task::spawn_blocking;
+use tokio::{sync::oneshot, task::spawn_blocking};
 use tonic::Code;
 
 use crate::{tell::Traffic, tunnel::Vnis};
@@ -97,6 +98,7 @@ pub enum Taken {
 #[derive(Debug)]
 pub struct Wires {
     kernel: Arc<Kernel>,
+    travellers: Travellers,
     store: Store,
     records: Mutex<HashMap<String, Held>>,
     /// Locked after the records.
@@ -199,8 +201,10 @@ impl Wires {
             tracing::info!(wires = records.len(), "found wires of an earlier process");
         }
         clear_leftovers(&kernel, records.values());
+        let home = Namespace::current().map_err(|e| internal(&e))?;
         Ok(Self {
             kernel: Arc::new(kernel),
+            travellers: Travellers::new(home),
             store,
             records: Mutex::new(records),
             vnis: Mutex::new(vnis),
@@ -266,8 +270,9 @@ impl Wires {
     ) -> std::result::Result<Option<Traffic>, Taken> {
         let this = Arc::clone(self);
         let fds = fds.clone();
-        let work = spawn_blocking(move || this.apply_now(record, &fds));
-        work.await.unwrap_or_else(|_| Err(Taken::Other(Error::internal("making the wire panicked"))))
+        let (tell, told) = oneshot::channel();
+        self.travellers.send(move || tell.send(this.apply_now(record, &fds)));
+        told.await.unwrap_or_else(|_| Err(Taken::Other(Error::internal("making the wire panicked"))))
     }
 
     fn apply_now(&self, record: Record, fds: &Fds) -> std::result::Result<Option<Traffic>, Taken> {

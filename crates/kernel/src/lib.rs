@@ -36,6 +36,7 @@ mod solicited;
 pub mod store;
 mod sys;
 pub mod sysctl;
+pub mod travellers;
 pub mod watch;
 
 pub use apply::{Applied, EndState, Kernel, Nsids};

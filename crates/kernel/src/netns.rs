@@ -1,7 +1,8 @@
 //! Network namespaces: held by a descriptor, identified by device and inode, entered by a thread of their own.
 //!
 //! Which namespace a thread is in is a property of the *thread*. So nothing here ever changes the namespace of the
-//! caller: [`Namespace::run`] starts a thread that enters, runs one synchronous closure and ends. A netlink socket
+//! caller, but for [travellers](crate::travellers): [`Namespace::run`] starts a thread that enters, runs one synchronous
+//! closure and ends. A netlink socket
 //! belongs for ever to the namespace it was opened in and may be used from anywhere afterwards.
 //!
 //! ```no_run
@@ -30,6 +31,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::sys;
+use crate::travellers::Visit;
 
 /// Where `ip netns` keeps its named namespaces.
 pub const NAMED: &str = "/run/netns";
@@ -217,13 +219,14 @@ impl Namespace {
     }
 
     /// Runs a closure inside the namespace, on a thread that does nothing else and ends with it, so the caller's
-    /// thread is never in a foreign namespace, whatever the closure does. A panic of the closure is the caller's.
+    /// thread is never in a foreign namespace, whatever the closure does; a traveller's is, until the closure ends. A
+    /// panic of the closure is the caller's.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
         on_a_thread(|| self.enter().map(|()| work()))?
     }
 
-    /// Moves the calling thread, which is one that ends soon.
-    fn enter(&self) -> Result<()> {
+    /// Moves the calling thread, which is one that ends soon or comes home.
+    pub(crate) fn enter(&self) -> Result<()> {
         move_into_link_name_space(self.fd.as_fd(), Some(LinkNameSpaceType::Network))
             .map_err(|e| failed(format!("enter network namespace {}", self.id), e))
     }
@@ -243,8 +246,8 @@ impl From<Namespace> for OwnedFd {
 
 // === private helpers ===
 
-/// Does jobs, each in a namespace, one after the other until one fails, all on one thread that ends with them. (A
-/// thread for each would wait for its turn on a busy machine each time.)
+/// Does jobs, each in a namespace, one after the other until one fails, all on one thread that ends with them, or on
+/// the traveller that calls. (A thread for each would wait for its turn on a busy machine each time.)
 pub(crate) fn visit<'n, J: Send, T: Send>(
     jobs: impl IntoIterator<Item = (&'n Namespace, J)> + Send,
     mut work: impl FnMut(J) -> Result<T> + Send,
@@ -257,6 +260,9 @@ fn failed(what: String, errno: Errno) -> Error {
 }
 
 fn on_a_thread<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T> {
+    if let Some(_visit) = Visit::begin() {
+        return Ok(work());
+    }
     thread::scope(|scope| {
         let thread =
             thread::Builder::new().name("netns".into()).spawn_scoped(scope, work).map_err(|source| {
