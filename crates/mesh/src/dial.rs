@@ -26,7 +26,7 @@ use nsm_transport::{Connection as Channel, FileId, Peer, Pool};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::Code;
+use tonic::{Code, metadata::MetadataValue};
 
 use crate::{
     auth::{self, OwnNamespace},
@@ -35,7 +35,7 @@ use crate::{
     fds::{self, Fds},
     hop::{NextHop, Way},
     inside::Inside,
-    monitor::{self, Hub, Viewer},
+    monitor::{self, Hub, UNASKED, Viewer},
     scope::{Lease, Reason, Release, Scope},
     signers,
 };
@@ -396,11 +396,14 @@ impl Follower {
     ) -> Result<Events, tonic::Status> {
         match target.way() {
             Way::Inside(hop) => {
-                Ok(ReceiverStream::new(hop.hub().watch(selector, Viewer::All)?).map(Ok).boxed())
+                let asker = Viewer::Asker(hop.peer().id().clone());
+                Ok(ReceiverStream::new(hop.hub().watch(selector, asker)?).map(Ok).boxed())
             }
             Way::Dial(target) => {
                 let channel = self.pool.streams(target.clone(), FOLLOWING).await?;
-                let events = MonitorConnectionClient::new(channel).monitor_connections(selector).await?;
+                let mut call = tonic::Request::new(selector);
+                call.metadata_mut().insert(UNASKED, MetadataValue::from_static("1"));
+                let events = MonitorConnectionClient::new(channel).monitor_connections(call).await?;
                 Ok(events.into_inner().map_ok(Arc::new).boxed())
             }
         }

@@ -140,7 +140,7 @@ impl Watchers {
 
     fn add(&mut self, watcher: Watcher) {
         self.count += 1;
-        if let Viewer::Peer(id) = &watcher.viewer {
+        if let Some(id) = watcher.viewer.peer() {
             *self.of_one.entry(id.clone()).or_default() += 1;
         }
         let key = Self::key(&watcher.selector).to_owned();
@@ -168,7 +168,7 @@ impl Watchers {
             let stays = keep(watcher);
             if !stays {
                 self.count -= 1;
-                if let Viewer::Peer(id) = &watcher.viewer
+                if let Some(id) = watcher.viewer.peer()
                     && let Some(count) = self.of_one.get_mut(id)
                 {
                     *count -= 1;
@@ -198,13 +198,27 @@ pub enum Viewer {
     All,
     /// A peer: the connections that it asked for.
     Peer(SpiffeId),
+    /// The same, of a peer that need not be told what it is answered: a request that succeeds is no news to it. It says
+    /// so with [`UNASKED`].
+    Asker(SpiffeId),
 }
+
+/// The metadata by which a hop of ours asks for events that are not about its own requests only; upstream's servers do
+/// not know it and tell all.
+pub(crate) const UNASKED: &str = "nsm-monitor-unasked";
 
 impl Viewer {
     fn sees(&self, known: &Known) -> bool {
         match self {
             Self::All => true,
-            Self::Peer(id) => known.owner.as_ref() == Some(id),
+            Self::Peer(id) | Self::Asker(id) => known.owner.as_ref() == Some(id),
+        }
+    }
+
+    fn peer(&self) -> Option<&SpiffeId> {
+        match self {
+            Self::All => None,
+            Self::Peer(id) | Self::Asker(id) => Some(id),
         }
     }
 }
@@ -227,16 +241,16 @@ impl Hub {
         Self { state: Mutex::default(), most_of_one, refusals }
     }
 
-    fn tell(&self, state: &mut HubState, kind: ConnectionEventType, news: &[Known]) {
-        for _ in 0..state.tell(kind, news) {
+    fn tell(&self, state: &mut HubState, kind: ConnectionEventType, news: &[Known], why: Why) {
+        for _ in 0..state.tell(kind, news, why) {
             self.refusals.count(tonic::Code::Aborted, "slow_reader");
         }
     }
 
-    fn tell_news(&self, state: &mut HubState, news: Vec<Known>) {
+    fn tell_news(&self, state: &mut HubState, news: Vec<Known>, why: Why) {
         // Together: what falls at once is few events, and cuts off nobody who reads at all.
         for some in news.chunks(TOGETHER) {
-            self.tell(state, ConnectionEventType::Update, some);
+            self.tell(state, ConnectionEventType::Update, some, why);
         }
         state.connections.extend(news.into_iter().map(|known| (known.conn.id.clone(), known)));
     }
@@ -259,7 +273,7 @@ impl Hub {
             }
             of(&state.watchers)
         };
-        if let Viewer::Peer(id) = &viewer
+        if let Some(id) = viewer.peer()
             && full(&|watchers| watchers.of(id) >= self.most_of_one)
         {
             return Err(Error::new(
@@ -328,14 +342,19 @@ impl Hub {
 
     /// A connection is new or has changed; `owner` asked for it.
     pub fn update(&self, conn: Connection, owner: Option<SpiffeId>) {
-        self.tell_news(&mut self.state.lock(), vec![Known { conn, owner }]);
+        self.tell_news(&mut self.state.lock(), vec![Known { conn, owner }], Why::Event);
+    }
+
+    /// The same, of a connection that `owner` is just answered.
+    pub fn answered(&self, conn: Connection, owner: Option<SpiffeId>) {
+        self.tell_news(&mut self.state.lock(), vec![Known { conn, owner }], Why::Answer);
     }
 
     /// A connection is gone.
     pub fn delete(&self, id: &str) {
         let mut state = self.state.lock();
         if let Some(known) = state.connections.remove(id) {
-            self.tell(&mut state, ConnectionEventType::Delete, &[known]);
+            self.tell(&mut state, ConnectionEventType::Delete, &[known], Why::Event);
         }
     }
 
@@ -351,7 +370,7 @@ impl Hub {
                 }
             }
         }
-        self.tell_news(&mut state, news);
+        self.tell_news(&mut state, news, Why::Event);
     }
 
     /// The next hop of these connections is lost: DOWN travels hop by hop towards the clients.
@@ -360,13 +379,21 @@ impl Hub {
         let known = ids.into_iter().filter_map(|id| state.connections.get(id));
         let mut fell: Vec<Known> = known.filter(|known| known.conn.state() != State::Down).cloned().collect();
         fell.iter_mut().for_each(|known| known.conn.set_state(State::Down));
-        self.tell_news(&mut state, fell);
+        self.tell_news(&mut state, fell, Why::Event);
     }
+}
+
+/// What makes a connection news.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Why {
+    /// Whoever asked for it is answered with it.
+    Answer,
+    Event,
 }
 
 impl HubState {
     /// Tells every watcher what it sees of this; returns how many were cut off.
-    fn tell(&mut self, kind: ConnectionEventType, news: &[Known]) -> usize {
+    fn tell(&mut self, kind: ConnectionEventType, news: &[Known], why: Why) -> usize {
         let mut cut = 0;
         let event = |connections| Arc::new(ConnectionEvent { r#type: kind.into(), connections });
         let entry = |known: &Known| (known.conn.id.clone(), known.conn.clone());
@@ -380,6 +407,10 @@ impl HubState {
             .collect();
         for key in concerned {
             self.watchers.retain(key, |watcher| {
+                if why == Why::Answer && matches!(watcher.viewer, Viewer::Asker(_)) {
+                    // It sees only what it asked for, and that it is told by the answer.
+                    return true;
+                }
                 let sees =
                     |known: &&Known| watcher.viewer.sees(known) && matches(&watcher.selector, &known.conn);
                 let seen: Vec<&Known> = news.iter().filter(sees).collect();
@@ -453,7 +484,7 @@ impl Element for Monitor {
                     path::trim(&mut conn);
                 }
                 conn.set_state(State::Up);
-                self.hub.update(conn.clone(), owner);
+                self.hub.answered(conn.clone(), owner);
                 Ok(conn)
             }
             Err(error) => {
@@ -571,6 +602,30 @@ mod tests {
         }
         watchers.extend((50..100).map(|_| watch(&[]).unwrap()));
         assert!(watch(&[]).is_err());
+    }
+
+    #[tokio::test]
+    async fn who_is_answered_need_not_be_told() {
+        let (me, other): (SpiffeId, SpiffeId) =
+            ("spiffe://t/me".parse().unwrap(), "spiffe://t/other".parse().unwrap());
+        let hub = Hub::default();
+        let mut asker = hub.watch(selector(&[], &[]), Viewer::Asker(me.clone())).unwrap();
+        let mut peer = hub.watch(selector(&[], &[]), Viewer::Peer(me.clone())).unwrap();
+        for events in [&mut asker, &mut peer] {
+            assert!(events.recv().await.unwrap().connections.is_empty());
+        }
+        hub.answered(conn(1, PATH), Some(me.clone()));
+        assert_eq!(peer.try_recv().unwrap().r#type(), ConnectionEventType::Update);
+        assert!(asker.try_recv().is_err());
+        hub.lost([&"u1".to_owned()]);
+        hub.update(conn(1, PATH), Some(me));
+        hub.delete("u1");
+        for wanted in [ConnectionEventType::Update, ConnectionEventType::Update, ConnectionEventType::Delete]
+        {
+            assert_eq!(asker.try_recv().unwrap().r#type(), wanted);
+        }
+        hub.update(conn(1, &[("nsc", "nsc-9"), ("mgr", "u9")]), Some(other));
+        assert!(asker.try_recv().is_err(), "what others asked for is not for it");
     }
 
     #[tokio::test]

@@ -27,7 +27,7 @@ use crate::{
     error::Error,
     fds::{self, Fds},
     inspect::{self, Gone, Look, Teller},
-    monitor::{Hub, Viewer},
+    monitor::{Hub, UNASKED, Viewer},
     signers,
 };
 
@@ -214,7 +214,11 @@ impl MonitorConnection for Events {
     ) -> Result<Response<Self::MonitorConnectionsStream>, Status> {
         use futures::StreamExt as _;
         let peer = Peer::of(&request)?.id().clone();
-        let viewer = if self.readers.contains(&peer) { Viewer::All } else { Viewer::Peer(peer) };
+        let viewer = match peer {
+            peer if self.readers.contains(&peer) => Viewer::All,
+            peer if request.metadata().contains_key(UNASKED) => Viewer::Asker(peer),
+            peer => Viewer::Peer(peer),
+        };
         let selector = request.into_inner();
         if selector.path_segments.len() > nsm_api::path::MAX_SEGMENTS
             || selector.network_services.len() > nsm_api::limits::MAX_ENTRIES
