@@ -140,6 +140,16 @@ impl Record {
         Self { plan, far, expires }
     }
 
+    /// Keeps the expiry that is on the disk where the new one is little later: by then a client has refreshed that is
+    /// still there, and the file need not be written at each refresh.
+    fn round_expiry(&mut self, on_disk: SystemTime, now: SystemTime) {
+        let left = self.expires.duration_since(now).unwrap_or_default();
+        let later = self.expires.duration_since(on_disk);
+        if later.is_ok_and(|later| later < left / 4) {
+            self.expires = on_disk;
+        }
+    }
+
     /// Of a tunnel.
     #[must_use]
     pub fn vni(&self) -> Option<u32> {
@@ -322,6 +332,9 @@ impl Wires {
         let known: Vec<&Namespace> = namespaces.iter().collect();
         let nsids = self.nsids(&record.plan, &known).map_err(Taken::Other)?;
         let mut held = Held { record, nsids, claimed: true, whole: None };
+        if let Some(before) = before {
+            held.record.round_expiry(before.record.expires, SystemTime::now());
+        }
         if let Some(before) = before
             && let Some(traffic) = self.stands(before, &held)
         {
@@ -689,6 +702,31 @@ mod tests {
         node.client.output("ip addr flush dev nsm-w");
         made(&node.wires(), &record).await;
         assert!(addresses());
+    }
+
+    #[tokio::test]
+    async fn a_little_later_expiry_is_not_written_and_any_other_change_is() {
+        let Some(node) = Node::new("a_little_later_expiry_is_not_written_and_any_other_change_is") else {
+            return;
+        };
+        let wires = node.wires();
+        let mut record = node.veth("w");
+        let mut expires = SystemTime::now() + Duration::from_secs(600);
+        record.expires = expires;
+        made(&wires, &record).await;
+        for (later, written) in [(1, false), (100, false), (250, true), (-30, true), (29, false)] {
+            let before = expires;
+            let step = Duration::from_secs(i64::unsigned_abs(later));
+            record.expires = if later < 0 { before - step } else { before + step };
+            expires = if written { record.expires } else { before };
+            made(&wires, &record).await;
+            assert_eq!(wires.record("w").unwrap().expires, expires, "{later}");
+            let on_disk = node.wires().record("w").unwrap().expires;
+            assert!(expires.duration_since(on_disk).unwrap() < Duration::from_secs(1), "whole seconds");
+        }
+        record.far.set("name", "other");
+        made(&wires, &record).await;
+        assert_eq!(node.wires().record("w").unwrap().far, record.far);
     }
 
     #[tokio::test]
