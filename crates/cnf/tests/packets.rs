@@ -379,6 +379,12 @@ fn joins_with_the_same_addresses_share_no_connections() {
     }
 }
 
+/// Without the count of what no rule allows: interfaces send multicast of their own at any time, which is that.
+fn but_for_drops(ruleset: &str) -> String {
+    let uncounted = |line: &&str| !line.contains("no rule allows it");
+    ruleset.lines().filter(uncounted).collect::<Vec<_>>().join("\n")
+}
+
 #[test]
 fn a_restart_finds_equal_rules_and_writes_nothing() {
     let test = "a_restart_finds_equal_rules_and_writes_nothing";
@@ -390,12 +396,12 @@ fn a_restart_finds_equal_rules_and_writes_nothing() {
         // As a crash: nothing is cleaned up.
         drop(works);
         assert!(ping(chain.client(), ENDPOINT[0], PATIENCE));
-        let counted = chain.ruleset();
+        let counted = but_for_drops(&chain.ruleset());
         let works = chain.start(firewall(EXAMPLE));
         // Handles and counters are what they were.
-        assert_eq!(chain.ruleset(), counted);
+        assert_eq!(but_for_drops(&chain.ruleset()), counted);
         join(&works, "in", "out", &layer);
-        assert_eq!(chain.ruleset(), counted);
+        assert_eq!(but_for_drops(&chain.ruleset()), counted);
         assert!(ping(chain.client(), ENDPOINT[0], PATIENCE));
         assert!(!tcp(chain.client(), chain.endpoint(), ENDPOINT[0], 8080, BRIEFLY));
         stop(works);

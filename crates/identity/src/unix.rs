@@ -268,10 +268,12 @@ impl Drop for UnixSocket {
             let _ = fs::remove_file(&self.path);
         }
         let directory = directory(&self.path);
-        // Under its lock: who is about to bind in it holds that. The kernel removes no directory that is not empty.
+        // Under its lock: who is about to bind in it holds that. It may be another by now, which somebody else has made
+        // and locked. The kernel removes no directory that is not empty.
         if self.last_one_out
             && let Ok(lock) = File::open(directory)
             && lock_within(&lock, directory, Duration::from_millis(100)).is_ok()
+            && still_at(directory, &lock).is_ok_and(|still| still)
         {
             let _ = fs::remove_dir(directory);
         }
@@ -291,10 +293,15 @@ fn lock_directory(directory: &Path) -> io::Result<File> {
             lock => lock?,
         };
         lock_within(&lock, directory, LOCK_PATIENCE)?;
-        if FileId::of_path(directory).ok() == Some(FileId::of(&lock)?) {
+        if still_at(directory, &lock)? {
             return Ok(lock);
         }
     }
+}
+
+/// Whether the directory of that name is the one that is open.
+fn still_at(directory: &Path, open: &File) -> io::Result<bool> {
+    Ok(FileId::of_path(directory).ok() == Some(FileId::of(open)?))
 }
 
 /// Listens, and sets the mode of the file by descriptors only: who else may write in the directory could put a link to
