@@ -29,8 +29,8 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::netns::Namespace;
 
-/// They mostly wait for the kernel's one lock.
-const MOST: usize = 16;
+/// They mostly wait: for the one lock of the kernel, or until an older wire of the same name is gone.
+const MOST: usize = 64;
 /// How long one waits for work.
 const IDLE: Duration = Duration::from_secs(10);
 
