@@ -175,9 +175,13 @@ impl Lease for Joined {
     }
 
     async fn release(self: Box<Self>, _: &Release) -> Result<()> {
-        let parted = spawn_blocking(move || self.works.part(&self.near)).await;
-        parted.map_err(|e| Error::internal(e.to_string()))?.map_err(|e| refused("part two wires", &e))
+        part(self.works, self.near).await
     }
+}
+
+async fn part(works: Arc<Works>, near: String) -> Result<()> {
+    let parted = spawn_blocking(move || works.part(&near)).await;
+    parted.map_err(|e| Error::internal(e.to_string()))?.map_err(|e| refused("part two wires", &e))
 }
 
 #[async_trait]
@@ -203,7 +207,7 @@ impl Element for JoinEnds {
             Some(joined) if joined.near == near => {}
             known => {
                 if let Some(other) = known.map(|known| mem::replace(&mut known.near, near.clone())) {
-                    self.works.part(&other).map_err(|e| refused("part two wires", &e))?;
+                    part(Arc::clone(&self.works), other).await?;
                 } else {
                     cx.scope.lease(Joined { works: Arc::clone(&self.works), near });
                 }

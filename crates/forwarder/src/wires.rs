@@ -309,6 +309,8 @@ impl Wires {
             Err(taken) => {
                 if let Some((held, before)) = records.get_mut(&id).zip(before) {
                     held.claimed = before.claimed;
+                    // One of its ends may have been changed already.
+                    held.whole = None;
                 }
                 Err(taken)
             }

@@ -6,13 +6,30 @@ use std::ops::Range;
 
 use crate::sys;
 
-/// Lets go of the pages of this program and its libraries that are as their files have them. Those that are needed come
-/// back as they are touched, a few at a time, out of the page cache: nothing is read from a disk.
-///
-/// Returns how many bytes are mapped so; 0 if nothing could be done, which does no harm.
-pub fn let_go_of_program() -> usize {
+/// This program and its libraries: what is mapped when it begins, and for as long as it lives.
+#[derive(Debug)]
+pub struct Program(Vec<Range<usize>>);
+
+impl Program {
+    /// To be called at the start of `main`: what other threads map and unmap later is not the program.
+    #[must_use]
+    pub fn at_start() -> Self {
+        Self(mappings())
+    }
+
+    /// Lets go of its pages that are as their files have them. Those that are needed come back as they are touched, a
+    /// few at a time, out of the page cache: nothing is read from a disk.
+    ///
+    /// Returns how many bytes are mapped so; 0 if nothing could be done, which does no harm.
+    pub fn let_go(&self) -> usize {
+        let ours = mappings().into_iter().filter(|range| self.0.contains(range));
+        ours.filter(|range| sys::let_go(range.clone()).is_ok()).map(|range| range.len()).sum()
+    }
+}
+
+fn mappings() -> Vec<Range<usize>> {
     let maps = fs::read_to_string("/proc/self/smaps").unwrap_or_default();
-    unchanged(&maps).filter(|range| sys::let_go(range.clone()).is_ok()).map(|range| range.len()).sum()
+    unchanged(&maps).collect()
 }
 
 /// The mappings of files (man 5 proc_pid_smaps) that cannot be written to and of which no page is a copy of our own,
@@ -73,7 +90,8 @@ mod tests {
 
     #[test]
     fn a_program_lives_on_without_its_pages_in_memory() {
-        assert!(let_go_of_program() > 0, "this program is mapped from a file");
+        assert!(Program::at_start().let_go() > 0, "this program is mapped from a file");
+        assert_eq!(Program(Vec::new()).let_go(), 0, "what was not there at the start is not its own");
         // Everything that is called and read from here on has to come back.
         assert_eq!(
             format!("{:?}", fs::read_to_string("/proc/self/comm").map(|text| !text.is_empty())),

@@ -82,17 +82,16 @@ impl Travellers {
         }
         queue.threads += 1;
         let shared = Arc::clone(&self.0);
-        let first = queue.threads == 1;
         drop(queue);
         if let Err(error) = thread::Builder::new().name("traveller".into()).spawn(move || shared.live()) {
             tracing::warn!(%error, "cannot start a thread that enters network namespaces");
             let mut queue = self.0.queue.lock();
             queue.threads -= 1;
-            // Nobody else would do it: whoever waits for it hears that it was dropped.
-            let undone =
-                if first && queue.threads == 0 { std::mem::take(&mut queue.work) } else { VecDeque::new() };
+            let undone = queue.threads == 0;
             drop(queue);
-            drop(undone);
+            if undone {
+                self.0.give_up();
+            }
         }
     }
 }
@@ -116,13 +115,15 @@ impl Shared {
         HOME.set(Some(Arc::clone(&self)));
         // Whoever started us may have been somewhere else.
         go_home();
+        // Then the next one would not get home either.
+        let lost = ABROAD.get();
         while !ABROAD.get()
             && let Some(work) = self.next()
         {
             // The panic is told, and whoever waits for the work sees that it was dropped.
             let _ = catch_unwind(AssertUnwindSafe(work));
         }
-        self.leave();
+        self.leave(lost);
     }
 
     fn next(&self) -> Option<Work> {
@@ -143,21 +144,29 @@ impl Shared {
         }
     }
 
-    fn leave(self: Arc<Self>) {
+    fn leave(self: Arc<Self>, lost: bool) {
         let mut queue = self.queue.lock();
         queue.threads -= 1;
         // Work that came in the moment that we gave up waiting has no thread yet; nor has what a lost one left.
         let again = !queue.work.is_empty() && queue.threads == 0;
-        queue.threads += usize::from(again);
+        queue.threads += usize::from(again && !lost);
         drop(queue);
-        if again {
+        if again && lost {
+            self.give_up();
+        } else if again {
             let next = Arc::clone(&self);
             if thread::Builder::new().name("traveller".into()).spawn(move || next.live()).is_err() {
-                let mut queue = self.queue.lock();
-                queue.threads -= 1;
-                queue.work.clear();
+                self.queue.lock().threads -= 1;
+                self.give_up();
             }
         }
+    }
+
+    /// There is nobody to do what waits: whoever waits for it hears that it was dropped.
+    fn give_up(&self) {
+        let undone = std::mem::take(&mut self.queue.lock().work);
+        // Not under the lock: the last holder of these threads may be among it.
+        drop(undone);
     }
 }
 

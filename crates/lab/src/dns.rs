@@ -12,7 +12,7 @@ use std::time::Duration;
 use hickory_proto::op::{Message, MessageType, OpCode, Query, ResponseCode};
 use hickory_proto::rr::{Name, RData, Record, RecordType};
 use nsm_kernel::netns::Namespace;
-use rustix::net::Shutdown;
+use rustix::net::{RecvFlags, SendFlags, Shutdown};
 
 use crate::Error;
 
@@ -48,10 +48,12 @@ impl DnsServer {
         let (socket, known) = (udp.try_clone().map_err(copied)?, Arc::clone(&names));
         let datagrams = move || {
             let mut packet = [0; 4096];
-            // Ends when the socket is shut down, which wakes it with nothing.
-            while let Ok((length @ 1.., client)) = socket.recv_from(&mut packet) {
+            // Ends when the socket is shut down, which wakes it with nothing; not by std, which expects an address then.
+            while let Ok((_, length @ 1.., Some(client))) =
+                rustix::net::recvfrom(&socket, &mut packet, RecvFlags::empty())
+            {
                 if let Some(reply) = answer(&known, &packet[..length]) {
-                    let _ = socket.send_to(&reply, client);
+                    let _ = rustix::net::sendto(&socket, &reply, SendFlags::empty(), &client);
                 }
             }
         };

@@ -8,6 +8,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fmt,
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
@@ -35,6 +36,9 @@ const LAG: usize = 256;
 const TOGETHER: usize = 128;
 /// Watchers of one process.
 const MAX_WATCHERS: usize = 65_536;
+
+/// How often watchers that have gone are looked for while there are too many all the same.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// Whether a connection is in a selector's scope (section 9.1).
 #[must_use]
@@ -121,6 +125,9 @@ struct Watchers {
     of_one: HashMap<SpiffeId, usize>,
     /// How many there may be before those who have gone are looked for.
     look_at: usize,
+    /// When they were last looked for in vain, because there were too many: whoever is refused must not cost that each
+    /// time.
+    in_vain: Option<Instant>,
 }
 
 /// The key of those who name no segment: no segment's id is empty.
@@ -268,8 +275,9 @@ impl Hub {
         let (events, receiver) = mpsc::channel(LAG);
         let mut state = self.state.lock();
         let mut full = |of: &dyn Fn(&Watchers) -> bool| {
-            if of(&state.watchers) {
+            if of(&state.watchers) && state.watchers.in_vain.is_none_or(|at| at.elapsed() > LOOK_AGAIN) {
                 state.watchers.forget_gone();
+                state.watchers.in_vain = of(&state.watchers).then(Instant::now);
             }
             of(&state.watchers)
         };
@@ -347,7 +355,11 @@ impl Hub {
 
     /// The same, of a connection that `owner` is just answered.
     pub fn answered(&self, conn: Connection, owner: Option<SpiffeId>) {
-        self.tell_news(&mut self.state.lock(), vec![Known { conn, owner }], Why::Answer);
+        let mut state = self.state.lock();
+        // That it was down may still be on its way to the owner, and get there after the answer.
+        let fell = state.connections.get(&conn.id).is_some_and(|known| known.conn.state() != State::Up);
+        let why = if fell { Why::Event } else { Why::Answer };
+        self.tell_news(&mut state, vec![Known { conn, owner }], why);
     }
 
     /// A connection is gone.
@@ -597,6 +609,7 @@ mod tests {
             assert!(events.try_recv().is_err(), "nothing of the others");
         }
         watchers.truncate(50);
+        tokio::time::sleep(2 * LOOK_AGAIN).await;
         for _ in 0..1000 {
             drop(watch(&[("", "u7")]).unwrap());
         }
@@ -614,14 +627,19 @@ mod tests {
         for events in [&mut asker, &mut peer] {
             assert!(events.recv().await.unwrap().connections.is_empty());
         }
-        hub.answered(conn(1, PATH), Some(me.clone()));
+        let mut up = conn(1, PATH);
+        up.set_state(State::Up);
+        hub.answered(up.clone(), Some(me.clone()));
         assert_eq!(peer.try_recv().unwrap().r#type(), ConnectionEventType::Update);
         assert!(asker.try_recv().is_err());
         hub.lost([&"u1".to_owned()]);
-        hub.update(conn(1, PATH), Some(me));
+        // What it hears of the fall may come after the answer.
+        hub.answered(up.clone(), Some(me.clone()));
+        hub.answered(up.clone(), Some(me.clone()));
+        hub.update(up, Some(me));
         hub.delete("u1");
-        for wanted in [ConnectionEventType::Update, ConnectionEventType::Update, ConnectionEventType::Delete]
-        {
+        let update = ConnectionEventType::Update;
+        for wanted in [update, update, update, ConnectionEventType::Delete] {
             assert_eq!(asker.try_recv().unwrap().r#type(), wanted);
         }
         hub.update(conn(1, &[("nsc", "nsc-9"), ("mgr", "u9")]), Some(other));

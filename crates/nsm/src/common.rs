@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result, anyhow};
 use clap::Args;
 use ipnet::IpNet;
 use nsm_identity::{Source, SpiffeId};
+use nsm_kernel::resident::Program;
 use nsm_mesh::{Inspector, inspect::Served, metrics::Metrics};
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -59,16 +60,19 @@ pub(crate) struct Common {
     pub(crate) telemetry: Telemetry,
     #[arg(skip)]
     inspector: Arc<Inspector>,
+    // Flags are read before there are other threads.
+    #[arg(skip = Arc::new(Program::at_start()))]
+    program: Arc<Program>,
 }
 
 /// What the process tells of itself while its role starts.
 #[derive(Debug, Clone)]
-pub(crate) struct Process(Arc<Inspector>);
+pub(crate) struct Process(Arc<Inspector>, Arc<Program>);
 
 impl Common {
     /// This process, for its role.
     pub(crate) fn process(&self) -> Process {
-        Process(Arc::clone(&self.inspector))
+        Process(Arc::clone(&self.inspector), Arc::clone(&self.program))
     }
 }
 
@@ -86,7 +90,7 @@ impl Process {
     /// Everything is there.
     pub(crate) fn ready(&self) {
         self.0.status("");
-        nsm_kernel::resident::let_go_of_program();
+        self.1.let_go();
         notify("READY=1");
     }
 
@@ -211,6 +215,8 @@ pub(crate) fn run(
         let flushed = runtime.block_on(runtime.spawn_blocking(move || exported.flush()));
         flushed.context("what was measured last cannot be sent")?;
     }
+    // What still blocks then, a look-up of a name for example, ends with the process.
+    runtime.shutdown_timeout(Duration::from_secs(2));
     served
 }
 

@@ -21,7 +21,7 @@ use std::{
     mem::MaybeUninit,
     os::fd::{AsFd, OwnedFd},
     pin::Pin,
-    sync::{Arc, LazyLock, Weak},
+    sync::{Arc, LazyLock, Weak, mpsc},
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -56,6 +56,8 @@ pub const GRACE: Duration = Duration::from_secs(2);
 pub const MAX_KEPT: usize = 4096;
 /// The same of a peer that is not authenticated yet, and of what was not fit to keep: what one message may carry.
 const MAX_KEPT_OF_STRANGER: usize = MAX_FDS_PER_WRITE;
+/// Most descriptors that are not fit to keep that one connection may bring.
+const MAX_UNFIT: usize = 64;
 /// The kernel counts descriptors in flight per user; when the peer reads too slowly, sending pauses this long.
 const TOO_MANY_IN_FLIGHT: Duration = Duration::from_millis(5);
 
@@ -92,6 +94,8 @@ struct State {
     waiting: VecDeque<(FileId, oneshot::Sender<Result<OwnedFd, FdError>>)>,
     /// The last that came and were not fit to keep, to tell who asks for them.
     unfit: VecDeque<FileId>,
+    /// How many there were.
+    unfit_so_far: usize,
     queued: VecDeque<Arc<OwnedFd>>,
     /// How many were queued so far.
     sent: usize,
@@ -202,6 +206,7 @@ impl FdTable {
             if state.unfit.len() == MAX_KEPT_OF_STRANGER {
                 state.unfit.pop_front();
             }
+            state.unfit_so_far += 1;
             return state.unfit.push_back(id);
         };
         let limit = if state.trusted { MAX_KEPT } else { MAX_KEPT_OF_STRANGER };
@@ -249,9 +254,20 @@ fn is_fit(fd: &OwnedFd, id: FileId) -> bool {
     Some(id.dev) == *NAMESPACES || rustix::fs::fcntl_getfl(fd).is_ok_and(|flags| flags.contains(OFlags::PATH))
 }
 
-/// Closes what may take its time where nothing else waits.
+/// Closes what may take its time where nothing else waits: on a thread of its own, for all connections. What hangs there
+/// holds up only its like.
 fn close_aside(fd: OwnedFd) {
-    tokio::task::spawn_blocking(move || drop(fd));
+    static CLOSER: LazyLock<Option<mpsc::Sender<OwnedFd>>> = LazyLock::new(|| {
+        let (sender, unfit) = mpsc::channel::<OwnedFd>();
+        let close = move || unfit.into_iter().for_each(drop);
+        std::thread::Builder::new().name("closer".into()).spawn(close).ok().map(|_| sender)
+    });
+    // Of a socket with unsent data the last close waits for as long as its sender has set.
+    let _ = rustix::net::sockopt::set_socket_linger(&fd, None);
+    match &*CLOSER {
+        Some(closer) => drop(closer.send(fd)),
+        None => drop(fd),
+    }
 }
 
 /// Closes what nobody takes; ends when nothing is left or the connection is gone.
@@ -352,6 +368,12 @@ impl AsyncRead for FdStream {
                     // No byte will follow, so no descriptor will.
                     self.fds.0.lock().waiting.clear();
                     return Poll::Ready(Ok(()));
+                }
+                // Nobody sends these by mistake, and each costs a descriptor until it is closed.
+                Ok(_) if self.fds.0.lock().unfit_so_far > MAX_UNFIT => {
+                    return Poll::Ready(Err(io::Error::other(
+                        "the peer sends descriptors that are neither namespaces nor opened O_PATH",
+                    )));
                 }
                 Ok(read) => {
                     buf.advance(read);
