@@ -57,6 +57,11 @@ fn run_alone<T>(mut runtime: tokio::runtime::Builder, test: impl Future<Output =
     let runtime = runtime.enable_all().build().unwrap();
     let result = runtime.block_on(test);
     drop(runtime);
+    // What may take its time is closed by a thread of its own.
+    let end = std::time::Instant::now() + PATIENCE;
+    while open_files() != before && std::time::Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(5));
+    }
     assert_eq!(open_files(), before, "descriptors are left open");
     result
 }
@@ -350,6 +355,24 @@ fn only_what_closes_at_once_is_taken_from_peers() {
         assert_eq!(b.fds().take(ids[1], later()).await.unwrap_err(), FdError::Unfit(ids[1]));
         b.fds().take(id, later()).await.unwrap();
         assert_eq!(b.fds().kept(), 0);
+    });
+}
+
+#[test]
+fn who_sends_many_that_do_not_close_at_once_is_cut_off() {
+    alone(async {
+        let (mut a, mut b) = pair();
+        let dir = TempDir::new().unwrap();
+        let file: Arc<OwnedFd> = Arc::new(OwnedFd::from(File::create(dir.path().join("file")).unwrap()));
+        for _ in 0..64 {
+            a.fds().send(file.clone());
+        }
+        a.write_all(b"x").await.unwrap();
+        b.read_exact(&mut [0; 1]).await.unwrap();
+        a.fds().send(file);
+        a.write_all(b"x").await.unwrap();
+        let error = b.read_exact(&mut [0; 1]).await.unwrap_err();
+        assert!(error.to_string().contains("neither namespaces nor opened O_PATH"), "{error}");
     });
 }
 
