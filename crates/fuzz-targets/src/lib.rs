@@ -20,13 +20,14 @@ use nsm_api::{
 };
 use nsm_dns::message::{self, Asked, Told};
 use nsm_registry::path::RegistrationPath;
+use nsm_webhook::{inject, review, settings::Settings};
 use prost::Message;
 
 /// A decoder.
 pub type Target = fn(&[u8]);
 
 /// All of them, by the names of their corpora.
-pub const TARGETS: [(&str, Target); 9] = [
+pub const TARGETS: [(&str, Target); 10] = [
     ("messages", messages),
     ("path", connection_path),
     ("nsurl", nsurl),
@@ -36,6 +37,7 @@ pub const TARGETS: [(&str, Target); 9] = [
     ("resource", resource),
     ("rules", rules),
     ("dns", dns),
+    ("admission", admission),
 ];
 
 /// Every message that peers send, and the checks that it goes through first.
@@ -154,6 +156,28 @@ pub fn dns(bytes: &[u8]) {
         let _ = message::ttl(&answer);
         is_an_answer(message::reply(&question, Some((name, &answer)), true), 4096);
         is_an_answer(message::reply(&question, Some((&Name::root(), &answer)), false), usize::from(u16::MAX));
+    }
+}
+
+/// What an API server asks the admission webhook, and anything in the place of the object and of its namespace.
+pub fn admission(bytes: &[u8]) {
+    let program = |text: &str| text.parse().expect("an image");
+    let settings = Settings {
+        init_images: vec![program("cmd-nsc-init")],
+        images: vec![program("cmd-nsc")],
+        ..Settings::default()
+    };
+    let value = serde_json::from_slice(bytes).unwrap_or(serde_json::Value::Null);
+    let namespace = inject::Namespace::of(&settings, &value);
+    let _ = review::review(&settings, bytes, &namespace, "unique");
+    for (group, kind) in [("", "Pod"), ("apps", "Deployment")] {
+        let kind = serde_json::json!({ "group": group, "kind": kind });
+        let request = serde_json::json!({ "uid": "1", "kind": kind, "operation": "CREATE", "object": value });
+        let review = serde_json::json!({
+            "apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "request": request,
+        });
+        let answer = review::review(&settings, review.to_string().as_bytes(), &namespace, "unique");
+        assert_eq!(answer.expect("it is a question")["response"]["uid"], "1");
     }
 }
 
