@@ -45,6 +45,9 @@ enum Task {
     },
     /// Install the system packages that the others need, or say what to type
     Packages,
+    /// The Kubernetes that tests run (tests/kube/)
+    #[command(subcommand)]
+    Kube(Kube),
     /// Build nsm and measure: arguments are those of `nsm bench`
     Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -52,11 +55,20 @@ enum Task {
     },
 }
 
+#[derive(clap::Subcommand)]
+enum Kube {
+    /// Build it; the first time takes some ten minutes
+    Build,
+    /// Whether it is built, and where
+    Status,
+}
+
 fn main() -> ExitCode {
     let done = match Task::parse() {
         Task::Demo { args } => demo(&args),
         Task::Test { all } => test(all),
         Task::Packages => install(&PACKAGES),
+        Task::Kube(what) => kube(&what),
         Task::Bench { args } => bench(&args),
     };
     match done {
@@ -90,13 +102,28 @@ fn bench(args: &[String]) -> Result<()> {
     nsm(&[&["bench"], &told[..]].concat(), &args)
 }
 
+fn kube(what: &Kube) -> Result<()> {
+    let program = match what {
+        Kube::Build => nsm_cluster::build()?,
+        Kube::Status => nsm_cluster::program()?.to_owned(),
+    };
+    writeln!(io::stdout(), "{}", program.display()).context("write")
+}
+
 fn test(all: bool) -> Result<()> {
     install(&PACKAGES)?;
     let mut stages = Stages::default();
     stages.run("format", cargo(&["fmt", "--all", "--check"]))?;
     let clippy = ["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"];
     stages.run("lints", cargo(&clippy))?;
-    stages.upstream();
+    // Without Go, the tests that need it say so themselves.
+    stages.built("upstream", || match nsm_upstream::build() {
+        Ok(_) | Err(nsm_upstream::Error::NoGo) => Ok(()),
+        Err(error) => Err(error.into()),
+    });
+    if all {
+        stages.built("kubernetes", || nsm_cluster::build().map(drop).map_err(Into::into));
+    }
     stages.run("build", cargo(&["test", "--workspace", "--no-run", "--quiet"]))?;
     let ignored: &[&str] = if all { &["--include-ignored"] } else { &[] };
     // Doc tests in the same call: a call of their own selects other features, and builds half of it again.
@@ -189,19 +216,12 @@ impl Stages {
         Ok(())
     }
 
-    /// Builds upstream's program before the tests that need it, so that none of them waits for it. Without Go they say
-    /// so themselves.
-    fn upstream(&mut self) {
-        eprintln!("== upstream");
+    /// Builds a program before the tests that need it, so that none of them waits for it.
+    fn built(&mut self, name: &'static str, build: impl FnOnce() -> Result<()>) {
+        eprintln!("== {name}");
         let began = Instant::now();
-        let built = match nsm_upstream::build() {
-            Ok(_) | Err(nsm_upstream::Error::NoGo) => true,
-            Err(error) => {
-                eprintln!("{error}");
-                false
-            }
-        };
-        self.done.push(("upstream", began.elapsed(), built));
+        let built = build().inspect_err(|error| eprintln!("{error:#}")).is_ok();
+        self.done.push((name, began.elapsed(), built));
     }
 
     /// Runs tests, passing on what is worth reading and collecting the `SKIPPED test: why` lines.

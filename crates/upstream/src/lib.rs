@@ -3,8 +3,11 @@
 //! It is a Go program. What Go compiles once it keeps: the cache is beside cargo's target directory, outside of the
 //! checkout, so that only the first build on a machine takes long (about 45 s); later ones see in a moment that nothing
 //! has changed. The program is `interop/upstream` in the target directory itself.
+//!
+//! [`Module`] is that way of building for any Go module of this project; `nsm-cluster` builds its Kubernetes by it.
 
 use std::{
+    ffi::OsStr,
     fmt,
     fs::{self, File},
     io,
@@ -15,8 +18,9 @@ use std::{
 /// Names a program that is used instead of building one.
 pub const OVERRIDE: &str = "NSM_UPSTREAM_PEER";
 
-/// The directory of the Go module.
-const SOURCE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../interop");
+const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
+
+const UPSTREAM: Module = Module { source: "interop", programs: "interop" };
 
 /// Why there is no program.
 #[derive(Debug)]
@@ -29,7 +33,12 @@ pub enum Error {
     /// A directory or file that the build needs cannot be made.
     Files(PathBuf, io::Error),
     /// Go says why it does not compile, or what it cannot download.
-    Build(String),
+    Build {
+        /// The module, below the project's root.
+        module: &'static str,
+        /// What Go said.
+        said: String,
+    },
 }
 
 impl fmt::Display for Error {
@@ -40,10 +49,10 @@ impl fmt::Display for Error {
             }
             Self::NoSuchFile(path) => write!(f, "{OVERRIDE} names {}, which is no file", path.display()),
             Self::Files(path, error) => write!(f, "{}: {error}", path.display()),
-            Self::Build(said) => {
+            Self::Build { module, said } => {
                 write!(
                     f,
-                    "`go build` in interop/ failed (it needs its modules, or a proxy to get them from):\n{said}"
+                    "`go build` in {module}/ failed (it needs its modules, or a proxy to get them from):\n{said}"
                 )
             }
         }
@@ -77,32 +86,69 @@ pub fn build() -> Result<PathBuf, Error> {
     if let Some(path) = std::env::var_os(OVERRIDE).map(PathBuf::from) {
         return if path.is_file() { Ok(path) } else { Err(Error::NoSuchFile(path)) };
     }
-    let go = go().ok_or(Error::NoGo)?;
-    let target = target().map_err(|e| Error::Files("/proc/self/exe".into(), e))?;
-    let directory = target.join("interop");
-    fs::create_dir_all(&directory).map_err(|e| Error::Files(directory.clone(), e))?;
-    // Many tests ask at the same time.
-    let path = directory.join("lock");
-    let lock = File::create(&path).and_then(|lock| lock.lock().map(|()| lock));
-    let _lock = lock.map_err(|e| Error::Files(path, e))?;
-    let program = directory.join("upstream");
-    let mut command = Command::new(&go);
-    command
-        .args(["build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o"])
-        .arg(&program)
-        .arg(".")
-        .current_dir(SOURCE)
-        // What is pinned is what is built, and nothing is linked that the machine may not have.
-        .envs([("GOFLAGS", "-mod=readonly"), ("GOTOOLCHAIN", "local"), ("CGO_ENABLED", "0")])
-        .stdin(Stdio::null());
-    if std::env::var_os("GOCACHE").is_none() {
-        command.env("GOCACHE", cache(&target));
+    UPSTREAM.build(".", "upstream", "")
+}
+
+/// A Go module of this project, whose programs tests run.
+#[derive(Debug)]
+pub struct Module {
+    /// Where it is, below the project's root.
+    pub source: &'static str,
+    /// The directory below cargo's target directory that its programs go to.
+    pub programs: &'static str,
+}
+
+impl Module {
+    /// Where a program of it is once it is built.
+    ///
+    /// # Errors
+    /// This process is no program in a target directory of cargo.
+    pub fn program(&self, name: &str) -> Result<PathBuf, Error> {
+        let target = target().map_err(|e| Error::Files("/proc/self/exe".into(), e))?;
+        Ok(target.join(self.programs).join(name))
     }
-    let output = command.output().map_err(|e| Error::Files(go, e))?;
-    if !output.status.success() {
-        return Err(Error::Build(String::from_utf8_lossy(&output.stderr).into_owned()));
+
+    /// Builds a package as a static program, if anything changed; `stamp` is for the linker (`-X …`).
+    ///
+    /// # Errors
+    /// Without Go, or if it does not compile.
+    pub fn build(&self, package: &str, name: &str, stamp: &str) -> Result<PathBuf, Error> {
+        let program = self.program(name)?;
+        let directory = program.parent().unwrap_or(Path::new("/"));
+        fs::create_dir_all(directory).map_err(|e| Error::Files(directory.to_owned(), e))?;
+        // Many tests ask at the same time.
+        let path = directory.join("lock");
+        let lock = File::create(&path).and_then(|lock| lock.lock().map(|()| lock));
+        let _lock = lock.map_err(|e| Error::Files(path, e))?;
+        let flags = ["build", "-trimpath", "-buildvcs=false", &format!("-ldflags=-s -w {stamp}"), "-o"];
+        self.go(flags.map(OsStr::new).into_iter().chain([program.as_os_str(), package.as_ref()]))?;
+        Ok(program)
     }
-    Ok(program)
+
+    /// Runs Go in the module and returns what it printed.
+    ///
+    /// # Errors
+    /// Without Go, or if it fails.
+    pub fn go(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Result<String, Error> {
+        let go = go().ok_or(Error::NoGo)?;
+        let mut command = Command::new(&go);
+        command
+            .args(args)
+            .current_dir(Path::new(ROOT).join(self.source))
+            // What is pinned is what is built, and nothing is linked that the machine may not have.
+            .envs([("GOFLAGS", "-mod=readonly"), ("GOTOOLCHAIN", "local"), ("CGO_ENABLED", "0")])
+            .stdin(Stdio::null());
+        if std::env::var_os("GOCACHE").is_none() {
+            let target = target().map_err(|e| Error::Files("/proc/self/exe".into(), e))?;
+            command.env("GOCACHE", cache(&target));
+        }
+        let output = command.output().map_err(|e| Error::Files(go, e))?;
+        if !output.status.success() {
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            return Err(Error::Build { module: self.source, said });
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
 }
 
 fn go() -> Option<PathBuf> {
@@ -164,7 +210,7 @@ mod tests {
         let texts = [
             Error::NoGo.to_string(),
             Error::NoSuchFile("/nowhere".into()).to_string(),
-            Error::Build("undefined: x".into()).to_string(),
+            Error::Build { module: "interop", said: "undefined: x".into() }.to_string(),
         ];
         for (text, word) in texts.iter().zip(["/usr/local/go/bin", OVERRIDE, "undefined: x"]) {
             assert!(text.contains(word), "{text}");
