@@ -1,0 +1,7 @@
+//! What this mesh has to do with Kubernetes. Nobody else in it knows the client library.
+//!
+//! [`crd`] are the two resources of `networkservicemesh.io/v1` as they are installed, [`resource`] what stands in them
+//! and what it means in the protocol's terms.
+
+pub mod crd;
+pub mod resource;
