@@ -8,6 +8,7 @@ mod lab;
 mod operate;
 mod roles;
 mod telemetry;
+mod webhook;
 
 use std::process::ExitCode;
 
@@ -46,6 +47,7 @@ enum Nsm {
     Passthrough(roles::Passthrough),
     Ipam(roles::Ipam),
     Identity(roles::Identity),
+    Webhook(webhook::Webhook),
     Lab(lab::Lab),
     /// Measures what a wire costs on this machine, beside what the kernel alone can do
     Bench(bench::Bench),
@@ -75,6 +77,7 @@ fn main() -> ExitCode {
         }
         Nsm::Ipam(role) => common::run(&role.common.clone(), "ipam", &role.name(), role.serve()),
         Nsm::Identity(role) => common::run(&role.common.clone(), "identity", &role.name(), role.serve()),
+        Nsm::Webhook(role) => common::run(&role.common.clone(), "webhook", &role.name(), role.serve()),
         Nsm::Lab(lab) => return code(lab::run(lab)),
         Nsm::Bench(bench) => return code(bench::run(bench)),
         Nsm::Get(get) => return code(get.run()),

@@ -25,6 +25,11 @@
 //! ```
 
 pub mod annotation;
+pub mod authority;
+pub mod cluster;
+pub mod configuration;
 pub mod inject;
+pub mod keeper;
 pub mod review;
+pub mod server;
 pub mod settings;
