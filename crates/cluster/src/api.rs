@@ -7,6 +7,8 @@ use std::{
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    thread::sleep,
+    time::{Duration, Instant},
 };
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, getsockname, socket_with, sockopt};
@@ -123,6 +125,24 @@ impl ApiServer {
         fs::write(&path, manifest).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         let path = path.to_string_lossy();
         let _said = self.kubectl(&["apply", "--server-side", "--force-conflicts", "--filename", &path]);
+    }
+
+    /// Applies custom resource definitions and returns when their resources are served.
+    ///
+    /// # Panics
+    /// With what kubectl said, if one is refused, or if they are not served within a minute.
+    pub fn install(&self, definitions: &[&str]) {
+        definitions.iter().for_each(|definition| self.apply(definition));
+        let _met = self.kubectl(&["wait", "--for=condition=Established", "--timeout=60s", "crd", "--all"]);
+        // Established is said a moment before requests are served.
+        let names = self.kubectl(&["get", "crd", "--output=jsonpath={.items[*].metadata.name}"]);
+        let end = Instant::now() + Duration::from_secs(60);
+        for name in names.split_whitespace() {
+            while !self.kubectl_command().args(["get", name]).output().is_ok_and(|got| got.status.success()) {
+                assert!(Instant::now() < end, "{name} are not served");
+                sleep(Duration::from_millis(20));
+            }
+        }
     }
 
     /// The kubeconfig of a service account, which is made if it is not there: it may do what RBAC lets it.

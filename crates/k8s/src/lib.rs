@@ -1,8 +1,13 @@
 //! What this mesh has to do with Kubernetes. Nobody else in it knows the client library.
 //!
 //! [`crd`] are the two resources of `networkservicemesh.io/v1` as they are installed, [`resource`] what stands in them
-//! and what it means in the protocol's terms; [`objects`] is an API server for those who take objects as they are.
+//! and what it means in the protocol's terms. [`cluster`] is the API server, [`objects`] the same for those who take
+//! objects as they are, and [`keeper`] keeps in these resources what is registered: any number of registries may do so
+//! side by side, upstream's among them.
 
+pub mod cluster;
 pub mod crd;
+pub mod keeper;
 pub mod objects;
 pub mod resource;
+mod table;

@@ -4,14 +4,14 @@
 //! values omitted, timestamps as `{seconds, nanos}` (spec/registry.md 4.2). It is kept as it was read until somebody
 //! asks what it means, so that one object that means nothing does not hide all the others.
 
-use std::{borrow::Cow, collections::BTreeMap, fmt, marker::PhantomData};
+use std::{borrow::Cow, collections::BTreeMap, fmt, marker::PhantomData, time::SystemTime};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::Resource;
 use nsm_api::pb::registry::{
     Destination, Match, Metadata, NetworkService, NetworkServiceEndpoint, NetworkServiceLabels,
 };
-use nsm_registry::store::Item;
+use nsm_registry::{expiry::time_of, store::Item};
 use prost_types::Timestamp;
 use serde::{Deserialize, Deserializer, Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
@@ -29,19 +29,24 @@ pub trait Kind: Item + fmt::Debug {
     const KIND: &'static str;
     /// Its name in URLs and in RBAC rules.
     const PLURAL: &'static str;
-    /// What generated names begin with.
-    const PREFIX: &'static str;
+    /// What the names begin with of those that are registered without one, if they may be.
+    const GENERATED: Option<&'static str> = None;
     /// The message as it stands in `spec`.
     type Spec: From<Self> + Into<Self> + Serialize + DeserializeOwned;
 
     /// Gives it a name.
     fn set_name(&mut self, name: String);
+
+    /// When it ends by itself.
+    fn expires(&self) -> Option<SystemTime> {
+        None
+    }
 }
 
 impl Kind for NetworkService {
     const KIND: &'static str = "NetworkService";
     const PLURAL: &'static str = "networkservices";
-    const PREFIX: &'static str = "netsvc-";
+    const GENERATED: Option<&'static str> = Some("netsvc-");
     type Spec = ServiceSpec;
 
     fn set_name(&mut self, name: String) {
@@ -52,11 +57,14 @@ impl Kind for NetworkService {
 impl Kind for NetworkServiceEndpoint {
     const KIND: &'static str = "NetworkServiceEndpoint";
     const PLURAL: &'static str = "networkserviceendpoints";
-    const PREFIX: &'static str = "nse-";
     type Spec = EndpointSpec;
 
     fn set_name(&mut self, name: String) {
         self.name = name;
+    }
+
+    fn expires(&self) -> Option<SystemTime> {
+        self.expiration_time.as_ref().map(time_of)
     }
 }
 

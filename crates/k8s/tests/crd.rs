@@ -1,33 +1,10 @@
 //! The custom resource definitions before a real API server.
 #![allow(clippy::unwrap_used)]
 
-use std::{
-    io::Write,
-    process::Stdio,
-    thread::sleep,
-    time::{Duration, Instant},
-};
+use std::{io::Write, process::Stdio};
 
 use nsm_cluster::{ApiServer, api_server};
 use nsm_k8s::crd::{NETWORK_SERVICE_ENDPOINTS, NETWORK_SERVICES};
-
-/// Installs both and returns when they are served.
-fn install(server: &ApiServer) {
-    for crd in [NETWORK_SERVICES, NETWORK_SERVICE_ENDPOINTS] {
-        server.apply(crd);
-    }
-    let end = Instant::now() + Duration::from_secs(60);
-    for plural in ["networkservices", "networkserviceendpoints"] {
-        let wait = ["wait", "--for=condition=Established", "--timeout=60s"];
-        let _met =
-            server.kubectl(&[&wait[..], &["crd", &format!("{plural}.networkservicemesh.io")]].concat());
-        // Established is said a moment before requests are served.
-        while !server.kubectl_command().args(["get", plural]).output().unwrap().status.success() {
-            assert!(Instant::now() < end, "{plural} are served");
-            sleep(Duration::from_millis(20));
-        }
-    }
-}
 
 /// Creates an object as a user or another program does; what kubectl says if it is refused.
 fn create(server: &ApiServer, manifest: &str) -> Result<String, String> {
@@ -45,7 +22,7 @@ fn create(server: &ApiServer, manifest: &str) -> Result<String, String> {
 #[test]
 fn what_upstream_and_its_users_wrote_is_taken_and_kept() {
     let Some(server) = api_server("what_upstream_and_its_users_wrote_is_taken_and_kept") else { return };
-    install(&server);
+    server.install(&[NETWORK_SERVICES, NETWORK_SERVICE_ENDPOINTS]);
     // As upstream's registry writes it.
     create(
         &server,
@@ -102,7 +79,7 @@ fn what_upstream_cannot_read_either_is_refused_with_its_place() {
     let Some(server) = api_server("what_upstream_cannot_read_either_is_refused_with_its_place") else {
         return;
     };
-    install(&server);
+    server.install(&[NETWORK_SERVICES, NETWORK_SERVICE_ENDPOINTS]);
     let cases = [
         ("NetworkService", "matches: {routes: []}", "spec.matches: Invalid value: \"object\""),
         ("NetworkService", "matches: [{source_selector: {app: 7}}]", "spec.matches[0].source_selector.app"),

@@ -14,7 +14,9 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     sync::watch,
 };
-use tracing_subscriber::{EnvFilter, Layer as _, layer::SubscriberExt as _, util::SubscriberInitExt as _};
+use tracing_subscriber::{
+    EnvFilter, Layer as _, filter::filter_fn, layer::SubscriberExt as _, util::SubscriberInitExt as _,
+};
 
 use crate::telemetry::{Exported, Telemetry};
 
@@ -261,6 +263,10 @@ impl Log {
             "json" => lines.json().boxed(),
             _ => lines.with_ansi(std::io::stderr().is_terminal()).boxed(),
         };
+        // The client library of Kubernetes logs an error for each try; what it means is ours to say, once.
+        let lines = lines.with_filter(filter_fn(|event| {
+            !event.target().starts_with("kube_client") || *event.level() > tracing::Level::INFO
+        }));
         let spans = exported.map(Exported::layer);
         tracing_subscriber::registry().with(filter).with(lines).with(spans).init();
         common.inspector.log_level(&text);

@@ -41,7 +41,9 @@ const MANAGER_SOCKET: &str = "unix:///var/lib/networkservicemesh/nsm.io.sock";
 /// The directory: which services there are, and which endpoints provide them
 ///
 /// State is in memory; after a restart managers and endpoints register again by themselves. Services given as files
-/// belong to the operator: no workload changes them.
+/// belong to the operator: no workload changes them. With --store kubernetes everything is kept as resources of
+/// networkservicemesh.io/v1, as upstream's cmd-registry-k8s does; several may run side by side, and services are written
+/// with kubectl.
 ///
 /// Example: nsm registry --listen-on tcp://10.0.0.1:5002 --network-services services.yaml
 #[derive(Debug, Args)]
@@ -52,9 +54,18 @@ pub(crate) struct Registry {
     /// Where to listen: tcp://host:port or unix:///path, several separated by commas
     #[arg(long, env = "NSM_LISTEN_ON", default_value = "tcp://:5002", value_delimiter = ',')]
     listen_on: Vec<ListenUrl>,
-    /// YAML files with NetworkService resources (networkservicemesh.io/v1 or v1alpha1) to start with
+    /// What keeps the registrations
+    #[arg(long, env = "NSM_STORE", default_value = "memory", value_enum)]
+    store: Store,
+    /// YAML files with NetworkService resources (networkservicemesh.io/v1 or v1alpha1) to start with; for memory only
     #[arg(long, env = "NSM_NETWORK_SERVICE_FILES", value_delimiter = ',', value_name = "FILE")]
     network_services: Vec<PathBuf>,
+    /// The Kubernetes namespace that resources are written into; those of all are read
+    #[arg(long, env = "NSM_NAMESPACE", default_value = "default")]
+    namespace: String,
+    /// Calls to the Kubernetes API server in a second; twice as many at once
+    #[arg(long, env = "NSM_KUBELET_QPS", default_value_t = nsm_k8s::cluster::DEFAULT_QPS, value_name = "CALLS")]
+    kubelet_qps: u32,
     /// How long an endpoint stays registered without being registered again
     #[arg(long, env = "NSM_EXPIRE_PERIOD", default_value = "1m", value_parser = duration)]
     expire_period: Duration,
@@ -72,6 +83,15 @@ pub(crate) struct Registry {
     pub(crate) common: Common,
 }
 
+/// What keeps registrations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Store {
+    /// This process: one per mesh
+    Memory,
+    /// Custom resources, at the API server of this pod or of KUBECONFIG
+    Kubernetes,
+}
+
 impl Registry {
     pub(crate) fn name(&self) -> String {
         self.name.clone()
@@ -82,16 +102,45 @@ impl Registry {
         let guard = self.bounds.guard(self.registrations.policies(&self.checks)?);
         let metrics = self.measured.start(&process).await?;
         metrics.register(|registry| guard.refusals.register(registry));
+        // What is wrong with files and flags is said before anything is waited for.
+        let services = read_services(&self.network_services)?;
+        let cluster = match self.store {
+            Store::Memory => None,
+            Store::Kubernetes if !services.is_empty() => bail!(
+                "--network-services are for --store memory; on Kubernetes apply them: kubectl apply -f {}",
+                self.network_services
+                    .iter()
+                    .map(|path| path.display().to_string())
+                    .collect::<Vec<_>>()
+                    .join(" -f ")
+            ),
+            Store::Kubernetes => Some(nsm_k8s::cluster::Cluster::find(self.kubelet_qps).await?),
+        };
         let config = nsm_registry::Config {
             watches: nsm_registry::WatchLimit(guard.limits.watches_of_one),
             guard,
             listen_on: self.listen_on,
-            // Read before anything is waited for: what is wrong with the files is said at once.
-            services: read_services(&self.network_services)?,
+            services,
             lifetime: self.expire_period,
             max_token_lifetime: self.tokens.max_token_lifetime,
         };
-        let registry = nsm_registry::Registry::bind(config, process.identity().await?).await?;
+        let source = process.identity().await?;
+        let registry = match cluster {
+            None => nsm_registry::Registry::bind(config, source).await?,
+            Some(cluster) => {
+                let kept =
+                    nsm_k8s::keeper::KeeperConfig { namespace: self.namespace, lifetime: self.expire_period };
+                let waits = |error: &nsm_k8s::cluster::Error| {
+                    tracing::warn!(%error, "nothing is served yet");
+                    process.waits(&error.to_string());
+                };
+                let keepers = tokio::select! {
+                    keepers = nsm_k8s::keeper::open_in_time(&cluster, &kept, waits) => keepers,
+                    () = shutdown.clone().wait() => return Ok(()),
+                };
+                nsm_registry::Registry::bind_before(keepers, config, source).await?
+            }
+        };
         tracing::info!(name = %self.name, "the directory is open");
         process.ready();
         let inspector = process.inspector();

@@ -284,7 +284,11 @@ fn shared_watch<T: Topical>(replica: &Replica<T>, query: T) -> Events<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{expiry::timestamp_of, memory::Services, path::RegistrationPath};
+    use crate::{
+        expiry::timestamp_of,
+        keeper::{Keepers, Services},
+        path::RegistrationPath,
+    };
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     /// A registry, with what it is asked.
@@ -346,7 +350,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn look_ups_and_watches_share_one_watch() {
-        let registry = Counting::new(Services::new([service("a", "IP")]));
+        let registry = Counting::new(Services(Keepers::memory([service("a", "IP")]).services));
         let cached = Cached::new(registry.clone() as Arc<dyn Directory<_>>);
         let counts = || registry.counts();
         assert_eq!(payloads(&cached, "a").await, ["IP"]);

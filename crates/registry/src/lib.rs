@@ -8,12 +8,13 @@
 //! ```
 //!
 //! Both servers are the same front (path, policies, ownership, one change at a time for each name)
-//! before different directories. The pure parts — [`store`], [`expiry`], [`path`] — know no RPC.
+//! before different directories; what a directory keeps is kept in memory or by another [`Keeper`]. The pure parts — [`store`], [`expiry`], [`path`] — know no RPC.
 //! Facts: spec/registry.md sections 1 to 3; its defects (section 11) are not reproduced.
 
 mod cache;
 mod client;
 pub mod expiry;
+mod keeper;
 mod lanes;
 pub mod limits;
 mod lookup;
@@ -30,6 +31,7 @@ use nsm_transport::{DialError, FdError, Refusal, UrlError};
 use tonic::{Code, Status};
 
 pub use client::{Client, ClientConfig, Endpoint, EndpointEvent, Listed, Registration, State};
+pub use keeper::{Keeper, Keepers};
 pub use lookup::LookUp;
 pub use manager::{Cluster, Local, ManagerConfig, ManagerRegistry, node_labels};
 pub use server::{Config, Directories, Registry, SERVICES, WatchLimit};
@@ -145,6 +147,23 @@ pub enum Error {
     /// A listener.
     #[error(transparent)]
     Listen(std::sync::Arc<nsm_transport::Error>),
+    /// Others changed what a name stands for, again and again.
+    #[error("{name:?} is changed by others faster than it can be changed here; try again")]
+    Changed {
+        /// The name.
+        name: String,
+    },
+    /// Where registrations are kept cannot be changed now.
+    #[error("the registration cannot be kept")]
+    NotKept(#[source] std::sync::Arc<dyn std::error::Error + Send + Sync>),
+    /// A name under which nothing can be kept.
+    #[error("{name:?} cannot be registered: {why}")]
+    BadName {
+        /// The name.
+        name: String,
+        /// What is wrong with it, and what was expected.
+        why: String,
+    },
     /// A defect of this program.
     #[error("the handler of this call panicked; see the server's log")]
     Panicked,
@@ -167,6 +186,8 @@ impl Error {
             Self::Deadline { .. }
             | Self::Descriptor(_)
             | Self::TooSlow
+            | Self::Changed { .. }
+            | Self::NotKept(_)
             | Self::NoToken { .. }
             | Self::Panicked => true,
             Self::Denied(denial) => matches!(denial, Denial::Expired { .. }),
@@ -203,14 +224,15 @@ impl From<Error> for Status {
             Error::Malformed(_)
             | Error::NoName { .. }
             | Error::NoUrl { .. }
+            | Error::BadName { .. }
             | Error::Path(_)
             | Error::Url(_) => Code::InvalidArgument,
             Error::Interdomain { .. } => Code::Unimplemented,
             Error::AlreadyOver { .. } | Error::NotLocal { .. } => Code::FailedPrecondition,
             Error::Deadline { .. } | Error::Descriptor(_) => Code::DeadlineExceeded,
             Error::TooManyWatches { .. } => Code::ResourceExhausted,
-            Error::TooSlow => Code::Aborted,
-            Error::NoToken { .. } => Code::Unavailable,
+            Error::TooSlow | Error::Changed { .. } => Code::Aborted,
+            Error::NoToken { .. } | Error::NotKept(_) => Code::Unavailable,
             Error::Socket { .. } | Error::Listen(_) | Error::Panicked => Code::Internal,
         };
         let mut text = error.to_string();
@@ -224,6 +246,7 @@ impl From<Error> for Status {
             Error::Malformed(_)
             | Error::NoName { .. }
             | Error::NoUrl { .. }
+            | Error::BadName { .. }
             | Error::Path(_)
             | Error::Url(_) => Some("malformed"),
             Error::TooManyWatches { .. } => Some("watches"),

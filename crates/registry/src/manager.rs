@@ -38,8 +38,8 @@ use crate::{
     cache::Cached,
     client::Endpoint,
     expiry::{self, Timers, time_of},
+    keeper::Keepers,
     lanes::Lanes,
-    memory::{Endpoints, Services},
     path::RegistrationPath,
     rpc::{CALL, Upstream},
     server::{Context, Directories, Directory, Events, Front, WatchLimit},
@@ -207,12 +207,7 @@ impl ManagerRegistry {
                 }
             }
             Cluster::Inside(directories) => directories,
-            Cluster::Alone => Directories {
-                services: Arc::new(Services::default()),
-                endpoints: Arc::new(Endpoints::new(config.lifetime)),
-                service_lanes: Lanes::default(),
-                endpoint_lanes: Lanes::default(),
-            },
+            Cluster::Alone => Directories::of(Keepers::memory([]), config.lifetime),
         };
         let inner = Arc::new(Inner {
             services,
@@ -540,7 +535,7 @@ impl Directory<NetworkServiceEndpoint> for LocalEndpoints {
                 entry.labels.entry(label.clone()).or_insert_with(|| value.clone());
             }
         }
-        cx.time_to_live(&mut endpoint, inner.config.lifetime, SystemTime::now())?;
+        cx.limit_expiration_time(&mut endpoint, inner.config.lifetime, SystemTime::now())?;
         let reach = inner.reach(cx, &endpoint).await?;
         // Peers know an endpoint by the name that they sent.
         let name = endpoint.name.clone();

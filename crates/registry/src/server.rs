@@ -36,8 +36,8 @@ use tracing::{debug, info, warn};
 
 use crate::{
     Error, expiry,
+    keeper::{Endpoints, Keepers, Services},
     lanes::Lanes,
-    memory::{Endpoints, Services},
     path::{self, RegistrationPath},
     store::Item,
 };
@@ -113,6 +113,16 @@ impl fmt::Debug for Directories {
 }
 
 impl Directories {
+    /// Of what these keep; endpoints live for `lifetime` at most.
+    pub(crate) fn of(keepers: Keepers, lifetime: Duration) -> Self {
+        Self {
+            services: Arc::new(Services(keepers.services)),
+            endpoints: Arc::new(Endpoints { keeper: keepers.endpoints, lifetime }),
+            service_lanes: Lanes::default(),
+            endpoint_lanes: Lanes::default(),
+        }
+    }
+
     /// All services.
     pub async fn services(&self) -> Vec<NetworkService> {
         all(&*self.services, NetworkService::default()).await
@@ -136,21 +146,25 @@ async fn all<T: Item>(directory: &dyn Directory<T>, query: T) -> Vec<T> {
 }
 
 impl Registry {
-    /// Binds the sockets of a registry. Needs a tokio runtime.
+    /// Binds the sockets of a registry that keeps everything in memory. Needs a tokio runtime.
     ///
     /// # Errors
     /// One of the URLs cannot be bound.
-    pub async fn bind(config: Config, source: Source) -> Result<Self, Error> {
+    pub async fn bind(mut config: Config, source: Source) -> Result<Self, Error> {
+        let keepers = Keepers::memory(std::mem::take(&mut config.services));
+        Self::bind_before(keepers, config, source).await
+    }
+
+    /// Binds the sockets of a registry before keepers of their own; `services` of the configuration are theirs to know.
+    ///
+    /// # Errors
+    /// One of the URLs cannot be bound.
+    pub async fn bind_before(keepers: Keepers, config: Config, source: Source) -> Result<Self, Error> {
         let server = Server::bind(source, &config.listen_on).await?;
         // A manager's watches all share one connection.
         let limits = Limits { calls: config.guard.limits.calls.max(65_536), ..config.guard.limits };
         let server = server.guarded(&config.guard).with_limits(limits);
-        let directories = Directories {
-            services: Arc::new(Services::new(config.services)),
-            endpoints: Arc::new(Endpoints::new(config.lifetime)),
-            service_lanes: Lanes::default(),
-            endpoint_lanes: Lanes::default(),
-        };
+        let directories = Directories::of(keepers, config.lifetime);
         let (watches, policies, lifetime) =
             (&config.watches, &config.guard.policies, config.max_token_lifetime);
         Ok(Self {
@@ -221,7 +235,11 @@ impl Registry {
 pub(crate) trait Directory<T: Item>: Send + Sync + 'static {
     /// The registration of a name that is accepted here, with its owner.
     fn known(&self, name: &str) -> Option<Arc<T>>;
-    /// Registers an object in place of the one of its name.
+    /// Whether it chooses a name for what has none.
+    fn names(&self) -> bool {
+        false
+    }
+    /// Registers an object in place of the one of its name. [`Error::Changed`] says that what is known was not what is.
     async fn register(&self, cx: &mut Context, item: T) -> Result<T, Error>;
     /// Removes the object of this name, also if it is not known here.
     async fn unregister(&self, cx: &mut Context, item: T) -> Result<(), Error>;
@@ -303,6 +321,9 @@ impl<T: Item> std::fmt::Debug for Front<T> {
     }
 }
 
+/// How often a change is tried again because others changed the same name: each of theirs succeeded.
+const TRIES: usize = 16;
+
 /// A change that the policies let pass.
 struct Admitted {
     cx: Context,
@@ -338,26 +359,29 @@ impl<T: Item> Front<T> {
     }
 
     async fn register(&self, request: Request<T>) -> Result<Response<T>, Status> {
-        let Admitted { mut cx, asker, path_ids } = self.admit(&request)?;
-        let mut item = request.into_inner();
+        let Admitted { mut cx, asker, path_ids } = self.admit(&request, self.0.directory.names())?;
+        let item = request.into_inner();
         let shared = self.0.clone();
         run(async move {
             let _lane = shared.lanes.enter(item.name(), cx.deadline).await?;
-            let known = shared.directory.known(item.name());
-            cx.known = known.is_some();
             let anybody = !shared.policies.makes(Check::ClientAllowed);
-            let answer = match standing(known.as_deref(), &item, &path_ids) {
-                Err(_) if anybody => {
-                    item.set_path_ids(path_ids);
-                    shared.directory.register(&mut cx, item).await?
+            let mut tries = TRIES;
+            let answer = loop {
+                let known = shared.directory.known(item.name());
+                cx.known = known.is_some();
+                match standing(known.as_deref(), &item, &path_ids) {
+                    Ok(true) => {}
+                    Err(_) if anybody => {}
+                    // Whoever registers a service that exists as it is gets what it wants.
+                    Ok(false) => break known.map_or(item, |known| (*known).clone()),
+                    Err(denial) => return Err(denial.into()),
                 }
-                Ok(true) => {
-                    item.set_path_ids(path_ids);
-                    shared.directory.register(&mut cx, item).await?
+                let mut item = item.clone();
+                item.set_path_ids(path_ids.clone());
+                match shared.directory.register(&mut cx, item).await {
+                    Err(Error::Changed { .. }) if tries > 0 => tries -= 1,
+                    answer => break answer?,
                 }
-                // Whoever registers a service that exists as it is gets what it wants.
-                Ok(false) => known.map_or(item, |known| (*known).clone()),
-                Err(denial) => return Err(denial.into()),
             };
             Ok(respond(answer, &cx.answer_path(asker, shared.max_token_lifetime)))
         })
@@ -365,27 +389,29 @@ impl<T: Item> Front<T> {
     }
 
     async fn unregister(&self, request: Request<T>) -> Result<Response<()>, Status> {
-        let Admitted { mut cx, asker, path_ids } = self.admit(&request)?;
-        let mut item = request.into_inner();
+        let Admitted { mut cx, asker, path_ids } = self.admit(&request, false)?;
+        let item = request.into_inner();
         let shared = self.0.clone();
         run(async move {
             let _lane = shared.lanes.enter(item.name(), cx.deadline).await?;
-            let known = shared.directory.known(item.name());
-            cx.known = known.is_some();
-            match known {
-                Some(known) if known.path_ids().is_empty() => {
-                    info!(kind = T::KIND, name = known.name(), "it stays: it is the operator's");
-                }
-                known => {
-                    if let Some(known) = known {
-                        let anybody = !shared.policies.makes(Check::ClientAllowed);
-                        owned(&*known, &path_ids)
-                            .or_else(|denial| if anybody { Ok(()) } else { Err(denial) })?;
-                        // As registered: callers may send the name only.
-                        item = (*known).clone();
+            let anybody = !shared.policies.makes(Check::ClientAllowed);
+            let mut tries = TRIES;
+            loop {
+                let known = shared.directory.known(item.name());
+                cx.known = known.is_some();
+                // As registered: callers may send the name only.
+                let mut item = known.as_deref().unwrap_or(&item).clone();
+                if let Some(known) = known {
+                    if known.path_ids().is_empty() {
+                        info!(kind = T::KIND, name = known.name(), "it stays: it is the operator's");
+                        break;
                     }
-                    item.set_path_ids(path_ids);
-                    shared.directory.unregister(&mut cx, item).await?;
+                    owned(&*known, &path_ids).or_else(|denial| if anybody { Ok(()) } else { Err(denial) })?;
+                }
+                item.set_path_ids(path_ids.clone());
+                match shared.directory.unregister(&mut cx, item).await {
+                    Err(Error::Changed { .. }) if tries > 0 => tries -= 1,
+                    done => break done?,
                 }
             }
             Ok(respond((), &cx.answer_path(asker, shared.max_token_lifetime)))
@@ -416,10 +442,10 @@ impl<T: Item> Front<T> {
     }
 
     /// Everything that is checked before a change waits for its turn.
-    fn admit(&self, request: &Request<T>) -> Result<Admitted, Error> {
+    fn admit(&self, request: &Request<T>, unnamed: bool) -> Result<Admitted, Error> {
         let peer = Peer::of(request)?.clone();
         let item = request.get_ref();
-        if item.name().is_empty() {
+        if item.name().is_empty() && !unnamed {
             return Err(Error::NoName { kind: T::KIND });
         }
         check(item)?;

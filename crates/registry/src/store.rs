@@ -104,8 +104,8 @@ impl<T: Item> Default for Store<T> {
 impl<T: Item> Store<T> {
     /// Puts an object in place of the one of its name, and tells the watchers if that changes it.
     /// Returns the store's revision.
-    pub fn put(&self, item: T) -> u64 {
-        self.0.lock().put(Arc::new(item))
+    pub fn put(&self, item: impl Into<Arc<T>>) -> u64 {
+        self.0.lock().put(item.into())
     }
 
     /// Removes and returns an object.
