@@ -1,6 +1,8 @@
-//! The project's own commands: `cargo xtask demo`, `cargo xtask test`, `cargo xtask bench`.
+//! The project's own commands: `cargo xtask demo`, `cargo xtask test`, `cargo xtask bench`, `cargo xtask image`.
 //!
 //! Small on purpose: it is built before anything else, and everything that knows the mesh is in `nsm` itself.
+
+mod image;
 
 use std::collections::BTreeMap;
 use std::env;
@@ -48,6 +50,8 @@ enum Task {
     /// The Kubernetes that tests run (tests/kube/)
     #[command(subcommand)]
     Kube(Kube),
+    /// Write container images: nsm.tar for `docker load` and `ctr images import`, and an OCI layout
+    Image(image::Image),
     /// Build nsm and measure: arguments are those of `nsm bench`
     Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -69,6 +73,7 @@ fn main() -> ExitCode {
         Task::Test { all } => test(all),
         Task::Packages => install(&PACKAGES),
         Task::Kube(what) => kube(&what),
+        Task::Image(image) => image.make(),
         Task::Bench { args } => bench(&args),
     };
     match done {

@@ -270,7 +270,11 @@ impl Neighbour {
     /// How long he may take to answer.
     const PATIENCE: std::time::Duration = std::time::Duration::from_secs(2);
 
-    async fn ask(&self) -> Result<(), String> {
+    /// Asks him whether he serves.
+    ///
+    /// # Errors
+    /// Why that is not so.
+    pub async fn ask(&self) -> Result<(), String> {
         let channel =
             self.pool.get(&self.url, Self::PATIENCE).await.map_err(|e| nsm_identity::explain(&e))?;
         let mut health = tonic_health::pb::health_client::HealthClient::new(channel);

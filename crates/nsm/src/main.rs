@@ -6,11 +6,13 @@ mod common;
 mod guard;
 mod lab;
 mod operate;
+mod probe;
+mod programs;
 mod roles;
 mod telemetry;
 mod webhook;
 
-use std::process::ExitCode;
+use std::{ffi::OsString, path::Path, process::ExitCode};
 
 use clap::{CommandFactory as _, Parser};
 
@@ -48,6 +50,7 @@ enum Nsm {
     Ipam(roles::Ipam),
     Identity(roles::Identity),
     Webhook(webhook::Webhook),
+    Probe(probe::Probe),
     Lab(lab::Lab),
     /// Measures what a wire costs on this machine, beside what the kernel alone can do
     Bench(bench::Bench),
@@ -63,7 +66,7 @@ enum Nsm {
 }
 
 fn main() -> ExitCode {
-    let command = Nsm::parse();
+    let command = Nsm::parse_from(as_ours(std::env::args_os().collect()));
     let result = match command {
         Nsm::Registry(role) => common::run(&role.common.clone(), "registry", &role.name(), role.serve()),
         Nsm::Manager(role) => common::run(&role.common.clone(), "manager", &role.name(), role.serve()),
@@ -78,6 +81,7 @@ fn main() -> ExitCode {
         Nsm::Ipam(role) => common::run(&role.common.clone(), "ipam", &role.name(), role.serve()),
         Nsm::Identity(role) => common::run(&role.common.clone(), "identity", &role.name(), role.serve()),
         Nsm::Webhook(role) => common::run(&role.common.clone(), "webhook", &role.name(), role.serve()),
+        Nsm::Probe(probe) => probe.run(),
         Nsm::Lab(lab) => return code(lab::run(lab)),
         Nsm::Bench(bench) => return code(bench::run(bench)),
         Nsm::Get(get) => return code(get.run()),
@@ -92,6 +96,24 @@ fn main() -> ExitCode {
     code(result.map(|()| ExitCode::SUCCESS))
 }
 
+/// The command line as it would be given to `nsm`: whoever is called by the name of one of upstream's programs has its role.
+fn as_ours(args: Vec<OsString>) -> Vec<OsString> {
+    let called = args.first().and_then(|program| Path::new(program).file_name());
+    let all = programs::PROGRAMS.iter().chain(&programs::INSIDE);
+    let Some(program) = all.into_iter().find(|program| called == Some(program.name.as_ref())) else {
+        return args;
+    };
+    // Go's programs write flags with one dash.
+    let long = |arg: OsString| match arg.to_str() {
+        Some(flag) if flag.len() > 2 && flag.starts_with('-') && !flag.starts_with("--") => {
+            format!("-{flag}").into()
+        }
+        _ => arg,
+    };
+    let role = program.role.iter().map(OsString::from);
+    std::iter::once("nsm".into()).chain(role).chain(args.into_iter().skip(1).map(long)).collect()
+}
+
 fn code(result: anyhow::Result<ExitCode>) -> ExitCode {
     result.unwrap_or_else(|error| {
         eprintln!("nsm: {error:#}");
@@ -102,6 +124,31 @@ fn code(result: anyhow::Result<ExitCode>) -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whoever_is_called_as_upstreams_program_has_its_role() {
+        let ours = |line: &str| {
+            let args = as_ours(line.split(' ').map(OsString::from).collect());
+            args.into_iter().map(|arg| arg.into_string().unwrap()).collect::<Vec<_>>().join(" ")
+        };
+        for (given, means) in [
+            ("/bin/cmd-nsc-init", "nsm client --init"),
+            ("cmd-nsmgr --name a", "nsm manager --name a"),
+            (
+                "/bin/grpc-health-probe -spiffe -addr=unix:///listen.on.sock",
+                "nsm probe --spiffe --addr=unix:///listen.on.sock",
+            ),
+            ("nsm get -o json", "nsm get -o json"),
+            ("/bin/nsm", "/bin/nsm"),
+        ] {
+            assert_eq!(ours(given), means);
+        }
+        for program in programs::PROGRAMS.iter().chain(&programs::INSIDE) {
+            let args = as_ours(vec![format!("/bin/{}", program.name).into(), "--help".into()]);
+            let error = Nsm::try_parse_from(args).unwrap_err();
+            assert_eq!(error.kind(), clap::error::ErrorKind::DisplayHelp, "{}: {error}", program.name);
+        }
+    }
 
     #[test]
     fn the_command_line_is_consistent() {

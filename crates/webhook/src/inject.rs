@@ -20,6 +20,9 @@ const POD_SECURITY: &str = "pod-security.kubernetes.io/enforce";
 /// What kubelets put on the API server's copy of a pod that is a file of a node.
 const MIRROR: &str = "kubernetes.io/config.mirror";
 
+/// As whom containers run that must not be root and are not told as whom.
+const NOBODY: u32 = 65532;
+
 /// Why nothing is to be done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Why {
@@ -394,6 +397,10 @@ fn restricted(of_pod: &Value) -> Value {
     let mut context = json!({ "allowPrivilegeEscalation": false, "capabilities": { "drop": ["ALL"] } });
     if of_pod["runAsNonRoot"] != true {
         context["runAsNonRoot"] = json!(true);
+    }
+    // Our images, like upstream's, say root, and then nothing else would start.
+    if of_pod["runAsUser"].is_null() {
+        context["runAsUser"] = json!(NOBODY);
     }
     if of_pod["seccompProfile"].is_null() {
         context["seccompProfile"] = json!({ "type": "RuntimeDefault" });

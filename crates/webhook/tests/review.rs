@@ -342,7 +342,7 @@ fn what_a_namespace_demands_of_its_pods_holds_for_what_is_put_into_them() {
     let restricted = namespace("restricted");
     let mut object = pod("kernel://a/x");
     object["spec"]["securityContext"] =
-        json!({ "runAsNonRoot": true, "seccompProfile": { "type": "RuntimeDefault" } });
+        json!({ "runAsNonRoot": true, "runAsUser": 1000, "seccompProfile": { "type": "RuntimeDefault" } });
     let upstreams_context = json!({ "allowPrivilegeEscalation": false, "capabilities": { "drop": ["ALL"] } });
     let given = patched_in(&restricted, &object);
     assert_eq!(given["spec"]["volumes"], csi);
@@ -356,6 +356,7 @@ fn what_a_namespace_demands_of_its_pods_holds_for_what_is_put_into_them() {
             "allowPrivilegeEscalation": false,
             "capabilities": { "drop": ["ALL"] },
             "runAsNonRoot": true,
+            "runAsUser": 65532,
             "seccompProfile": { "type": "RuntimeDefault" },
         })
     );
