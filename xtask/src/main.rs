@@ -61,8 +61,16 @@ enum Task {
 
 #[derive(clap::Subcommand)]
 enum Kube {
-    /// Build it; the first time takes some ten minutes
+    /// Build it, and install the system packages that its nodes need; the first time takes some ten minutes
     Build,
+    /// Run a cluster until the end of the input (Ctrl-D) or Ctrl-C, and say how to reach it
+    Up {
+        /// How many nodes
+        #[arg(long, default_value_t = 2)]
+        nodes: u32,
+    },
+    /// End what is left of clusters whose owners were killed
+    Down,
     /// Whether it is built, and where
     Status,
 }
@@ -108,11 +116,28 @@ fn bench(args: &[String]) -> Result<()> {
 }
 
 fn kube(what: &Kube) -> Result<()> {
-    let program = match what {
-        Kube::Build => nsm_cluster::build()?,
-        Kube::Status => nsm_cluster::program()?.to_owned(),
-    };
-    writeln!(io::stdout(), "{}", program.display()).context("write")
+    let mut out = io::stdout();
+    let say = |out: &mut io::Stdout, text: &str| writeln!(out, "{text}").context("write");
+    match what {
+        Kube::Build => {
+            let program = nsm_cluster::build()?;
+            // Last: an API server alone needs none of them.
+            install(&nsm_cluster::PACKAGES)?;
+            say(&mut out, &program.display().to_string())
+        }
+        Kube::Status => say(&mut out, &nsm_cluster::program()?.display().to_string()),
+        Kube::Down => say(&mut out, nsm_cluster::clean(nsm_cluster::program()?)?.trim_end()),
+        Kube::Up { nodes } => {
+            install(&nsm_cluster::PACKAGES)?;
+            let program = nsm_cluster::build()?;
+            let cluster = nsm_cluster::Cluster::start(&program, *nodes)?;
+            let kubeconfig = cluster.kubeconfig();
+            say(&mut out, &format!("export KUBECONFIG={}", kubeconfig.display()))?;
+            say(&mut out, &format!("alias kubectl='{} kubectl'", program.display()))?;
+            // Ctrl-C ends this process, and with it the cluster.
+            io::copy(&mut io::stdin(), &mut io::sink()).context("read").map(drop)
+        }
+    }
 }
 
 fn test(all: bool) -> Result<()> {
@@ -127,7 +152,10 @@ fn test(all: bool) -> Result<()> {
         Err(error) => Err(error.into()),
     });
     if all {
-        stages.built("kubernetes", || nsm_cluster::build().map(drop).map_err(Into::into));
+        stages.built("kubernetes", || {
+            nsm_cluster::build()?;
+            install(&nsm_cluster::PACKAGES)
+        });
     }
     stages.run("build", cargo(&["test", "--workspace", "--no-run", "--quiet"]))?;
     let ignored: &[&str] = if all { &["--include-ignored"] } else { &[] };

@@ -1,4 +1,5 @@
-//! A real Kubernetes for tests, built from `tests/kube/`: the *API ring* is etcd and an API server.
+//! A real Kubernetes for tests, built from `tests/kube/`: the *API ring* is etcd and an API server, the *cluster ring*
+//! has nodes that run pods.
 //!
 //! A test that needs an API server asks for one, and has it to itself:
 //!
@@ -16,11 +17,15 @@
 //! or is killed. No controllers run beside it: nobody makes the service account `default` of a namespace, collects
 //! garbage, or turns a Deployment into pods.
 //!
+//! [`cluster`] is the same with controllers, DNS and two nodes; it needs root and takes some fifteen seconds.
+//!
 //! The first build takes eight minutes of a processor, so that no test starts it: `cargo xtask kube build` and
 //! `cargo xtask test --all` do. Where that has not been done, tests say `SKIPPED`. What Go compiled is kept beside
 //! cargo's target directory (`nsm_upstream`).
 
 mod api;
+mod kubectl;
+mod ring;
 
 use std::{
     fmt, io,
@@ -31,6 +36,8 @@ use std::{
 use nsm_upstream::Module;
 
 pub use api::ApiServer;
+pub use kubectl::Kubectl;
+pub use ring::{Cluster, PACKAGES, clean};
 
 const MODULE: Module = Module { source: "tests/kube", programs: "kube" };
 
@@ -43,6 +50,8 @@ const PROGRAM: &str = "kube-testbed";
 pub enum Error {
     /// It is not built.
     NotBuilt,
+    /// Something is missing that its nodes need.
+    Missing(String),
     /// It cannot be built.
     Build(nsm_upstream::Error),
     /// A file, a port or a process that it needs.
@@ -68,6 +77,7 @@ impl fmt::Display for Error {
                 "the Kubernetes of tests/kube/ is not built; `cargo xtask kube build` builds it, the first time in \
                  some ten minutes",
             ),
+            Self::Missing(what) => f.write_str(what),
             Self::Build(error) => error.fmt(f),
             Self::System { what, source } => write!(f, "{what}: {source}"),
             Self::Ended { component, log } => {
@@ -99,12 +109,31 @@ impl Error {
 /// # Panics
 /// If it is built and does not start: then what it would have tested is not known to work.
 #[must_use]
-#[allow(clippy::print_stdout, reason = "a test that cannot run says so")]
 pub fn api_server(test: &str) -> Option<ApiServer> {
-    match program().and_then(ApiServer::start) {
-        Ok(server) => Some(server),
-        Err(Error::NotBuilt | Error::Build(nsm_upstream::Error::NoGo)) => {
+    or_skip(test, program().and_then(ApiServer::start))
+}
+
+/// A cluster with two nodes for the test of that name; `None` where it cannot run, which is said as tests say it.
+///
+/// # Panics
+/// If it is built and does not start.
+#[must_use]
+pub fn cluster(test: &str) -> Option<Cluster> {
+    let needed = ring::missing().map_or(Ok(()), |what| Err(Error::Missing(what)));
+    let started = program().and_then(|program| needed.and_then(|()| Cluster::start(program, 2)));
+    or_skip(test, started)
+}
+
+#[allow(clippy::print_stdout, reason = "a test that cannot run says so")]
+fn or_skip<C>(test: &str, started: Result<C, Error>) -> Option<C> {
+    match started {
+        Ok(cluster) => Some(cluster),
+        Err(Error::Build(nsm_upstream::Error::NoGo)) => {
             println!("SKIPPED {test}: {}", Error::NotBuilt);
+            None
+        }
+        Err(error @ (Error::NotBuilt | Error::Missing(_))) => {
+            println!("SKIPPED {test}: {error}");
             None
         }
         Err(error) => panic!("{test}: {error}"),

@@ -29,13 +29,16 @@ use crate::process::ProcessId;
 /// Every process that has this variable in its environment counts as ours.
 pub const MARK: &str = "NSM_TEST_RUN";
 
+/// What clusters of tests call their cgroups and bridges, and where they have their files (`tests/kube/`).
+const CLUSTERS: (&str, &str) = ("nsmk", "/var/tmp/nsm-kube-");
+
 /// The machine as far as tests of networks could change it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Snapshot {
     /// Namespaces: `host`, the name under `/run/netns`, or `net:[inode]`.
     pub namespaces: BTreeMap<String, Lists>,
-    /// Mounts of namespaces, processes of ours, temporary files.
+    /// Mounts, processes of ours, temporary files, cgroups.
     pub machine: Lists,
 }
 
@@ -119,7 +122,8 @@ impl Snapshot {
             }
         }
         let machine = Lists::from([
-            ("namespace mounts".into(), mounts()),
+            ("cgroups".into(), cgroups()),
+            ("mounts".into(), mounts()),
             ("processes".into(), processes()),
             ("temporary files".into(), files()),
         ]);
@@ -346,9 +350,24 @@ fn mounts() -> BTreeSet<String> {
         let kind = right.split(' ').next()?;
         let mut fields = left.split(' ').skip(3);
         let (root, place) = (fields.next()?, fields.next()?);
-        (kind == "nsfs" || place.starts_with("/run/nsm")).then(|| format!("{place} ({kind} {root})"))
+        let ours = kind == "nsfs" || place.starts_with("/run/nsm") || place.starts_with(CLUSTERS.1);
+        ours.then(|| format!("{place} ({kind} {root})"))
     });
     ours.collect()
+}
+
+/// Those that clusters of tests make, of each controller or of all.
+fn cgroups() -> BTreeSet<String> {
+    let below = |directory: &Path| {
+        let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+        let entries = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        entries.map(|entry| entry.path()).collect::<Vec<_>>()
+    };
+    let top = below(Path::new("/sys/fs/cgroup"));
+    let all = top.iter().cloned().chain(top.iter().flat_map(|controller| below(controller)));
+    let ours = all
+        .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(CLUSTERS.0)));
+    ours.map(|path| path.display().to_string()).collect()
 }
 
 /// Programs of this project and what they started, but neither this process nor those that wait for it.
@@ -399,6 +418,9 @@ fn files() -> BTreeSet<String> {
         if name.starts_with("nsm") || name.starts_with(".tmp") {
             lines.insert(entry.path().display().to_string());
         }
+    }
+    for entry in fs::read_dir("/var/tmp").into_iter().flatten().flatten() {
+        lines.extend(Some(entry.path().display().to_string()).filter(|path| path.starts_with(CLUSTERS.1)));
     }
     lines
 }

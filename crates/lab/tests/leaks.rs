@@ -8,6 +8,7 @@ use std::io;
 use std::net::TcpListener;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -188,7 +189,7 @@ fn a_namespace_its_mount_and_a_process() {
         std::thread::yield_now();
     }
     one(&before, &planted.0, "namespace", &planted.0);
-    one(&before, &planted.0, "namespace mounts", &planted.0);
+    one(&before, &planted.0, "mounts", &planted.0);
     one(&before, &format!("process {pid} "), "processes", "sleep 4711");
 
     // The name goes, the process stays: its namespace is found all the same.
@@ -198,6 +199,31 @@ fn a_namespace_its_mount_and_a_process() {
     drop(process);
     assert_eq!(found(&before, &name), [""; 0]);
     assert_eq!(found(&before, &format!("process {pid} ")), [""; 0]);
+}
+
+#[test]
+fn what_a_cluster_of_tests_makes() {
+    if may_not("what_a_cluster_of_tests_makes") {
+        return;
+    }
+    // Of the first controller, or of all where there is one hierarchy.
+    let root = ["/sys/fs/cgroup/memory", "/sys/fs/cgroup"].into_iter().find(|root| Path::new(root).is_dir());
+    let name = format!("leak-{}", std::process::id());
+    let group = Path::new(root.expect("cgroups")).join(format!("nsmk{name}"));
+    let directory = Path::new("/var/tmp").join(format!("nsm-kube-{name}"));
+    let before = Snapshot::take().expect("snapshot");
+    fs::create_dir(&directory).expect("a directory");
+    let made = fs::create_dir(&group);
+    let (files, groups) = (found(&before, "nsm-kube-"), found(&before, "nsmk"));
+    fs::remove_dir(&directory).expect("remove it");
+    assert_eq!(files, [format!("left behind, temporary files: {}", directory.display())]);
+    if made.is_err() {
+        println!("SKIPPED what_a_cluster_of_tests_makes: no cgroup can be made here");
+        return;
+    }
+    fs::remove_dir(&group).expect("remove it");
+    assert!(groups.contains(&format!("left behind, cgroups: {}", group.display())), "{groups:?}");
+    assert_eq!(found(&before, &name), [""; 0]);
 }
 
 #[test]
