@@ -24,7 +24,7 @@ use nsm_api::{
 use nsm_identity::policy::Check;
 use nsm_transport::{Connection as Channel, FileId, Peer, Pool};
 use parking_lot::Mutex;
-use tokio::time::Instant;
+use tokio::{task::JoinHandle, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, metadata::MetadataValue};
 
@@ -51,6 +51,7 @@ const FOLLOWING: std::time::Duration = std::time::Duration::from_secs(15);
 pub struct Dial {
     pool: Pool,
     follower: Arc<Follower>,
+    parting: Parting,
     dial_timeout: std::time::Duration,
     check_answers: bool,
     own_namespace: Option<OwnNamespace>,
@@ -62,7 +63,8 @@ impl Dial {
     pub fn new(pool: Pool, me: &str, hub: Arc<Hub>, dial_timeout: std::time::Duration) -> Self {
         let follower =
             Arc::new(Follower { me: me.into(), hub, pool: pool.clone(), streams: Mutex::default() });
-        Self { pool, follower, dial_timeout, check_answers: false, own_namespace: None }
+        let parting = Parting::default();
+        Self { pool, follower, parting, dial_timeout, check_answers: false, own_namespace: None }
     }
 
     /// Also checks the tokens of every answer, as edge clients do.
@@ -93,14 +95,22 @@ impl Dial {
     ) -> Result<Connection> {
         let hop = self.reach(target, cx.deadline).await?;
         let asked = request.connection.clone().unwrap_or_default();
+        self.parting.over(target, &asked.id).await;
+        // Before the call: what happens to the connection right after the answer must not be missed.
+        self.follower.follow(target, &asked.id);
         let result = self.exchange(cx, target, &hop, &asked, request).await;
         // Whoever answered may have made something, also when the answer was lost or is of no use: it undoes that when
         // it is told to close. What stood there before this request is not ours to decide about.
         let made =
             |e: &Error| e.hop.is_none() || e.code == Code::DeadlineExceeded || e.code == Code::Cancelled;
         let stands = cx.scope.get::<Dialed>().is_some_and(|before| before.target == *target);
+        if !stands && result.is_err() {
+            self.follower.leave(target, &asked.id);
+        }
         if !stands && result.as_ref().is_err_and(|e| made(e) || e.code == Code::Unavailable) {
-            tokio::spawn(async move { hop.close(asked, None, Instant::now() + Release::TIME).await });
+            let id = asked.id.clone();
+            let close = async move { hop.close(asked, None, Instant::now() + Release::TIME).await };
+            self.parting.begin(target, id, close);
         }
         result
     }
@@ -132,7 +142,6 @@ impl Dial {
         if let Some(Caller { peer: caller, .. }) = &cx.caller {
             auth::sign_for_caller(&mut answer, caller, peer)?;
         }
-        self.follower.follow(target, &answer.id);
         Ok(answer)
     }
 }
@@ -173,8 +182,12 @@ impl Element for Dial {
         if cx.scope.get::<Dialed>().is_some_and(|old| old.target != target)
             && let Some(old) = cx.scope.take::<Dialed>()
         {
-            // The connection has moved to another hop; the old one may be dead, and nobody waits for it.
-            tokio::spawn(async move { old.release(&Release::now(Reason::Reselect)).await });
+            // The connection has moved to another hop; the old one may be dead, and nobody waits for it. What it still tells
+            // is not about this connection any more.
+            self.follower.leave(&old.target, &old.conn.id);
+            let (from, id) = (old.target.clone(), old.conn.id.clone());
+            let close = async move { old.release(&Release::now(Reason::Reselect)).await };
+            self.parting.begin(&from, id, close);
         }
         match cx.scope.get_mut::<Dialed>() {
             Some(dialed) => (dialed.conn, dialed.theirs) = (answer.clone(), theirs),
@@ -359,6 +372,45 @@ fn freshen(conn: &mut Connection, fresh: &Connection) {
     }
 }
 
+/// Closes at hops that a connection has left, for which nobody waits, until it is asked for there again: a Close that
+/// comes late would end what was just established.
+#[derive(Debug, Clone, Default)]
+struct Parting(Arc<Mutex<HashMap<Left, JoinHandle<()>>>>);
+
+/// A hop, and our id of the connection that has left it.
+type Left = (NextHop, String);
+
+/// How long a Close may hold up the next Request of its connection: a hop that lives has closed by then, and the Close is
+/// taken back from one that does not answer.
+const LONGEST_PARTING: std::time::Duration = std::time::Duration::from_secs(1);
+
+impl Parting {
+    fn begin(&self, from: &NextHop, id: String, close: impl Future<Output = Result<()>> + Send + 'static) {
+        let (this, key) = (self.clone(), (from.clone(), id));
+        let mut partings = self.0.lock();
+        let done = key.clone();
+        let task = tokio::spawn(async move {
+            if let Err(error) = close.await {
+                tracing::debug!(from = %done.0, connection = done.1, %error, "not closed there");
+            }
+            this.0.lock().remove(&done);
+        });
+        partings.insert(key, task);
+    }
+
+    /// Waits until the connection is closed there, if it is being closed.
+    async fn over(&self, at: &NextHop, id: &str) {
+        let task = {
+            let mut partings = self.0.lock();
+            if partings.is_empty() { None } else { partings.remove(&(at.clone(), id.to_owned())) }
+        };
+        let Some(mut task) = task else { return };
+        if tokio::time::timeout(LONGEST_PARTING, &mut task).await.is_err() {
+            task.abort();
+        }
+    }
+}
+
 /// One monitor stream per neighbour, however many connections go there.
 #[derive(Debug)]
 struct Follower {
@@ -369,9 +421,11 @@ struct Follower {
 }
 
 impl Follower {
-    /// Follows the connection with this id (ours) at that neighbour.
+    /// Follows the connection with this id (ours), which is about to be asked for there.
     fn follow(self: &Arc<Self>, target: &NextHop, id: &str) {
         let mut streams = self.streams.lock();
+        // Together: the end of a stream that is not followed any more is no news.
+        self.hub.asks(id, target);
         if let Some(ids) = streams.get_mut(target) {
             ids.insert(id.to_owned());
             return;
@@ -384,7 +438,7 @@ impl Follower {
             }
             // Together: who follows this neighbour anew right now must not be told of the old stream's end.
             let mut streams = this.streams.lock();
-            this.hub.lost(&streams.remove(&target).unwrap_or_default());
+            this.hub.lost(&target, &streams.remove(&target).unwrap_or_default());
         });
     }
 
@@ -426,7 +480,7 @@ impl Follower {
                     .cloned()
                     .collect()
             };
-            self.hub.followed(&event, &ours);
+            self.hub.followed(target, event, &ours);
         }
         Ok(())
     }

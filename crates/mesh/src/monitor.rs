@@ -27,6 +27,7 @@ use tokio::sync::mpsc::{self, error::TrySendError};
 use crate::{
     chain::{Context, Element, Next},
     error::{Error, Result},
+    hop::NextHop,
     scope::{Lease, Release},
 };
 
@@ -113,7 +114,24 @@ impl Default for Hub {
 #[derive(Default)]
 struct HubState {
     connections: HashMap<String, Known>,
+    /// Those that are being asked for at a next hop.
+    asked: HashMap<String, Asked>,
     watchers: Watchers,
+}
+
+/// A connection that is being asked for. Its events come over another connection than its answer does: what the next
+/// hop tells of it meanwhile may be news to the answer, and then nobody would tell it again.
+struct Asked {
+    at: NextHop,
+    last: Option<Told>,
+}
+
+/// What was last heard of a connection.
+enum Told {
+    /// By the next hop.
+    Event(Arc<ConnectionEvent>),
+    /// The next hop is lost.
+    Lost,
 }
 
 /// Those who watch. Most watch one connection, so an event looks only at those whose selector names a segment of its
@@ -353,26 +371,50 @@ impl Hub {
         self.tell_news(&mut self.state.lock(), vec![Known { conn, owner }], Why::Event);
     }
 
-    /// The same, of a connection that `owner` is just answered.
+    /// The same, of a connection that `owner` is just answered; then, what its next hop has told of it meanwhile.
     pub fn answered(&self, conn: Connection, owner: Option<SpiffeId>) {
         let mut state = self.state.lock();
+        let id = conn.id.clone();
         // That it was down may still be on its way to the owner, and get there after the answer.
-        let fell = state.connections.get(&conn.id).is_some_and(|known| known.conn.state() != State::Up);
+        let fell = state.connections.get(&id).is_some_and(|known| known.conn.state() != State::Up);
         let why = if fell { Why::Event } else { Why::Answer };
         self.tell_news(&mut state, vec![Known { conn, owner }], why);
+        match state.asked.remove(&id).and_then(|asked| asked.last) {
+            Some(Told::Event(event)) => self.apply(&mut state, &event, &BTreeSet::from([id])),
+            Some(Told::Lost) => self.fall(&mut state, [&id]),
+            None => {}
+        }
+    }
+
+    /// A connection is about to be asked for there: what that hop tells of it until the answer is published counts then.
+    pub(crate) fn asks(&self, id: &str, at: &NextHop) {
+        self.state.lock().asked.insert(id.to_owned(), Asked { at: at.clone(), last: None });
+    }
+
+    /// A request has failed: nothing is to be published any more.
+    fn failed(&self, id: &str) {
+        self.state.lock().asked.remove(id);
     }
 
     /// A connection is gone.
     pub fn delete(&self, id: &str) {
         let mut state = self.state.lock();
+        state.asked.remove(id);
         if let Some(known) = state.connections.remove(id) {
             self.tell(&mut state, ConnectionEventType::Delete, &[known], Why::Event);
         }
     }
 
     /// A next hop told something; `ours` are those of our connections that it may speak for.
-    pub fn followed(&self, event: &ConnectionEvent, ours: &BTreeSet<String>) {
+    pub(crate) fn followed(&self, from: &NextHop, event: Arc<ConnectionEvent>, ours: &BTreeSet<String>) {
         let mut state = self.state.lock();
+        for id in ours {
+            state.heard(id, from, || Told::Event(Arc::clone(&event)));
+        }
+        self.apply(&mut state, &event, ours);
+    }
+
+    fn apply(&self, state: &mut HubState, event: &ConnectionEvent, ours: &BTreeSet<String>) {
         let mut news = Vec::new();
         for theirs in event.connections.values() {
             for id in followable(theirs).filter(|id| ours.contains(*id)) {
@@ -382,16 +424,23 @@ impl Hub {
                 }
             }
         }
-        self.tell_news(&mut state, news, Why::Event);
+        self.tell_news(state, news, Why::Event);
     }
 
     /// The next hop of these connections is lost: DOWN travels hop by hop towards the clients.
-    pub fn lost<'a>(&self, ids: impl IntoIterator<Item = &'a String>) {
+    pub(crate) fn lost<'a>(&self, from: &NextHop, ids: impl IntoIterator<Item = &'a String> + Clone) {
         let mut state = self.state.lock();
+        for id in ids.clone() {
+            state.heard(id, from, || Told::Lost);
+        }
+        self.fall(&mut state, ids);
+    }
+
+    fn fall<'a>(&self, state: &mut HubState, ids: impl IntoIterator<Item = &'a String>) {
         let known = ids.into_iter().filter_map(|id| state.connections.get(id));
         let mut fell: Vec<Known> = known.filter(|known| known.conn.state() != State::Down).cloned().collect();
         fell.iter_mut().for_each(|known| known.conn.set_state(State::Down));
-        self.tell_news(&mut state, fell, Why::Event);
+        self.tell_news(state, fell, Why::Event);
     }
 }
 
@@ -404,6 +453,13 @@ enum Why {
 }
 
 impl HubState {
+    /// Remembers what a hop tells of a connection that it is being asked for.
+    fn heard(&mut self, id: &str, from: &NextHop, what: impl FnOnce() -> Told) {
+        if let Some(asked) = self.asked.get_mut(id).filter(|asked| asked.at == *from) {
+            asked.last = Some(what());
+        }
+    }
+
     /// Tells every watcher what it sees of this; returns how many were cut off.
     fn tell(&mut self, kind: ConnectionEventType, news: &[Known], why: Why) -> usize {
         let mut cut = 0;
@@ -500,6 +556,7 @@ impl Element for Monitor {
                 Ok(conn)
             }
             Err(error) => {
+                self.hub.failed(&asked.id);
                 if known {
                     self.hub.update(Connection { state: State::Down.into(), ..asked }, owner);
                 }
@@ -553,6 +610,49 @@ mod tests {
     }
 
     const PATH: &[(&str, &str)] = &[("nsc", "nsc-0"), ("mgr", "u1"), ("fwd", "u2")];
+
+    fn hop(url: &str) -> NextHop {
+        url.parse::<nsm_transport::DialUrl>().unwrap().into()
+    }
+
+    fn next() -> NextHop {
+        hop("unix:///next.sock")
+    }
+
+    #[test]
+    fn what_a_hop_tells_while_it_is_asked_is_news_to_its_answer() {
+        let (hub, other) = (Hub::default(), hop("unix:///other.sock"));
+        let mut up = conn(1, PATH);
+        up.set_state(State::Up);
+        let tell = |kind: ConnectionEventType, from: &NextHop| {
+            let theirs = conn(2, PATH);
+            let event = ConnectionEvent { r#type: kind.into(), connections: [("u2".into(), theirs)].into() };
+            hub.followed(from, Arc::new(event), &BTreeSet::from(["u1".to_owned()]));
+        };
+        let answered = || {
+            hub.answered(up.clone(), None);
+            hub.get("u1").unwrap().0.state()
+        };
+        hub.asks("u1", &next());
+        tell(ConnectionEventType::Delete, &next());
+        assert_eq!(answered(), State::Down, "it is gone again");
+        assert_eq!(answered(), State::Up, "what was told before does not count for the next request");
+        hub.asks("u1", &next());
+        tell(ConnectionEventType::Delete, &next());
+        tell(ConnectionEventType::Update, &next());
+        assert_eq!(answered(), State::Up, "the last counts");
+        hub.asks("u1", &next());
+        hub.lost(&next(), [&"u1".to_owned()]);
+        assert_eq!(answered(), State::Down);
+        hub.asks("u1", &next());
+        tell(ConnectionEventType::Delete, &other);
+        hub.lost(&other, [&"u1".to_owned()]);
+        assert_eq!(answered(), State::Up, "of another hop, from which it moves away");
+        hub.asks("u1", &next());
+        tell(ConnectionEventType::Delete, &next());
+        hub.failed("u1");
+        assert_eq!(answered(), State::Up, "a candidate that was not taken");
+    }
 
     #[test]
     fn selectors_match_contiguous_segments_with_wildcards() {
@@ -632,7 +732,7 @@ mod tests {
         hub.answered(up.clone(), Some(me.clone()));
         assert_eq!(peer.try_recv().unwrap().r#type(), ConnectionEventType::Update);
         assert!(asker.try_recv().is_err());
-        hub.lost([&"u1".to_owned()]);
+        hub.lost(&next(), [&"u1".to_owned()]);
         // What it hears of the fall may come after the answer.
         hub.answered(up.clone(), Some(me.clone()));
         hub.answered(up.clone(), Some(me.clone()));
@@ -683,7 +783,7 @@ mod tests {
             assert_eq!(event.r#type(), ConnectionEventType::InitialStateTransfer);
             known.extend(event.connections.keys().cloned());
         }
-        hub.lost(&ids);
+        hub.lost(&next(), &ids);
         hub.end_watches();
         while let Some(event) = all.recv().await {
             assert!(event.connections.len() <= TOGETHER);
@@ -727,8 +827,8 @@ mod tests {
         hub.update(conn(1, PATH), None);
         let mut watcher = hub.watch(selector(&[], &[]), Viewer::All).unwrap();
         watcher.recv().await;
-        hub.lost(&["u1".into(), "unknown".into()]);
-        hub.lost(&["u1".into()]);
+        hub.lost(&next(), &["u1".into(), "unknown".into()]);
+        hub.lost(&next(), &["u1".into()]);
         assert_eq!(watcher.recv().await.unwrap().connections["u1"].state(), State::Down);
         assert!(watcher.try_recv().is_err());
     }
@@ -758,9 +858,10 @@ mod tests {
             connections: BTreeMap::from([("u2".into(), theirs)]),
         };
         let state = || hub.state.lock().connections["u1"].conn.state();
-        hub.followed(&event, &BTreeSet::from(["u7".to_owned()]));
+        let event = Arc::new(event);
+        hub.followed(&next(), Arc::clone(&event), &BTreeSet::from(["u7".to_owned()]));
         assert_eq!(state(), State::Up);
-        hub.followed(&event, &BTreeSet::from(["u1".to_owned()]));
+        hub.followed(&next(), event, &BTreeSet::from(["u1".to_owned()]));
         assert_eq!(state(), State::Down);
     }
 }

@@ -13,6 +13,9 @@ use nsm_api::{
 use nsm_identity::{CertificateError, Denial, Identity, chains::Chain};
 use nsm_transport::Peer;
 
+/// Chains of one message that nobody vouches for, after which the rest is not looked at: each costs its signatures.
+const MOST_UNKNOWN: usize = 2;
+
 /// Takes the chains that came with a message out of it, into what this process knows.
 ///
 /// # Errors
@@ -25,14 +28,19 @@ pub(crate) fn learn(
     now: SystemTime,
 ) -> Result<(), Denial> {
     let Some(path) = &mut conn.path else { return Ok(()) };
+    let mut unknown = 0;
     for (segment, hop) in path.path_segments.iter_mut().enumerate().filter(|(_, hop)| !hop.chain.is_empty()) {
         let chain = std::mem::take(&mut hop.chain);
-        hop.signer = match identity.chains().learn(&chain, identity.bundles(), now) {
-            Ok(fingerprint) => fingerprint.to_vec(),
-            Err(CertificateError::UnknownDomain { .. }) => Vec::new(),
+        hop.signer = Vec::new();
+        if unknown == MOST_UNKNOWN {
+            continue;
+        }
+        match identity.chains().learn(&chain, identity.bundles(), now) {
+            Ok(fingerprint) => hop.signer = fingerprint.to_vec(),
+            Err(CertificateError::UnknownDomain { .. }) => {}
             Err(reason) if refuse => return Err(Denial::Certificate { segment, reason }),
-            Err(_) => Vec::new(),
-        };
+            Err(_) => unknown += 1,
+        }
     }
     Ok(())
 }

@@ -67,6 +67,8 @@ struct Peer {
     /// How many of each key came with each call.
     tokens: Arc<Mutex<Vec<(usize, usize)>>>,
     spoil: Arc<Mutex<Spoil>>,
+    /// It answers nobody while somebody else has this.
+    turn: Arc<tokio::sync::Mutex<()>>,
     streams: Arc<Mutex<Vec<mpsc::UnboundedSender<Event>>>>,
 }
 
@@ -77,6 +79,7 @@ impl Peer {
             closed: Arc::default(),
             tokens: Arc::default(),
             spoil: Arc::new(Mutex::new(Box::new(|_| {}))),
+            turn: Arc::default(),
             streams: Arc::default(),
         }
     }
@@ -109,6 +112,7 @@ impl NetworkService for Peer {
         let token = nsm_transport::client_token(request.metadata()).unwrap();
         let request = request.into_inner();
         self.asked.lock().push(request.clone());
+        let _turn = self.turn.lock().await;
         // As an endpoint of upstream does it.
         let mut conn = request.connection.unwrap();
         let asker = path::step(&mut conn, "nse", nsm_mesh::chain::new_id).unwrap();
@@ -584,6 +588,42 @@ async fn a_connection_whose_next_hop_falls_silent_is_down() {
             events.next().await.is_none_or(|end| end.is_err_and(|status| status.code() != Code::Cancelled))
         );
     }
+}
+
+#[tokio::test]
+async fn what_falls_before_its_answer_is_there_is_down() {
+    let mesh = Mesh::start().await;
+    let first = mesh.ask(request()).await.unwrap();
+    let first = path::segments(&first)[1].id.clone();
+    while mesh.next.streams.lock().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    let turn = mesh.next.turn.lock().await;
+    let mut another = request();
+    let conn = another.connection.as_mut().unwrap();
+    conn.id = "nsc-1".into();
+    path::current_mut(conn).unwrap().id = "nsc-1".into();
+    let (answer, ()) = tokio::join!(mesh.ask(another), async {
+        while mesh.next.asked.lock().len() < 2 {
+            tokio::task::yield_now().await;
+        }
+        // One after the other on one stream: when the first connection has fallen, the second's fall has been read too.
+        let fell = |mut theirs: Connection| {
+            path::step(&mut theirs, "nse", nsm_mesh::chain::new_id).unwrap();
+            mesh.next.tell(Some(Ok(ConnectionEvent {
+                r#type: ConnectionEventType::Delete.into(),
+                connections: [("any".to_owned(), theirs)].into(),
+            })));
+        };
+        fell(mesh.next.asked.lock()[1].connection.clone().unwrap());
+        fell(mesh.next.asked.lock()[0].connection.clone().unwrap());
+        while mesh.hub.get(&first).unwrap().0.state() != State::Down {
+            tokio::task::yield_now().await;
+        }
+        drop(turn);
+    });
+    let second = &path::segments(&answer.unwrap())[1].id.clone();
+    assert_eq!(mesh.hub.get(second).unwrap().0.state(), State::Down);
 }
 
 /// A request that a client has made to `near`, and `near` makes to the hop: the client's token is what `signer` made of
