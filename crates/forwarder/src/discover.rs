@@ -73,12 +73,19 @@ impl Discover {
             network_service_names: vec![service.name.clone()],
             ..NetworkServiceEndpoint::default()
         };
-        let mut endpoints = in_time(cx, self.directory.endpoints(query)).await?;
-        let now = SystemTime::now();
-        endpoints.retain(|endpoint| !endpoint.is_expired(now));
         service.payload.clone_into(&mut conn.payload);
         let labels = conn.labels.clone();
         let policy = Policy::lenient(&service);
+        let alive = |mut endpoints: Vec<Endpoint>| {
+            let now = SystemTime::now();
+            endpoints.retain(|endpoint| !endpoint.is_expired(now));
+            endpoints
+        };
+        let mut endpoints = alive(in_time(cx, self.directory.endpoints(query.clone())).await?);
+        if policy.endpoints(&labels, &endpoints).candidates.is_empty() {
+            // Somebody may have come a moment ago.
+            endpoints = alive(in_time(cx, self.directory.endpoints_now(query)).await?);
+        }
         let selection = policy.endpoints(&labels, &endpoints);
         for endpoint in &endpoints {
             let (fits, why) = selection.reason(endpoint);

@@ -32,7 +32,7 @@ use nsm_mesh::{
     metrics::Metrics,
     monitor::{Hub, Monitor},
 };
-use nsm_registry::{Client, ClientConfig, LookUp};
+use nsm_registry::{Client, ClientConfig, Following, LookUp};
 use nsm_transport::{DialUrl, Guard, ListenUrl, Pool, PoolConfig, Server};
 use tokio::sync::mpsc;
 
@@ -162,7 +162,8 @@ impl Forwarder {
         let wires = Arc::clone(&self.wires);
         let neighbour = Neighbour { pool: pool.clone(), role: "manager", url: connect_to.clone() };
         self.config.metrics.inspector().add(Arc::new(neighbour));
-        let running = self.start(OnlyFrom::Peer(pool.clone(), connect_to), Arc::new(manager.clone()), pool);
+        let directory = Arc::new(Following::new(manager.clone()));
+        let running = self.start(OnlyFrom::Peer(pool.clone(), connect_to), directory, pool);
 
         let server = Server::bind(source, std::slice::from_ref(&listen_on))
             .await

@@ -6,11 +6,13 @@
 //!        ▼
 //!   node's socket ──► create: one message makes both ends, named, each in its namespace (or the VXLAN device)
 //!        ▼
-//!   thread in each end's namespace ──► what differs? ──► one batch: mark, alias, MTU, up, addresses, routes, …
+//!   thread in each end's namespace ──► what differs? ──► one batch: alias, MTU, mark, up, addresses, routes, …
 //! ```
 //!
-//! A link is created down and in a device group of our own; alias and group change in the message that sets it up. So
-//! a link that we made and could not finish, because we were killed, is recognised as ours and replaced.
+//! A link is created down and in a device group of our own; alias and group change in the batch, one call of the kernel,
+//! that sets it up. So a link that we made and could not finish, because we were killed, is recognised as ours and
+//! replaced. What it is called it is told while it is down: of a link that is up the kernel announces each change, and as
+//! long as the other end is down it goes through all IPv6 routes of the namespace each time.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -238,10 +240,18 @@ impl Kernel {
         };
 
         let mut batch = Batch::default();
-        // All that concerns the link itself is one message, and comes before what hangs on the link.
-        let (of_link, others): (Vec<_>, Vec<_>) = changes.into_iter().partition(Change::is_of_link);
-        if let Some(first) = of_link.first() {
-            batch.push(link_message(seen, &of_link), first);
+        // What concerns the link itself comes before what hangs on it, and before it is up.
+        let (of_link, mut others): (Vec<_>, Vec<_>) = changes.into_iter().partition(Change::is_of_link);
+        let attributes = link_attributes(seen, &of_link);
+        let first = of_link.iter().find(|change| **change != Change::Up).or(of_link.first());
+        if let Some(first) = first.filter(|_| !attributes.is_empty()) {
+            batch.push(rt::set_link(seen.link.index, attributes), first);
+        }
+        for mark in others.extract_if(.., |change| matches!(change, Change::Mark(_))) {
+            batch.add(seen, &mark, &mut tables);
+        }
+        if of_link.contains(&Change::Up) {
+            batch.push(rt::set_up(seen.link.index), &Change::Up);
         }
         for change in &others {
             batch.add(seen, change, &mut tables);
@@ -450,7 +460,7 @@ fn work(end: &End<'_>, seen: &Seen) -> Vec<Change> {
     changes
 }
 
-fn link_message(seen: &Seen, changes: &[Change]) -> Request<Message> {
+fn link_attributes(seen: &Seen, changes: &[Change]) -> Vec<LinkAttribute> {
     let attribute = |change: &Change| match change {
         Change::Alias(alias) => Some(LinkAttribute::IfAlias(alias.clone())),
         Change::Mac(mac) => Some(LinkAttribute::Address(mac.0.to_vec())),
@@ -458,10 +468,10 @@ fn link_message(seen: &Seen, changes: &[Change]) -> Request<Message> {
         _ => None,
     };
     let mut attributes: Vec<_> = changes.iter().filter_map(attribute).collect();
-    if seen.link.group == BIRTH_GROUP {
+    if !changes.is_empty() && seen.link.group == BIRTH_GROUP {
         attributes.push(rt::grown_up());
     }
-    rt::set_link(seen.link.index, attributes, changes.contains(&Change::Up))
+    attributes
 }
 
 /// Settings of the namespace that a wire needs (data-plane 2.12).

@@ -801,9 +801,9 @@ pub fn apply(socket: &mut Socket<Rt>, links: &Links, change: &Change) -> Result<
     };
     let requests = match fact {
         Fact::Quiet { link } if add => {
-            vec![rt::set_link(index(link)?, vec![addr_gen_mode(In6AddrGenMode::None)], false)]
+            vec![rt::set_link(index(link)?, vec![addr_gen_mode(In6AddrGenMode::None)])]
         }
-        Fact::Up { link } if add => vec![rt::set_link(index(link)?, Vec::new(), true)],
+        Fact::Up { link } if add => vec![rt::set_up(index(link)?)],
         Fact::Quiet { .. } | Fact::Up { .. } => return Ok(()),
         Fact::Bridge { name, near, far, filtered } if add => new_bridge(name, near, far, *filtered),
         Fact::Bridge { name, .. } => vec![Request::new(rt::delete_link(Which::Name(name), None))],
@@ -816,7 +816,7 @@ pub fn apply(socket: &mut Socket<Rt>, links: &Links, change: &Change) -> Result<
             new_port(index(link)?, bridge)
         }
         Fact::Port { link, .. } => {
-            vec![rt::set_link(index(link)?, vec![LinkAttribute::Controller(0)], false)]
+            vec![rt::set_link(index(link)?, vec![LinkAttribute::Controller(0)])]
         }
         Fact::Address { link, net, .. } => {
             let message = address(index(link)?, *net);
@@ -932,10 +932,7 @@ fn new_port(index: u32, bridge: u32) -> Vec<Request<Message>> {
             InfoBridgePort::GroupFwdMask(ALL_GROUPS),
         ])),
     ]));
-    vec![
-        rt::set_link(index, vec![LinkAttribute::Controller(bridge)], false),
-        Request::new(Message::NewLink(port)),
-    ]
+    vec![rt::set_link(index, vec![LinkAttribute::Controller(bridge)]), Request::new(Message::NewLink(port))]
 }
 
 fn index_of(socket: &mut Socket<Rt>, name: &str) -> Result<u32> {

@@ -254,14 +254,18 @@ pub(crate) fn set_mark(ifindex: u32, mark: &str) -> Request<Message> {
 }
 
 /// Several attributes of a link at once.
-pub(crate) fn set_link(ifindex: u32, attributes: Vec<LinkAttribute>, up: bool) -> Request<Message> {
+pub(crate) fn set_link(ifindex: u32, attributes: Vec<LinkAttribute>) -> Request<Message> {
     let mut link = LinkMessage::default();
     link.header.index = ifindex;
-    if up {
-        link.header.flags = LinkFlags::Up;
-        link.header.change_mask = LinkFlags::Up;
-    }
     link.attributes = attributes;
+    Request::new(Message::SetLink(link))
+}
+
+pub(crate) fn set_up(ifindex: u32) -> Request<Message> {
+    let mut link = LinkMessage::default();
+    link.header.index = ifindex;
+    link.header.flags = LinkFlags::Up;
+    link.header.change_mask = LinkFlags::Up;
     Request::new(Message::SetLink(link))
 }
 

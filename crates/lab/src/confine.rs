@@ -17,7 +17,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Mode, OFlags, statfs};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::process::{Pid, PidfdFlags, getegid, geteuid, pidfd_open};
 use rustix::thread::{ThreadNameSpaceType, UnshareFlags, move_into_thread_name_spaces, unshare_unsafe};
@@ -31,6 +31,9 @@ use crate::process::ProcessId;
 const INSIDE: &str = "NSM_LAB_INSIDE";
 /// `CAP_NET_ADMIN` and `CAP_SYS_ADMIN` of `linux/capability.h`.
 const NEEDED: u64 = 1 << 12 | 1 << 21;
+
+/// `TMPFS_MAGIC` of `linux/magic.h`.
+const TMPFS: rustix::fs::FsWord = 0x0102_1994;
 
 /// Where the holder of a user's lab is found.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -112,6 +115,26 @@ pub fn settle_in() -> Result<(), Error> {
         .map_err(|error| Error::system("make the mounts private", error))?;
     mount("lab", "/run", "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, c"mode=0755")
         .map_err(|error| Error::system("mount a file system of the lab's own at /run", error))
+}
+
+/// Gives this process, and what it will start, a `/run/nsm` in memory where the machine's is not: `/run` is everywhere a
+/// file system in memory, but on some test machines, and what is measured there would be their disk. To be called before
+/// there are other threads; the mount ends with the last process that sees it.
+///
+/// # Errors
+///
+/// What the kernel says of the mounts.
+pub fn run_in_memory() -> Result<(), Error> {
+    let path = crate::plan::RUN;
+    fs::create_dir_all(path).map_err(Error::files("make directory", path))?;
+    let failed = |error: rustix::io::Errno| Error::system("mount a file system in memory at /run/nsm", error);
+    if statfs(path).map_err(failed)?.f_type == TMPFS {
+        return Ok(());
+    }
+    // SAFETY: the danger of `unshare` is a separate descriptor table (CLONE_FILES), which is not asked for.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.map_err(failed)?;
+    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).map_err(failed)?;
+    mount("nsm", path, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, c"mode=0755").map_err(failed)
 }
 
 // === the file outside ===

@@ -19,7 +19,7 @@ pub mod report;
 pub mod scenario;
 pub mod serve;
 
-pub use confine::{is_privileged, settle_in, start_confined};
+pub use confine::{is_privileged, run_in_memory, settle_in, start_confined};
 pub use error::Error;
 pub use expect::Outcome;
 pub use front::Front;

@@ -18,6 +18,8 @@ use crate::scenario::{CableEnd, Daemons, Pod, Scenario};
 
 /// Directory of all labs; a lab has `<ROOT>/<lab>/`.
 pub const ROOT: &str = "/run/nsm/lab";
+/// What programs of ours keep while the machine runs.
+pub(crate) const RUN: &str = "/run/nsm";
 /// TCP port of managers (`spec/registry.md` 9).
 const MANAGER_PORT: u16 = 5001;
 /// TCP port of the registry (`spec/registry.md` 9).

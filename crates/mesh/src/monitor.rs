@@ -318,11 +318,11 @@ impl Hub {
             )
             .counted("watches"));
         }
-        let seen: Vec<&Known> = state
-            .connections
-            .values()
-            .filter(|known| viewer.sees(known) && matches(&selector, &known.conn))
-            .collect();
+        // Whoever names a connection by our id of it means that one.
+        let named = state.connections.get(Watchers::key(&selector));
+        let candidates = named.into_iter().chain(state.connections.values().take_while(|_| named.is_none()));
+        let seen: Vec<&Known> =
+            candidates.filter(|known| viewer.sees(known) && matches(&selector, &known.conn)).collect();
         // One event, as upstream has it, but for one that no gRPC message could hold.
         let mut parts: Vec<&[&Known]> = seen.chunks(TOGETHER).collect();
         if parts.is_empty() {

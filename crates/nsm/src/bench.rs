@@ -136,6 +136,7 @@ pub(crate) fn run(bench: Bench) -> Result<ExitCode> {
         return confined(&exe);
     }
     nsm_lab::settle_in()?;
+    nsm_lab::run_in_memory()?;
     measure(bench.amounts, measures, upstream.as_deref(), &exe)
 }
 

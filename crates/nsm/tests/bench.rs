@@ -130,7 +130,8 @@ fn an_interrupted_run_removes_everything() {
     let command = &mut bench(&lab, &["setup", "--topology", "local", "--wires", "400"]);
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("start nsm");
     // In the middle of it: the forwarder keeps a plan for each wire that stands.
-    let plans = format!("/run/nsm/lab/{lab}-local/node1/forwarder");
+    // As it sees it itself: it may have mounts of its own.
+    let plans = format!("/proc/{}/root/run/nsm/lab/{lab}-local/node1/forwarder", child.id());
     let end = Instant::now() + Duration::from_secs(60);
     let standing = || fs::read_dir(&plans).map_or(0, Iterator::count) > 3;
     while !standing() && Instant::now() < end {

@@ -72,7 +72,7 @@ impl Topical for NetworkService {
 }
 
 impl Topical for NetworkServiceEndpoint {
-    /// A look-up by name is rare, and a watch by name is its owner's: neither is shared.
+    /// Those by name are not shared: a watch is its owner's, and a look-up is answered from whatever replica has it.
     fn topic(&self) -> Option<&str> {
         if self.name.is_empty() { self.network_service_names.first().map(String::as_str) } else { None }
     }
@@ -126,6 +126,16 @@ impl<T: Topical> Cached<T> {
         let replica = self.0.replicas.lock().get(topic).cloned()?;
         *replica.used.lock() = Instant::now();
         Some(replica)
+    }
+
+    /// What a query for one name finds in the replicas: a refresh names the endpoint that its wire goes to, whose service
+    /// somebody follows as long as it has wires.
+    fn named(&self, query: &T) -> Option<Arc<T>> {
+        let now = SystemTime::now();
+        let replicas = self.0.replicas.lock();
+        let complete = replicas.values().filter(|replica| *replica.state.borrow() == State::Complete);
+        let mut found = complete.filter_map(|replica| replica.store.get(query.name()));
+        found.find(|item| item.answers(query) && !item.is_overdue(now))
     }
 
     /// The replica of a service, made if there is none; `None` if there are too many.
@@ -241,7 +251,10 @@ impl<T: Topical> Directory<T> for Cached<T> {
 
     async fn find(&self, query: T, watch: bool, peer: Option<&Peer>) -> Result<Events<T>, Error> {
         let Some(topic) = query.topic().map(str::to_owned) else {
-            return self.0.registry.find(query, watch, peer).await;
+            return match self.named(&query).filter(|_| !watch) {
+                Some(item) => Ok(stream::iter([Ok(((*item).clone(), false))]).boxed()),
+                None => self.0.registry.find(query, watch, peer).await,
+            };
         };
         if watch {
             let Some(mut replica) = self.follow(&topic) else {
@@ -398,6 +411,39 @@ mod tests {
         drop(watches);
         tokio::time::sleep(IDLE * 2).await;
         assert!(cached.0.replicas.lock().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_is_followed_is_found_by_name_and_nobody_else() {
+        let nse = |name: &str, url: &str| NetworkServiceEndpoint {
+            name: name.into(),
+            url: url.into(),
+            network_service_names: vec!["s".into()],
+            ..Default::default()
+        };
+        let registry = Counting::new(Mute(Store::default()));
+        let mut cx = Context::own(RegistrationPath::default());
+        for (name, url) in [("a", "tcp://1:1"), ("b", "tcp://2:2")] {
+            registry.register(&mut cx, nse(name, url)).await.expect("registered");
+        }
+        let cached = Cached::new(registry.clone() as Arc<dyn Directory<_>>);
+        let find = async |query: NetworkServiceEndpoint| {
+            let found = cached.find(query, false, None).await.expect("found");
+            found.map_ok(|(nse, _)| nse.name).try_collect::<Vec<_>>().await.expect("no error")
+        };
+        let by_name = |name: &str| NetworkServiceEndpoint { name: name.into(), ..Default::default() };
+        assert_eq!((find(by_name("a")).await, registry.counts()), (vec!["a".to_owned()], (1, 0)));
+        assert_eq!(find(NetworkServiceEndpoint::of_topic("s")).await, ["a", "b"]);
+        settle(async || cached.replica("s").is_some_and(|r| *r.state.borrow() == State::Complete)).await;
+        let asked = registry.counts();
+        assert_eq!((find(by_name("b")).await, registry.counts()), (vec!["b".to_owned()], asked));
+        // Whoever answers other things differently is not who is meant, and "nobody" is the registry's answer.
+        let elsewhere = NetworkServiceEndpoint { url: "tcp://9".into(), ..by_name("b") };
+        assert!(find(elsewhere).await.is_empty() && find(by_name("c")).await.is_empty());
+        assert_eq!(registry.counts().0, asked.0 + 2);
+        // A watch by name is its owner's.
+        drop(cached.find(by_name("a"), true, None).await.expect("watch"));
+        assert_eq!(registry.counts().1, asked.1 + 1);
     }
 
     /// A registry whose watches say nothing after their beginning.

@@ -183,7 +183,7 @@ impl Client {
         &self,
         query: NetworkService,
     ) -> Result<impl Stream<Item = Result<(NetworkService, bool), Error>> + Send + Unpin + use<>, Error> {
-        rpc::find(self.upstream.connect().await?, query, true, None).await
+        rpc::find(self.upstream.streams().await?, query, true, None).await
     }
 
     /// The endpoints that answer a query. One that cannot be reached in any way is left out, and
@@ -211,7 +211,7 @@ impl Client {
         &self,
         query: NetworkServiceEndpoint,
     ) -> Result<impl Stream<Item = Result<EndpointEvent, Error>> + Send + Unpin + use<>, Error> {
-        let connection = self.upstream.connect().await?;
+        let connection = self.upstream.streams().await?;
         let fds = connection.fds().cloned();
         let found = rpc::find(connection, query, true, None).await?;
         let events = found.try_filter_map(move |(nse, deleted)| {

@@ -14,6 +14,7 @@
 mod cache;
 mod client;
 pub mod expiry;
+mod following;
 mod keeper;
 mod lanes;
 pub mod limits;
@@ -31,6 +32,7 @@ use nsm_transport::{DialError, FdError, Refusal, UrlError};
 use tonic::{Code, Status};
 
 pub use client::{Client, ClientConfig, Endpoint, EndpointEvent, Listed, Registration, State};
+pub use following::Following;
 pub use keeper::{Keeper, Keepers};
 pub use lookup::LookUp;
 pub use manager::{Cluster, Local, ManagerConfig, ManagerRegistry, node_labels};

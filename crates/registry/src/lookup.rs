@@ -21,6 +21,15 @@ pub trait LookUp: fmt::Debug + Send + Sync {
     /// # Errors
     /// The registry does not answer.
     async fn endpoints(&self, query: NetworkServiceEndpoint) -> Result<Vec<Endpoint>, Error>;
+
+    /// The same as of now, where [`LookUp::endpoints`] may be behind by the time that a message takes: for whoever finds
+    /// nobody among those.
+    ///
+    /// # Errors
+    /// The registry does not answer.
+    async fn endpoints_now(&self, query: NetworkServiceEndpoint) -> Result<Vec<Endpoint>, Error> {
+        self.endpoints(query).await
+    }
 }
 
 #[async_trait]

@@ -183,6 +183,11 @@ impl Upstream {
     pub(crate) async fn connect(&self) -> Result<Connection, Error> {
         Ok(self.pool.get(&self.url, self.dial).await?)
     }
+
+    /// A connection for what lasts.
+    pub(crate) async fn streams(&self) -> Result<Connection, Error> {
+        Ok(self.pool.streams(&self.url, self.dial).await?)
+    }
 }
 
 #[async_trait]
@@ -208,8 +213,7 @@ impl<T: Remote> Directory<T> for Upstream {
 
     async fn find(&self, query: T, watch: bool, _: Option<&Peer>) -> Result<Events<T>, Error> {
         if watch {
-            let connection = self.pool.streams(&self.url, self.dial).await?;
-            return find(connection, query, watch, None).await;
+            return find(self.streams().await?, query, watch, None).await;
         }
         find(self.connect().await?, query, watch, Some(Instant::now() + CALL)).await
     }

@@ -3,7 +3,7 @@
 
 use std::{
     collections::BTreeMap,
-    os::fd::AsFd,
+    os::fd::{AsFd, AsRawFd},
     path::PathBuf,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -22,8 +22,8 @@ use nsm_api::pb::registry::{
 };
 use nsm_identity::{Identity, Source, ca::Authority, token};
 use nsm_registry::{
-    Client, ClientConfig, Config, Endpoint, EndpointEvent, Error, ManagerConfig, ManagerRegistry, Registry,
-    SERVICES, WatchLimit,
+    Client, ClientConfig, Config, Endpoint, EndpointEvent, Error, Following, LookUp, ManagerConfig,
+    ManagerRegistry, Registry, SERVICES, WatchLimit,
 };
 use nsm_transport::{Connection, DialTarget, DialUrl, FileId, ListenUrl, Peer, Pool, PoolConfig, Server};
 use rustls_pki_types::ServerName;
@@ -804,6 +804,70 @@ async fn a_socket_is_registered_by_descriptor_found_and_connected_to() {
     for running in [program, node.running, registry] {
         running.stop().await;
     }
+}
+
+#[tokio::test]
+async fn what_a_forwarder_follows_is_what_its_manager_knows() {
+    let lab = Lab::new();
+    let registry = lab.registry().await;
+    let node = lab.node("a", Some(&registry)).await;
+    let follower = Following::new(lab.client("forwarder", &node.running.url()));
+    let descriptors = async |query: NetworkServiceEndpoint| -> BTreeMap<String, i32> {
+        let found = follower.endpoints(query).await.unwrap();
+        let socket = |endpoint: Endpoint| match endpoint.dial {
+            DialTarget::Socket(socket) => (endpoint.nse.name, socket.as_fd().as_raw_fd()),
+            other => panic!("{other:?}"),
+        };
+        found.into_iter().map(socket).collect()
+    };
+    assert_eq!(follower.service("s", "").await.unwrap(), None);
+    assert!(descriptors(of_service("s")).await.is_empty());
+
+    let (first, second) = (lab.program("first").await, lab.program("second").await);
+    let client = lab.client("first", &node.running.url());
+    let kept = client.register_endpoint(nse("first", "s", first.url()), PATIENCE).await.unwrap();
+    client.register_service(service("s"), PATIENCE).await.unwrap();
+    // As a forwarder does that is asked from another node: it never asks for the service.
+    assert_eq!(descriptors(named("first")).await.len(), 1);
+    // Each look-up at the manager brings a descriptor of its own; what is followed has one.
+    let known = eventually("it is followed", async || {
+        let (one, other) =
+            (follower.endpoints(of_service("s")).await, follower.endpoints(named("first")).await);
+        let fds = |found: &[Endpoint]| match &found[0].dial {
+            DialTarget::Socket(socket) => socket.as_fd().as_raw_fd(),
+            other => panic!("{other:?}"),
+        };
+        let (one, other) = (one.unwrap(), other.unwrap());
+        (fds(&one) == fds(&other)).then(|| fds(&one))
+    })
+    .await;
+    assert_eq!(descriptors(of_service("s")).await, [("first".to_owned(), known)].into());
+    assert_eq!(follower.service("s", "ETHERNET").await.unwrap(), None, "of another payload");
+
+    // Who comes is found, who goes is not, whatever is changed counts.
+    let client = lab.client("second", &node.running.url());
+    let another = client.register_endpoint(nse("second", "s", second.url()), PATIENCE).await.unwrap();
+    eventually("both are known", async || (descriptors(of_service("s")).await.len() == 2).then_some(()))
+        .await;
+    kept.unregister().await.unwrap();
+    eventually("one has gone", async || {
+        let left = descriptors(of_service("s")).await;
+        (left.keys().collect::<Vec<_>>() == ["second"] && descriptors(named("first")).await.is_empty())
+            .then_some(())
+    })
+    .await;
+    let raw = lab.raw("first", &node.running.url()).await;
+    raw.register_service(NetworkService { payload: "ETHERNET".into(), ..service("s") }).await.unwrap();
+    eventually("the service has changed", async || {
+        (follower.service("s", "").await.unwrap()?.payload == "ETHERNET").then_some(())
+    })
+    .await;
+
+    // Where the manager is away nothing is made up.
+    drop(another);
+    node.running.stop().await;
+    eventually("the manager is missed", async || follower.service("s", "").await.err()).await;
+    registry.stop().await;
 }
 
 #[tokio::test]

@@ -60,6 +60,21 @@ pub struct InUse {
     groups: Vec<Vec<NsUrl>>,
     group_of: BTreeMap<String, usize>,
     wires: BTreeMap<String, BTreeSet<IpNet>>,
+    /// All that is in `wires`.
+    all: BTreeMap<IpNet, Use>,
+    /// The fewest prefixes that cover `all`; `None` after something was taken away.
+    cover: Option<BTreeSet<IpNet>>,
+    /// Counts what comes into use.
+    clock: u64,
+}
+
+/// How a prefix is used.
+#[derive(Debug, Clone, Copy)]
+struct Use {
+    /// By how many wires.
+    wires: usize,
+    /// Since when.
+    since: u64,
 }
 
 /// What an endpoint was asked not to hand out.
@@ -67,6 +82,10 @@ pub struct InUse {
 pub struct Excluded {
     /// Single hosts in it.
     hosts: BTreeSet<IpAddr>,
+    /// Besides those, the hosts that the other wires had in use by then.
+    used_at: Option<u64>,
+    /// What is the wire's own whoever else uses it.
+    own: BTreeSet<IpNet>,
     /// What was added to the request for the other wires' sake, as it stands there.
     added: BTreeSet<String>,
 }
@@ -99,25 +118,67 @@ impl InUse {
 
     /// Adds to `ip` what the other wires use, but for those of the same group and the wire's own addresses. The fewest
     /// prefixes that cover it: every hop reads and copies the list, and a client may have a thousand wires.
-    pub fn exclude(&self, id: &str, ip: &mut IpContext) -> Excluded {
+    pub fn exclude(&mut self, id: &str, ip: &mut IpContext) -> Excluded {
+        let own: BTreeSet<IpNet> = nets(ip.src_ip_addrs.iter().chain(&ip.dst_ip_addrs)).collect();
+        let listed: BTreeSet<IpNet> = nets(&ip.excluded_prefixes).collect();
+        let mut hosts: BTreeSet<IpAddr> = listed.iter().filter(|net| is_host(net)).map(IpNet::addr).collect();
+        let (fewest, used_at) = match self.of_others(id, &own) {
+            Some(fewest) => (fewest, Some(self.clock)),
+            None => {
+                let used = self.of_others_one_by_one(id, &own);
+                hosts.extend(used.iter().filter(|net| is_host(net)).map(IpNet::addr));
+                (IpNet::aggregate(&used.into_iter().collect()), None)
+            }
+        };
+        let added: BTreeSet<String> =
+            fewest.iter().filter(|net| !listed.contains(net)).map(IpNet::to_string).collect();
+        ip.excluded_prefixes.extend(added.iter().cloned());
+        Excluded { hosts, used_at, own, added }
+    }
+
+    /// What the others use, from what covers all of it; `None` where it cannot be told from that.
+    fn of_others(&mut self, id: &str, own: &BTreeSet<IpNet>) -> Option<Vec<IpNet>> {
+        if self.group_of.contains_key(id) {
+            return None;
+        }
+        let mine = self.wires.get(id);
+        let only_mine = mine.into_iter().flatten().filter(|net| self.all[*net].wires == 1);
+        let mut without: BTreeSet<IpNet> = only_mine.chain(own).copied().collect();
+        if !without.iter().all(is_host) {
+            // Others may use a part of it.
+            return None;
+        }
+        let all = &self.all;
+        // Of a network that others leave alone it leaves alone all.
+        without.retain(|net| !wider(*net).skip(1).any(|wider| all.contains_key(&wider)));
+        let cover = self
+            .cover
+            .get_or_insert_with(|| IpNet::aggregate(&all.keys().copied().collect()).into_iter().collect());
+        let mut fewest = Vec::with_capacity(cover.len());
+        for net in cover.iter() {
+            cut(*net, &without, &mut fewest);
+        }
+        Some(fewest)
+    }
+
+    fn of_others_one_by_one(&self, id: &str, own: &BTreeSet<IpNet>) -> BTreeSet<IpNet> {
         let group = self.group_of.get(id);
         let others = self
             .wires
             .iter()
             .filter(|(other, _)| *other != id && (group.is_none() || self.group_of.get(*other) != group));
-        let own: BTreeSet<IpNet> = nets(ip.src_ip_addrs.iter().chain(&ip.dst_ip_addrs)).collect();
-        let listed: BTreeSet<IpNet> = nets(&ip.excluded_prefixes).collect();
-        let used: BTreeSet<IpNet> = others
-            .flat_map(|(_, nets)| nets)
-            .filter(|net| !own.contains(net) && !listed.contains(net))
-            .copied()
-            .collect();
-        let hosts = used.iter().chain(&listed).filter(|net| is_host(net)).map(IpNet::addr).collect();
-        let fewest = IpNet::aggregate(&used.into_iter().collect());
-        let added: BTreeSet<String> =
-            fewest.iter().filter(|net| !listed.contains(net)).map(IpNet::to_string).collect();
-        ip.excluded_prefixes.extend(added.iter().cloned());
-        Excluded { hosts, added }
+        others.flat_map(|(_, nets)| nets).filter(|net| !own.contains(net)).copied().collect()
+    }
+
+    /// Whether the endpoint of this wire was asked not to hand out that host.
+    fn was_excluded(&self, id: &str, host: IpAddr, asked: &Excluded) -> bool {
+        let net = IpNet::from(host);
+        let mine = usize::from(self.wires.get(id).is_some_and(|mine| mine.contains(&net)));
+        asked.hosts.contains(&host)
+            || asked.used_at.is_some_and(|then| {
+                !asked.own.contains(&net)
+                    && self.all.get(&net).is_some_and(|used| used.wires > mine && used.since <= then)
+            })
     }
 
     /// Notes what an answer uses: addresses, routes to single hosts and, outside of groups, what it excludes on its
@@ -129,7 +190,7 @@ impl InUse {
         for address in ip.src_ip_addrs.iter().chain(&ip.dst_ip_addrs) {
             // What is no address is nobody's; whoever builds the wire says so.
             let Ok(net) = address.parse::<IpNet>() else { continue };
-            if asked.hosts.contains(&net.addr()) {
+            if self.was_excluded(id, net.addr(), asked) {
                 return Err(Overlap {
                     address: address.clone(),
                     prefix: IpNet::from(net.addr()).to_string(),
@@ -143,13 +204,76 @@ impl InUse {
         if !self.group_of.contains_key(id) {
             uses.extend(nets(&ip.excluded_prefixes));
         }
-        self.wires.insert(id.to_owned(), uses);
+        if self.wires.get(id) != Some(&uses) {
+            self.forget_but(id, &uses);
+            for net in &uses {
+                self.begins(*net);
+            }
+            self.wires.insert(id.to_owned(), uses);
+        }
         Ok(())
     }
 
     /// The wire is gone.
     pub fn forget(&mut self, id: &str) {
-        self.wires.remove(id);
+        self.forget_but(id, &BTreeSet::new());
+    }
+
+    /// The same of what it will not go on with.
+    fn forget_but(&mut self, id: &str, goes_on: &BTreeSet<IpNet>) {
+        for net in self.wires.remove(id).into_iter().flatten() {
+            let Some(used) = self.all.get_mut(&net) else { continue };
+            used.wires -= 1;
+            if used.wires == 0 && !goes_on.contains(&net) {
+                self.all.remove(&net);
+                self.cover = None;
+            }
+        }
+    }
+
+    fn begins(&mut self, net: IpNet) {
+        self.clock += 1;
+        self.all.entry(net).or_insert(Use { wires: 0, since: self.clock }).wires += 1;
+        if let Some(cover) = &mut self.cover {
+            add(cover, net);
+        }
+    }
+}
+
+/// The prefix and those that it lies in.
+fn wider(net: IpNet) -> impl Iterator<Item = IpNet> {
+    std::iter::successors(Some(net), IpNet::supernet)
+}
+
+/// Adds to the fewest prefixes that cover something.
+fn add(cover: &mut BTreeSet<IpNet>, net: IpNet) {
+    if wider(net).any(|wider| cover.contains(&wider)) {
+        return;
+    }
+    let inside: Vec<IpNet> = cover.range(net..).take_while(|other| net.contains(*other)).copied().collect();
+    for other in &inside {
+        cover.remove(other);
+    }
+    let mut net = net;
+    while let Some(wider) = net.supernet() {
+        let halves = wider.subnets(net.prefix_len()).into_iter().flatten();
+        let Some(sibling) = halves.into_iter().find(|half| *half != net) else { break };
+        if !cover.remove(&sibling) {
+            break;
+        }
+        net = wider;
+    }
+    cover.insert(net);
+}
+
+/// The fewest prefixes that cover `net` without those hosts.
+fn cut(net: IpNet, without: &BTreeSet<IpNet>, rest: &mut Vec<IpNet>) {
+    match without.iter().any(|host| net.contains(host)) {
+        false => rest.push(net),
+        true if is_host(&net) => {}
+        true => {
+            net.subnets(net.prefix_len() + 1).into_iter().flatten().for_each(|half| cut(half, without, rest))
+        }
     }
 }
 
@@ -231,6 +355,7 @@ impl Element for OwnPrefixes {
 #[cfg(test)]
 mod tests {
     use nsm_api::pb::connectioncontext::Route;
+    use proptest::prelude::*;
 
     use super::*;
 
@@ -246,7 +371,7 @@ mod tests {
         }
     }
 
-    fn excluded(used: &InUse, id: &str, mut ip: IpContext) -> Vec<String> {
+    fn excluded(used: &mut InUse, id: &str, mut ip: IpContext) -> Vec<String> {
         used.exclude(id, &mut ip);
         ip.excluded_prefixes
     }
@@ -257,12 +382,12 @@ mod tests {
         let mut first = pair("172.16.1.97/32", "172.16.1.96/32", &["10.96.0.0/12"]);
         used.note("c-0", &mut first, &Excluded::default()).unwrap();
         assert_eq!(
-            excluded(&used, "c-1", IpContext::default()),
+            excluded(&mut used, "c-1", IpContext::default()),
             ["10.96.0.0/12", "172.16.1.96/31"],
             "addresses, and what the first request learned"
         );
         assert_eq!(
-            excluded(&used, "c-0", first.clone()),
+            excluded(&mut used, "c-0", first.clone()),
             ["10.96.0.0/12"],
             "not its own, when it is refreshed"
         );
@@ -272,9 +397,9 @@ mod tests {
         used.note("c-1", &mut answer, &asked).unwrap();
         assert!(answer.excluded_prefixes.is_empty(), "what was added is worked out anew each time");
         used.forget("c-0");
-        assert_eq!(excluded(&used, "c-2", IpContext::default()), ["172.16.1.98/31"]);
+        assert_eq!(excluded(&mut used, "c-2", IpContext::default()), ["172.16.1.98/31"]);
         used.forget("c-1");
-        assert!(excluded(&used, "c-2", IpContext::default()).is_empty());
+        assert!(excluded(&mut used, "c-2", IpContext::default()).is_empty());
     }
 
     #[test]
@@ -305,7 +430,7 @@ mod tests {
             used.note(&n.to_string(), &mut answer, &Excluded::default()).unwrap();
         }
         assert_eq!(
-            excluded(&used, "new", IpContext::default()),
+            excluded(&mut used, "new", IpContext::default()),
             [
                 "172.16.0.0/22",
                 "172.16.4.0/23",
@@ -319,6 +444,38 @@ mod tests {
         let asked = used.exclude("new", &mut IpContext::default());
         let overlap = used.note("new", &mut pair("172.16.5.7/32", "10.0.0.1/32", &[]), &asked).unwrap_err();
         assert_eq!(overlap.prefix, "172.16.5.7/32");
+    }
+
+    proptest! {
+        /// Whatever happened before, what is kept up to date covers what going through all wires finds.
+        #[test]
+        fn what_is_excluded_is_what_the_others_use(
+            steps in prop::collection::vec((0..6_u8, prop::option::of((0..24_u8, 0..24_u8, 27..=32_u8))), 1..40),
+        ) {
+            let mut used = InUse::default();
+            for (wire, what) in steps {
+                let id = wire.to_string();
+                match what {
+                    Some((src, dst, length)) => {
+                        let learned = format!("10.0.0.{src}/{length}").parse::<IpNet>().unwrap().trunc().to_string();
+                        let mut answer = pair(&format!("10.0.0.{src}/32"), &format!("10.0.0.{dst}/32"), &[&learned]);
+                        answer.src_routes.clear();
+                        let _ = used.note(&id, &mut answer, &Excluded::default());
+                    }
+                    None => used.forget(&id),
+                }
+                let own = used.wires.get(&id).into_iter().flatten().filter(|net| is_host(net)).copied().collect();
+                let slowly = used.of_others_one_by_one(&id, &own);
+                let Some(quickly) = used.of_others(&id, &own) else { continue };
+                for host in 0..32_u8 {
+                    let net: IpNet = IpAddr::from([10, 0, 0, host]).into();
+                    let covers = |other: &IpNet| other.contains(&net);
+                    prop_assert_eq!(quickly.iter().any(covers), slowly.iter().any(covers), "{}", net);
+                }
+                let fewest = IpNet::aggregate(&quickly);
+                prop_assert_eq!(fewest.len(), quickly.len(), "{:?}", quickly);
+            }
+        }
     }
 
     #[test]
@@ -337,7 +494,7 @@ mod tests {
         }
         used.note("0", &mut pair("10.0.0.1/32", "10.0.0.0/32", &["192.0.2.0/24"]), &Excluded::default())
             .unwrap();
-        let of = |id| excluded(&used, id, IpContext::default());
+        let mut of = |id| excluded(&mut used, id, IpContext::default());
         assert!(of("1").is_empty(), "its endpoints know of each other");
         for other in ["2", "3", "4"] {
             assert_eq!(of(other), ["10.0.0.0/31"], "{other}: not what a group's wire excludes");
