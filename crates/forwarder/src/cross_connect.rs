@@ -277,7 +277,8 @@ impl Element for CrossConnect {
 
         let mut proposed = None;
         loop {
-            let mut attempt = request.clone();
+            // Only a tunnel's number may make another attempt necessary.
+            let mut attempt = if local { std::mem::take(&mut request) } else { request.clone() };
             if let Some(vni) = proposed {
                 for offer in &mut attempt.mechanism_preferences {
                     offer.set(key::VNI, u32::to_string(&vni));

@@ -51,6 +51,13 @@ impl Discover {
         })
     }
 
+    /// Whoever cannot be reached may have come back elsewhere.
+    fn doubt(&self, name: &str, error: &Error) {
+        if error.code == Code::Unavailable {
+            self.directory.doubt(name);
+        }
+    }
+
     fn turn(&self, service: &str) -> usize {
         let mut turns = self.turns.lock();
         // Services come and go; to begin anew harms no turn.
@@ -102,7 +109,8 @@ impl Discover {
         let mut failures: Vec<(String, Error)> = Vec::new();
         let deadline = cx.deadline;
         for (i, candidate) in candidates.iter().enumerate() {
-            let mut attempt = request.clone();
+            let last = i + 1 == candidates.len();
+            let mut attempt = if last { std::mem::take(&mut request) } else { request.clone() };
             attempt
                 .connection
                 .get_or_insert_default()
@@ -118,6 +126,7 @@ impl Discover {
                     return Ok(conn);
                 }
                 Err(error) => {
+                    self.doubt(&candidate.nse.name, &error);
                     cx.trail.note(self.name(), &candidate.nse.name, Verdict::Failed, error.to_string());
                     failures.push((candidate.nse.name.clone(), error));
                 }
@@ -158,7 +167,7 @@ impl Element for Discover {
             }
             Err(error) => return Err(error),
         };
-        next.request(cx, request).await
+        next.request(cx, request).await.inspect_err(|error| self.doubt(&name, error))
     }
 
     async fn close_forgotten(&self, cx: &mut Context<'_>, conn: Connection, next: Next<'_>) -> Result<()> {

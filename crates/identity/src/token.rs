@@ -4,6 +4,8 @@
 //! seconds. Upstream's Rego decodes them the same way, see [`crate::policy`].
 
 use std::{
+    cell::RefCell,
+    collections::HashMap,
     fmt,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -136,11 +138,34 @@ fn sign(svid: &Svid, audience: Option<&SpiffeId>, exp: u64) -> Result<String, Er
     Ok(jwt)
 }
 
+/// Tokens whose claims are remembered: those that the requests of a second or two hold, over and over.
+const MOST_READ: usize = 256;
+
+thread_local! {
+    static READ: RefCell<HashMap<Box<str>, Claims>> = RefCell::default();
+}
+
 /// Reads a token's claims without verifying who signed it.
 ///
 /// # Errors
 /// The text is not a JWT; the reason never quotes it.
 pub fn claims(jwt: &str) -> Result<Claims, Malformed> {
+    if let Some(read) = READ.with_borrow(|read| read.get(jwt).cloned()) {
+        return Ok(read);
+    }
+    let claims = read(jwt)?;
+    if jwt.len() <= LONGEST_REMEMBERED {
+        READ.with_borrow_mut(|read| {
+            if read.len() >= MOST_READ {
+                read.clear();
+            }
+            read.insert(jwt.into(), claims.clone());
+        });
+    }
+    Ok(claims)
+}
+
+fn read(jwt: &str) -> Result<Claims, Malformed> {
     let (header, payload, signature) = parts(jwt)?;
     object(header, "header")?;
     let payload = object(payload, "payload")?;

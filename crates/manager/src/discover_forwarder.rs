@@ -116,10 +116,10 @@ impl Element for DiscoverForwarder {
     async fn request(
         &self,
         cx: &mut Context<'_>,
-        request: NetworkServiceRequest,
+        mut request: NetworkServiceRequest,
         next: Next<'_>,
     ) -> Result<Connection> {
-        let conn = request.connection.clone().unwrap_or_default();
+        let conn = request.connection.get_or_insert_default();
         let candidates = match cx.scope.get::<Chosen>() {
             // Nobody else is asked, the registry neither: while it is away wires are refreshed all the same.
             Some(Chosen(chosen)) => {
@@ -129,9 +129,9 @@ impl Element for DiscoverForwarder {
                 })?]
             }
             None => {
-                let mut candidates = self.candidates(cx, &conn).await?;
+                let mut candidates = self.candidates(cx, conn).await?;
                 if conn.state() != State::ReselectRequested
-                    && let Some(before) = path::segments(&conn).get(path::index(&conn) + 1)
+                    && let Some(before) = path::segments(conn).get(path::index(conn) + 1)
                 {
                     // After our own restart: whoever served the connection has its wire.
                     candidates.sort_by_key(|c| c.nse.name != before.name);
@@ -144,8 +144,10 @@ impl Element for DiscoverForwarder {
         for candidate in candidates {
             cx.next_hop = Some(candidate.hop);
             cx.deadline = cx.share(left);
-            let answer = next.request(cx, request.clone()).await;
-            (cx.deadline, left) = (deadline, left - 1);
+            left -= 1;
+            let attempt = if left == 0 { std::mem::take(&mut request) } else { request.clone() };
+            let answer = next.request(cx, attempt).await;
+            cx.deadline = deadline;
             match answer {
                 Ok(conn) => {
                     if cx.scope.get::<Chosen>().is_none() {

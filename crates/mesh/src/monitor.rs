@@ -391,9 +391,11 @@ impl Hub {
         self.state.lock().asked.insert(id.to_owned(), Asked { at: at.clone(), last: None });
     }
 
-    /// A request has failed: nothing is to be published any more.
+    /// A request has failed: a connection that was known is down.
     fn failed(&self, id: &str) {
-        self.state.lock().asked.remove(id);
+        let mut state = self.state.lock();
+        state.asked.remove(id);
+        self.fall(&mut state, [&id.to_owned()]);
     }
 
     /// A connection is gone.
@@ -541,10 +543,10 @@ impl Element for Monitor {
     ) -> Result<Connection> {
         let owner = cx.caller.as_ref().map(|caller| caller.peer.id().clone());
         let known = cx.scope.get::<Published>().is_some();
-        let asked = request.connection.clone().unwrap_or_default();
+        let id = request.connection.as_ref().map(|conn| conn.id.clone()).unwrap_or_default();
         if !known {
             // Leased before what follows: it is told last, when the wire is gone.
-            cx.scope.lease(Published { hub: Arc::clone(&self.hub), id: asked.id.clone() });
+            cx.scope.lease(Published { hub: Arc::clone(&self.hub), id: id.clone() });
         }
         match next.request(cx, request).await {
             Ok(mut conn) => {
@@ -556,10 +558,7 @@ impl Element for Monitor {
                 Ok(conn)
             }
             Err(error) => {
-                self.hub.failed(&asked.id);
-                if known {
-                    self.hub.update(Connection { state: State::Down.into(), ..asked }, owner);
-                }
+                self.hub.failed(&id);
                 Err(error)
             }
         }

@@ -50,6 +50,24 @@ struct Known {
     complete: bool,
     service: Option<NetworkService>,
     endpoints: BTreeMap<String, Endpoint>,
+    /// Those that were not where they were said to be.
+    doubted: HashSet<String>,
+}
+
+impl Known {
+    fn put(&mut self, endpoint: Endpoint) {
+        self.doubted.remove(&endpoint.nse.name);
+        self.endpoints.insert(endpoint.nse.name.clone(), endpoint);
+    }
+
+    fn remove(&mut self, name: &str) {
+        self.doubted.remove(name);
+        self.endpoints.remove(name);
+    }
+
+    fn holds(&self, endpoint: &Endpoint, now: SystemTime) -> bool {
+        !endpoint.is_expired(now) && !self.doubted.contains(&endpoint.nse.name)
+    }
 }
 
 impl Following {
@@ -74,7 +92,7 @@ impl Following {
         topics.iter().find_map(|topic| {
             let known = topic.known.lock();
             let endpoint = known.endpoints.get(&query.name).filter(|_| known.complete)?;
-            let fits = matching::endpoint_answers(query, &endpoint.nse) && !endpoint.is_expired(now);
+            let fits = matching::endpoint_answers(query, &endpoint.nse) && known.holds(endpoint, now);
             fits.then(|| {
                 *topic.used.lock() = Instant::now();
                 endpoint.clone()
@@ -125,7 +143,7 @@ async fn keep(client: &Client, shared: &Weak<Shared>, service: &str, topic: &Top
                 }
                 for endpoint in endpoints {
                     if !mentioned.contains(&endpoint.nse.name) {
-                        known.endpoints.insert(endpoint.nse.name.clone(), endpoint);
+                        known.put(endpoint);
                     }
                 }
                 known.complete = true;
@@ -141,10 +159,10 @@ async fn keep(client: &Client, shared: &Weak<Shared>, service: &str, topic: &Top
                 match event.transpose()? {
                     Some(EndpointEvent::Present(endpoint)) => {
                         mentioned.insert(endpoint.nse.name.clone());
-                        topic.known.lock().endpoints.insert(endpoint.nse.name.clone(), endpoint);
+                        topic.known.lock().put(endpoint);
                     }
                     Some(EndpointEvent::Gone(nse)) => {
-                        topic.known.lock().endpoints.remove(&nse.name);
+                        topic.known.lock().remove(&nse.name);
                         mentioned.insert(nse.name);
                     }
                     None => return Ok(()),
@@ -193,7 +211,7 @@ impl LookUp for Following {
                 let now = SystemTime::now();
                 let found = known.endpoints.values();
                 let found: Vec<_> = found.filter(|e| matching::endpoint_answers(&query, &e.nse)).collect();
-                let holds = !found.is_empty() && !found.iter().any(|endpoint| endpoint.is_expired(now));
+                let holds = !found.is_empty() && found.iter().all(|endpoint| known.holds(endpoint, now));
                 holds.then(|| found.into_iter().cloned().collect())
             }),
             [] => None,
@@ -211,6 +229,25 @@ impl LookUp for Following {
     }
 
     async fn endpoints_now(&self, query: NetworkServiceEndpoint) -> Result<Vec<Endpoint>, Error> {
-        self.0.client.endpoints(query).await
+        let found = self.0.client.endpoints(query).await?;
+        let topics: Vec<_> = self.0.topics.lock().values().cloned().collect();
+        for topic in topics {
+            let mut known = topic.known.lock();
+            for endpoint in &found {
+                if known.doubted.contains(&endpoint.nse.name) {
+                    known.put(endpoint.clone());
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    fn doubt(&self, name: &str) {
+        for topic in self.0.topics.lock().values() {
+            let mut known = topic.known.lock();
+            if known.endpoints.contains_key(name) {
+                known.doubted.insert(name.to_owned());
+            }
+        }
     }
 }

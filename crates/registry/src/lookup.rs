@@ -30,6 +30,9 @@ pub trait LookUp: fmt::Debug + Send + Sync {
     async fn endpoints_now(&self, query: NetworkServiceEndpoint) -> Result<Vec<Endpoint>, Error> {
         self.endpoints(query).await
     }
+
+    /// The endpoint of this name was not where a look-up said: the next one asks again.
+    fn doubt(&self, _name: &str) {}
 }
 
 #[async_trait]

@@ -406,11 +406,15 @@ impl Inner {
         if nse.url != self.config.public_url || deleted {
             return Place::Elsewhere;
         }
-        // The registry may tell of a registration before its answer is dealt with here.
-        let soon = Some(Instant::now() + SETTLE);
-        let settled = self.lanes.enter(&nse.name, soon).await;
-        drop(settled);
+        self.settled(&nse.name).await;
         self.local(&nse.name).map_or(Place::Nowhere, Place::Here)
+    }
+
+    /// The registry may tell of a registration before its answer is dealt with here: by then it is. Until then this node
+    /// knows nothing of the endpoint, or the socket that it had before.
+    async fn settled(&self, name: &str) {
+        let soon = Some(Instant::now() + SETTLE);
+        drop(self.lanes.enter(name, soon).await);
     }
 
     fn changed(&self) {
@@ -586,6 +590,9 @@ impl Directory<NetworkServiceEndpoint> for LocalEndpoints {
         let events = events.try_filter_map(move |(mut nse, deleted)| {
             let (inner, fds) = (inner.clone(), fds.clone());
             async move {
+                if watch && !deleted && nse.url == inner.config.public_url {
+                    inner.settled(&nse.name).await;
+                }
                 match inner.place(&nse, deleted).await {
                     Place::Here(local) => local.show(&mut nse, fds.as_ref().filter(|_| !deleted)),
                     Place::Elsewhere => {}

@@ -856,6 +856,31 @@ async fn what_a_forwarder_follows_is_what_its_manager_knows() {
             .then_some(())
     })
     .await;
+    // It comes back on another socket: that is told, and whoever was not where it was said to be is asked for again.
+    drop(another);
+    let elsewhere = lab.program("elsewhere").await;
+    let client = lab.client("second", &node.running.url());
+    let another = client.register_endpoint(nse("second", "s", elsewhere.url()), PATIENCE).await.unwrap();
+    let file = FileId::of(
+        &rustix::fs::open(lab.socket("elsewhere.sock"), rustix::fs::OFlags::PATH, rustix::fs::Mode::empty())
+            .unwrap(),
+    )
+    .unwrap();
+    let is_there = async |query: NetworkServiceEndpoint| {
+        let found = follower.endpoints(query).await.unwrap();
+        let files = found.iter().map(|endpoint| match &endpoint.dial {
+            DialTarget::Socket(socket) => FileId::of(socket).unwrap(),
+            other => panic!("{other:?}"),
+        });
+        files.eq([file])
+    };
+    eventually("it is elsewhere", async || is_there(of_service("s")).await.then_some(())).await;
+    let fd = descriptors(named("second")).await;
+    assert_eq!(descriptors(named("second")).await, fd);
+    follower.doubt("second");
+    assert!(is_there(named("second")).await);
+    follower.doubt("second");
+    assert!(is_there(of_service("s")).await);
     let raw = lab.raw("first", &node.running.url()).await;
     raw.register_service(NetworkService { payload: "ETHERNET".into(), ..service("s") }).await.unwrap();
     eventually("the service has changed", async || {
