@@ -80,6 +80,8 @@ pub struct Warning {
     pub place: Place,
     /// What, and what to write instead.
     pub text: String,
+    /// It is about the rules of v1alpha1, which [`keep_old_choices`] keeps.
+    pub of_old_rules: bool,
 }
 
 impl fmt::Display for Warning {
@@ -250,28 +252,42 @@ impl Reading<'_> {
             if !written[first].1 {
                 continue;
             }
-            let later = matches.iter().enumerate().skip(first + 1);
-            for (second, other) in later.filter(|(_, other)| compatible(m, other)) {
-                let skipped_then = !m.source_selector.is_empty() && other.source_selector.is_empty();
-                let text = match (m.fallthrough, skipped_then) {
-                    (true, true) => format!(
-                        "when this match finds no endpoint it falls through to match {}, which has no source selector; \
-                         the old rule skipped such matches once one with a source selector had applied, so a chained \
-                         request may now re-enter the chain: drop fallthrough or give match {0} a source selector",
-                        second + 1
-                    ),
-                    (false, false) => format!(
-                        "the old rule went on to match {} when this match found no endpoint; here the first match \
-                         that applies decides: write networkservicemesh.io/v1 with fallthrough: true to keep the old \
-                         choice",
-                        second + 1
-                    ),
-                    _ => continue,
-                };
-                self.warnings.push(written[first].0.warning(text));
-                break;
-            }
+            let Some((second, went_on)) = old_rules(matches, first) else { continue };
+            let text = match (m.fallthrough, went_on) {
+                (true, false) => format!(
+                    "when this match finds no endpoint it falls through to match {}, which has no source selector; \
+                     the old rule skipped such matches once one with a source selector had applied, so a chained \
+                     request may now re-enter the chain: drop fallthrough or give match {0} a source selector",
+                    second + 1
+                ),
+                (false, true) => format!(
+                    "the old rule went on to match {} when this match found no endpoint; here the first match \
+                     that applies decides: write networkservicemesh.io/v1 with fallthrough: true to keep the old \
+                     choice (nsm convert does)",
+                    second + 1
+                ),
+                _ => continue,
+            };
+            self.warnings.push(Warning { of_old_rules: true, ..written[first].0.warning(text) });
         }
+    }
+}
+
+/// The next match that a client may have come to under the rules of v1alpha1 when the first one found no endpoint, and
+/// whether it did.
+fn old_rules(matches: &[Match], first: usize) -> Option<(usize, bool)> {
+    let m = &matches[first];
+    let mut later = matches.iter().enumerate().skip(first + 1);
+    let (second, other) = later.find(|(_, other)| compatible(m, other))?;
+    Some((second, m.source_selector.is_empty() || !other.source_selector.is_empty()))
+}
+
+/// Says in the words of v1 what a service that was written as v1alpha1 meant then (registry.md 4.8): where a match found
+/// no endpoint, the next one was asked.
+pub fn keep_old_choices(service: &mut NetworkService) {
+    for first in 0..service.matches.len() {
+        service.matches[first].fallthrough =
+            old_rules(&service.matches, first).is_some_and(|(_, went_on)| went_on);
     }
 }
 
@@ -439,7 +455,7 @@ impl<'n> At<'n> {
     }
 
     fn warning(&self, text: String) -> Warning {
-        Warning { place: self.place(), text }
+        Warning { place: self.place(), text, of_old_rules: false }
     }
 }
 

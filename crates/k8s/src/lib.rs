@@ -6,6 +6,7 @@
 //! side by side, upstream's among them.
 
 pub mod cluster;
+pub mod convert;
 pub mod crd;
 pub mod keeper;
 pub mod objects;

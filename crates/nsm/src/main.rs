@@ -3,6 +3,7 @@
 
 mod bench;
 mod common;
+mod convert;
 mod guard;
 mod lab;
 mod operate;
@@ -58,6 +59,7 @@ enum Nsm {
     Explain(operate::explain::Explain),
     Check(operate::check::Check),
     Log(operate::log::Log),
+    Convert(convert::Convert),
     /// Prints a completion script for a shell
     Completions {
         /// bash, zsh, fish, elvish or powershell
@@ -88,6 +90,7 @@ fn main() -> ExitCode {
         Nsm::Explain(explain) => return code(explain.run()),
         Nsm::Check(check) => return code(check.run()),
         Nsm::Log(log) => return code(log.run()),
+        Nsm::Convert(convert) => convert.run(),
         Nsm::Completions { shell } => {
             clap_complete::generate(shell, &mut Nsm::command(), "nsm", &mut std::io::stdout());
             Ok(())

@@ -629,3 +629,36 @@ async fn one_object_that_means_nothing_hides_no_other() {
     mesh.write("NetworkService", "default", "bad", &json!({"payload": "IP"}));
     eventually("it is mended", async || found_service(&client, "bad").await).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn files_of_the_first_generation_are_converted_and_applied() {
+    let Some(mesh) = Mesh::start("files_of_the_first_generation_are_converted_and_applied").await else {
+        return;
+    };
+    let fixtures = concat!(env!("CARGO_MANIFEST_DIR"), "/../api/tests/fixtures");
+    let [chain, nat] =
+        ["secure-intranet-siblings", "cnf-nat-example"].map(|name| format!("{fixtures}/{name}.yaml"));
+    let convert = |files: &[&str]| {
+        Command::new(env!("CARGO_BIN_EXE_nsm"))
+            .arg("convert")
+            .args(files)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap()
+    };
+    let converted = convert(&[&chain, &nat]);
+    assert!(converted.status.success() && converted.stderr.is_empty(), "{converted:?}");
+    mesh.server.apply(&String::from_utf8(converted.stdout).unwrap());
+    let one = mesh.registry("one", &[]).await;
+    let client = mesh.client("alice", &one).await;
+    for file in [&chain, &nat] {
+        let meant = nsm_api::resource::parse(&fs::read_to_string(file).unwrap()).unwrap().services.remove(0);
+        let served = found_service(&client, &meant.name).await.unwrap();
+        assert_eq!(served, meant);
+    }
+
+    let wrong = convert(&[&chain, "/nowhere.yaml"]);
+    let said = String::from_utf8_lossy(&wrong.stderr).into_owned();
+    assert!(!wrong.status.success() && wrong.stdout.is_empty(), "{wrong:?}");
+    assert!(said.contains("/nowhere.yaml cannot be read"), "{said}");
+}
