@@ -19,10 +19,11 @@ const fn program(name: &'static str, role: &'static [&'static str], root: bool) 
 }
 
 /// All of them.
-pub(crate) const PROGRAMS: [Program; 9] = [
+pub(crate) const PROGRAMS: [Program; 10] = [
     program("cmd-nsmgr", &["manager"], true),
     program("cmd-forwarder-vpp", &["forwarder"], true),
     program("cmd-registry-memory", &["registry"], false),
+    program("cmd-registry-k8s", &["registry", "--store", "kubernetes"], false),
     program("cmd-nsc", &["client"], true),
     program("cmd-nsc-init", &["client", "--init"], true),
     program("cmd-nse-icmp-responder", &["endpoint"], false),
