@@ -52,6 +52,8 @@ enum Task {
     Kube(Kube),
     /// Write container images: nsm.tar for `docker load` and `ctr images import`, and an OCI layout
     Image(image::Image),
+    /// Write deploy/ anew: the kustomize base and the Helm chart that `nsm install` makes
+    Deploy,
     /// Build nsm and measure: arguments are those of `nsm bench`
     Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -82,6 +84,7 @@ fn main() -> ExitCode {
         Task::Packages => install(&PACKAGES),
         Task::Kube(what) => kube(&what),
         Task::Image(image) => image.make(),
+        Task::Deploy => deploy(),
         Task::Bench { args } => bench(&args),
     };
     match done {
@@ -113,6 +116,22 @@ fn bench(args: &[String]) -> Result<()> {
         args.extend(["--upstream".to_owned(), upstream.to_string_lossy().into_owned()]);
     }
     nsm(&[&["bench"], &told[..]].concat(), &args)
+}
+
+fn deploy() -> Result<()> {
+    for (format, directory) in [("kustomize", "deploy/kustomize"), ("helm", "deploy/helm/nsm")] {
+        let directory = root().join(directory);
+        if directory.exists() {
+            fs::remove_dir_all(&directory).with_context(|| directory.display().to_string())?;
+        }
+        let mut run =
+            cargo(&["run", "--quiet", "--package", "nsm", "--", "install", "--format", format, "--output"]);
+        let status = run.arg(&directory).status().context("start cargo")?;
+        if !status.success() {
+            bail!("nsm install --format {format} ended with {status}");
+        }
+    }
+    Ok(())
 }
 
 fn kube(what: &Kube) -> Result<()> {

@@ -5,6 +5,7 @@ mod bench;
 mod common;
 mod convert;
 mod guard;
+mod install;
 mod lab;
 mod operate;
 mod probe;
@@ -52,6 +53,8 @@ enum Nsm {
     Identity(roles::Identity),
     Webhook(webhook::Webhook),
     Probe(probe::Probe),
+    Install(install::Install),
+    Uninstall(install::Uninstall),
     Lab(lab::Lab),
     /// Measures what a wire costs on this machine, beside what the kernel alone can do
     Bench(bench::Bench),
@@ -84,6 +87,8 @@ fn main() -> ExitCode {
         Nsm::Identity(role) => common::run(&role.common.clone(), "identity", &role.name(), role.serve()),
         Nsm::Webhook(role) => common::run(&role.common.clone(), "webhook", &role.name(), role.serve()),
         Nsm::Probe(probe) => probe.run(),
+        Nsm::Install(install) => install.run(),
+        Nsm::Uninstall(uninstall) => uninstall.run(),
         Nsm::Lab(lab) => return code(lab::run(lab)),
         Nsm::Bench(bench) => return code(bench::run(bench)),
         Nsm::Get(get) => return code(get.run()),

@@ -17,44 +17,12 @@ use nsm_webhook::authority::Authorities;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// What the webhook may, and no more.
-const RBAC: &str = r#"
-apiVersion: v1
-kind: Namespace
-metadata: {name: nsm-system}
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRole
-metadata: {name: nsm-webhook}
-rules:
-- {apiGroups: [""], resources: [namespaces], verbs: [get, list]}
-- {apiGroups: [""], resources: [pods], verbs: [list]}
-- {apiGroups: [""], resources: [events], verbs: [create]}
-- {apiGroups: [admissionregistration.k8s.io], resources: [mutatingwebhookconfigurations], verbs: [create]}
-- apiGroups: [admissionregistration.k8s.io]
-  resources: [mutatingwebhookconfigurations]
-  resourceNames: [nsm-mutating-webhook]
-  verbs: [get, update]
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRoleBinding
-metadata: {name: nsm-webhook}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: nsm-webhook}
-subjects: [{kind: ServiceAccount, name: webhook, namespace: nsm-system}]
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: Role
-metadata: {name: nsm-webhook, namespace: nsm-system}
-rules:
-- {apiGroups: [""], resources: [secrets], verbs: [create]}
-- {apiGroups: [""], resources: [secrets], resourceNames: [nsm-webhook-authorities], verbs: [get, update]}
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: RoleBinding
-metadata: {name: nsm-webhook, namespace: nsm-system}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: nsm-webhook}
-subjects: [{kind: ServiceAccount, name: webhook, namespace: nsm-system}]
-"#;
+/// What `nsm install` prints: the webhook has the rights of that, and no more.
+fn manifest() -> String {
+    let said = Command::new(env!("CARGO_BIN_EXE_nsm")).arg("install").output().unwrap();
+    assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
+    String::from_utf8(said.stdout).unwrap()
+}
 
 fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let end = Instant::now() + Duration::from_secs(60);
@@ -83,8 +51,8 @@ impl Ring {
     /// Without a webhook as yet.
     fn new(test: &str) -> Option<Self> {
         let server = api_server(test)?;
-        server.apply(RBAC);
-        let account = server.kubeconfig_of("nsm-system", "webhook");
+        server.apply(&manifest());
+        let account = server.kubeconfig_of("nsm-system", "nsm-webhook");
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let ring = Self { server, webhook: None, account, port, directory: tempfile::tempdir().unwrap() };
         for namespace in ["default", "kube-system"] {
@@ -385,7 +353,7 @@ fn an_expired_authority_is_replaced() {
 #[test]
 fn what_rbac_does_not_allow_is_named() {
     let Some(mut ring) = Ring::new("what_rbac_does_not_allow_is_named") else { return };
-    let _said = ring.server.kubectl(&["delete", "clusterrolebinding", "nsm-webhook"]);
+    let _said = ring.server.kubectl(&["delete", "clusterrolebinding", "nsm-system-webhook"]);
     ring.start();
     let says = "cannot list resource \\\"namespaces\\\" in API group \\\"\\\" at the cluster scope";
     let or = "cannot get resource \\\"namespaces\\\"";
@@ -393,7 +361,7 @@ fn what_rbac_does_not_allow_is_named() {
         let log = ring.log();
         log.contains("the API server did not tell of") && (log.contains(says) || log.contains(or))
     });
-    ring.server.apply(RBAC);
+    ring.server.apply(&manifest());
     until("it goes on when it may", || ring.is_patched("default"));
 }
 

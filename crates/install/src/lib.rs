@@ -1,0 +1,167 @@
+//! What a cluster is given to be a mesh: settings in, objects out. Nothing here talks to a cluster.
+//!
+//! [`objects::objects`] is the one source. [`manifest()`] prints it, [`chart`] makes of it a kustomize base and a Helm chart.
+//!
+//! ```
+//! use nsm_install::{Settings, manifest};
+//!
+//! let manifest = manifest(&Settings { namespace: "mesh".into(), ..Settings::default() })?;
+//! assert!(manifest.contains("kind: DaemonSet") && manifest.contains("namespace: mesh"));
+//! # Ok::<(), nsm_install::InstallError>(())
+//! ```
+
+pub mod chart;
+pub mod objects;
+
+use serde_json::Value;
+
+/// What an installation is to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// Where everything lives that lives in a namespace.
+    pub namespace: String,
+    /// What stands before the names of images: a registry and its path, with the slash at its end; or nothing.
+    pub images: String,
+    /// What stands behind them.
+    pub tag: String,
+    /// `Always`, `IfNotPresent` or `Never`.
+    pub pull_policy: String,
+    /// What processes log.
+    pub log_level: String,
+    /// What keeps registrations.
+    pub store: Store,
+    /// Whether annotated pods are given their wires.
+    pub webhook: bool,
+    /// Whether only those ports are open that are meant to be.
+    pub network_policies: bool,
+    /// Whether the resources of `networkservicemesh.io` are defined too.
+    pub crds: bool,
+}
+
+/// What keeps registrations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Store {
+    /// The one registry's memory: managers and endpoints register again after its restart.
+    Memory,
+    /// Custom resources, by two registries.
+    Kubernetes,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            namespace: "nsm-system".into(),
+            images: String::new(),
+            tag: "dev".into(),
+            pull_policy: "IfNotPresent".into(),
+            log_level: "info".into(),
+            store: Store::Kubernetes,
+            webhook: true,
+            network_policies: true,
+            crds: true,
+        }
+    }
+}
+
+/// What is wrong with settings.
+#[derive(Debug, thiserror::Error)]
+pub enum InstallError {
+    /// Not a name of Kubernetes.
+    #[error(
+        "{0:?} is no namespace; expected at most 63 lower-case letters, digits and hyphens, for example nsm-system"
+    )]
+    Namespace(String),
+    /// No image can be named so.
+    #[error(
+        "{0:?} cannot stand before an image's name; expected REGISTRY/PATH/, for example registry.example/mesh/"
+    )]
+    Images(String),
+    /// Not a tag.
+    #[error("{0:?} is no tag of an image; expected at most 128 letters, digits, '_', '.' and '-'")]
+    Tag(String),
+    /// Printing failed.
+    #[error("an object cannot be written as YAML: {0}")]
+    Yaml(String),
+}
+
+impl Settings {
+    /// Whether a cluster would take it.
+    ///
+    /// # Errors
+    /// The first that it would not.
+    pub fn check(&self) -> Result<(), InstallError> {
+        let end = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+        let name = &self.namespace;
+        let good = name.len() <= 63 && name.starts_with(end) && name.ends_with(end);
+        if !good || !name.chars().all(|c| end(c) || c == '-') {
+            return Err(InstallError::Namespace(name.clone()));
+        }
+        let path = |c: char| end(c) || "-._/:".contains(c);
+        let images = &self.images;
+        let good =
+            images.is_empty() || images.ends_with('/') && images.starts_with(end) && images.chars().all(path);
+        if !good {
+            return Err(InstallError::Images(self.images.clone()));
+        }
+        let first = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        let good = self.tag.len() <= 128 && self.tag.starts_with(first);
+        if !good || !self.tag.chars().all(|c| first(c) || ".-".contains(c)) {
+            return Err(InstallError::Tag(self.tag.clone()));
+        }
+        Ok(())
+    }
+
+    /// One of our images.
+    #[must_use]
+    pub fn image(&self, name: &str) -> String {
+        format!("{}{name}:{}", self.images, self.tag)
+    }
+}
+
+/// Everything, as one manifest.
+///
+/// # Errors
+/// The settings are bad.
+pub fn manifest(settings: &Settings) -> Result<String, InstallError> {
+    settings.check()?;
+    let definitions = if settings.crds { definitions() } else { vec![] };
+    let objects = objects::objects(settings).iter().map(yaml).collect::<Result<Vec<_>, _>>()?;
+    let all = definitions.iter().map(|text| text.trim_end().to_owned() + "\n").chain(objects);
+    Ok(all.collect::<Vec<_>>().join("---\n"))
+}
+
+/// What `kubectl delete` is to be given: what keeps pods out first, the namespace last. The definitions stay unless
+/// they are asked for, because everything that users wrote goes with them.
+///
+/// # Errors
+/// The settings are bad.
+pub fn removal(settings: &Settings) -> Result<String, InstallError> {
+    settings.check()?;
+    let mut objects = objects::objects(settings);
+    objects.reverse();
+    // Stable: among equals the last made is the first removed.
+    objects.sort_by_key(|object| object["kind"] != "MutatingWebhookConfiguration");
+    let named = objects.iter().map(|object| {
+        let name = &object["metadata"]["name"];
+        let mut metadata = serde_json::json!({ "name": name });
+        if let Some(namespace) = object["metadata"].get("namespace") {
+            metadata["namespace"] = namespace.clone();
+        }
+        yaml(&serde_json::json!({ "apiVersion": object["apiVersion"], "kind": object["kind"], "metadata": metadata }))
+    });
+    let mut all = named.collect::<Result<Vec<_>, _>>()?;
+    if settings.crds {
+        all.extend(definitions().iter().map(|text| text.trim_end().to_owned() + "\n"));
+    }
+    Ok(all.join("---\n"))
+}
+
+/// The custom resources.
+pub(crate) fn definitions() -> Vec<&'static str> {
+    vec![nsm_k8s::crd::NETWORK_SERVICES, nsm_k8s::crd::NETWORK_SERVICE_ENDPOINTS]
+}
+
+pub(crate) fn yaml(object: &Value) -> Result<String, InstallError> {
+    let text = serde_saphyr::to_string(object).map_err(|e| InstallError::Yaml(e.to_string()))?;
+    Ok(text.trim_end().to_owned() + "\n")
+}

@@ -1,0 +1,418 @@
+//! The objects, in the order in which they are applied.
+
+use std::collections::BTreeSet;
+
+use nsm_webhook::{
+    configuration::{Configuration, Reach},
+    settings::Annotation,
+};
+use serde_json::{Value, json};
+
+use crate::{Settings, Store};
+
+/// The registry's Service: upstream's name, which its programs and users know.
+const REGISTRY: &str = "registry";
+/// The webhook's Service and configuration, as upstream names them.
+const WEBHOOK: (&str, &str) = ("admission-webhook-svc", "nsm-mutating-webhook");
+/// Where workloads find the manager of their node.
+const SOCKETS: &str = "/var/lib/networkservicemesh";
+/// Where SPIRE's agent serves identities.
+const IDENTITY: &str = "/run/spire/sockets";
+/// Plans of wires, and sockets to look at processes.
+const RUN: &str = "/run/nsm";
+
+/// Everything but the definitions of resources.
+#[must_use]
+pub fn objects(settings: &Settings) -> Vec<Value> {
+    let mut objects = vec![namespace(settings), priority(settings)];
+    objects.extend(registry(settings));
+    objects.extend(node(settings));
+    if settings.webhook {
+        objects.extend(webhook(settings));
+    }
+    objects
+}
+
+fn namespace(settings: &Settings) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "Namespace",
+        // The nodes' pods make interfaces in other pods.
+        "metadata": { "name": settings.namespace, "labels": { "pod-security.kubernetes.io/enforce": "privileged" } },
+    })
+}
+
+/// Without the mesh nobody's wires are made; what the cluster itself needs goes before.
+fn priority(settings: &Settings) -> Value {
+    json!({
+        "apiVersion": "scheduling.k8s.io/v1",
+        "kind": "PriorityClass",
+        "metadata": { "name": priority_name(settings) },
+        "description": "Network service mesh: pods wait for it to get their wires",
+        "value": 1_000_000,
+    })
+}
+
+/// What has no namespace has the mesh's in its name, so that there can be two.
+fn priority_name(settings: &Settings) -> String {
+    settings.namespace.clone()
+}
+
+/// The directory.
+fn registry(settings: &Settings) -> Vec<Value> {
+    let (store, replicas) = match settings.store {
+        Store::Memory => ("memory", 1),
+        Store::Kubernetes => ("kubernetes", 2),
+    };
+    let mut env = identity_env(settings);
+    env.extend([
+        json!({ "name": "NSM_NAME", "valueFrom": field("metadata.name") }),
+        json!({ "name": "NSM_NAMESPACE", "valueFrom": field("metadata.namespace") }),
+        json!({ "name": "NSM_LISTEN_ON", "value": "tcp://:5002" }),
+        json!({ "name": "NSM_STORE", "value": store }),
+    ]);
+    let container = json!({
+        "name": "registry",
+        "image": settings.image("nsm"),
+        "imagePullPolicy": settings.pull_policy,
+        "args": ["registry"],
+        "env": env,
+        "ports": [{ "name": "registry", "containerPort": 5002 }],
+        "securityContext": harmless(),
+        "startupProbe": probe("tcp://127.0.0.1:5002", 1, 60),
+        "readinessProbe": probe("tcp://127.0.0.1:5002", 5, 3),
+        "livenessProbe": probe("tcp://127.0.0.1:5002", 20, 3),
+        "resources": resources("10m", "24Mi", "256Mi"),
+        "volumeMounts": [mount("identity", IDENTITY, true)],
+    });
+    let needs_api = settings.store == Store::Kubernetes;
+    let mut pod = pod(settings, "registry", &container, vec![host("identity", IDENTITY, "Directory")]);
+    pod["automountServiceAccountToken"] = json!(needs_api);
+    let mut objects = vec![account(settings, "registry")];
+    if needs_api {
+        let rule = json!({
+            "apiGroups": ["networkservicemesh.io"],
+            "resources": ["networkservices", "networkserviceendpoints"],
+            "verbs": ["get", "list", "watch", "create", "update", "delete"],
+        });
+        objects.extend(cluster_role(settings, "registry", &[rule]));
+    }
+    objects.extend([
+        service(settings, REGISTRY, "registry", &[("registry", 5002, "registry")]),
+        deployment(settings, "registry", replicas, &pod),
+        disruption(settings, "registry"),
+    ]);
+    if settings.network_policies {
+        objects.push(network_policy(settings, "registry", "registry"));
+    }
+    objects
+}
+
+/// Manager and forwarder of each node.
+fn node(settings: &Settings) -> Vec<Value> {
+    let socket = format!("unix://{SOCKETS}/nsm.io.sock");
+    let mut env = identity_env(settings);
+    env.extend([
+        json!({ "name": "NODE_NAME", "valueFrom": field("spec.nodeName") }),
+        json!({ "name": "NODE_IP", "valueFrom": field("status.hostIP") }),
+        json!({ "name": "NSM_NAME", "valueFrom": field("metadata.name") }),
+        json!({ "name": "NSM_LISTEN_ON", "value": format!("{socket},tcp://$(NODE_IP):5001") }),
+        json!({ "name": "NSM_TUNNEL_IP", "value": "$(NODE_IP)" }),
+        json!({ "name": "NSM_REGISTRY_URL", "value": format!("tcp://{REGISTRY}.{}.svc:5002", settings.namespace) }),
+        json!({ "name": "NSM_STATE_DIR", "value": format!("{RUN}/forwarder") }),
+    ]);
+    let container = json!({
+        "name": "node",
+        "image": settings.image("nsm"),
+        "imagePullPolicy": settings.pull_policy,
+        "args": ["node"],
+        "env": env,
+        "ports": [{ "name": "manager", "containerPort": 5001, "hostPort": 5001 }],
+        // It enters the network namespaces of other pods.
+        "securityContext": { "privileged": true, "runAsUser": 0, "readOnlyRootFilesystem": true },
+        "startupProbe": probe(&socket, 1, 120),
+        "readinessProbe": probe(&socket, 5, 3),
+        "livenessProbe": probe(&socket, 20, 3),
+        // Idle it has 8 to 12 MiB, and twice 13 to 19 KiB for each wire: room for some thousands.
+        "resources": resources("20m", "32Mi", "256Mi"),
+        "volumeMounts": [
+            mount("identity", IDENTITY, true),
+            mount("sockets", SOCKETS, false),
+            mount("run", RUN, false),
+        ],
+    });
+    let volumes = vec![
+        host("identity", IDENTITY, "Directory"),
+        host("sockets", SOCKETS, "DirectoryOrCreate"),
+        host("run", RUN, "DirectoryOrCreate"),
+    ];
+    let mut pod = pod(settings, "node", &container, volumes);
+    // Tunnels end at the node's address; workloads are told apart by their processes.
+    pod["hostNetwork"] = json!(true);
+    pod["hostPID"] = json!(true);
+    pod["dnsPolicy"] = json!("ClusterFirstWithHostNet");
+    pod["tolerations"] = json!([{ "operator": "Exists" }]);
+    pod["automountServiceAccountToken"] = json!(false);
+    let daemons = json!({
+        "apiVersion": "apps/v1",
+        "kind": "DaemonSet",
+        "metadata": metadata(settings, "nsm-node", "node"),
+        "spec": {
+            "selector": { "matchLabels": labels("node") },
+            "template": template("node", &pod),
+            // Wires stand while their process is replaced.
+            "updateStrategy": { "type": "RollingUpdate", "rollingUpdate": { "maxUnavailable": "25%" } },
+        },
+    });
+    vec![account(settings, "node"), daemons]
+}
+
+/// What annotated pods are looked at by.
+fn webhook(settings: &Settings) -> Vec<Value> {
+    let value = |name: &str, value: &str| json!({ "name": name, "value": value });
+    let env = json!([
+        value("NSM_LOG_LEVEL", &settings.log_level),
+        value("NSM_NAME", WEBHOOK.1),
+        value("NSM_WEBHOOK_MODE", "selfregister"),
+        value("NSM_SERVICE_NAME", WEBHOOK.0),
+        { "name": "NSM_NAMESPACE", "valueFrom": field("metadata.namespace") },
+        value("NSM_LISTEN_ON", ":8443"),
+        value("NSM_INTROSPECT_DIR", ""),
+        value("NSM_LABELS", "spiffe.io/spiffe-id:true"),
+        value("NSM_INIT_CONTAINER_IMAGES", &settings.image("cmd-nsc-init")),
+        value("NSM_CONTAINER_IMAGES", &settings.image("cmd-nsc")),
+        value("NSM_SIDECAR_REQUESTS_CPU", "10m"),
+        value("NSM_SIDECAR_REQUESTS_MEMORY", "16Mi"),
+        value("NSM_SIDECAR_LIMITS_MEMORY", "64Mi"),
+    ]);
+    let ready = json!({ "path": "/ready", "port": "https", "scheme": "HTTPS" });
+    let container = json!({
+        "name": "webhook",
+        "image": settings.image("nsm"),
+        "imagePullPolicy": settings.pull_policy,
+        "args": ["webhook"],
+        "env": env,
+        "ports": [{ "name": "https", "containerPort": 8443 }],
+        "securityContext": harmless(),
+        "readinessProbe": { "httpGet": ready, "periodSeconds": 2 },
+        "livenessProbe": { "tcpSocket": { "port": "https" }, "periodSeconds": 20 },
+        // API servers learn a moment late that it is gone.
+        "lifecycle": { "preStop": { "sleep": { "seconds": 3 } } },
+        "resources": resources("10m", "16Mi", "128Mi"),
+    });
+    let mut pod = pod(settings, "webhook", &container, vec![]);
+    pod["automountServiceAccountToken"] = json!(true);
+    let rule = |group: &str, resource: &str, verbs: &[&str]| json!({ "apiGroups": [group], "resources": [resource], "verbs": verbs });
+    let named = |mut rule: Value, name: &str| {
+        rule["resourceNames"] = json!([name]);
+        rule
+    };
+    let (group, kind) = ("admissionregistration.k8s.io", "mutatingwebhookconfigurations");
+    let everywhere = [
+        rule("", "namespaces", &["get", "list"]),
+        rule("", "pods", &["list"]),
+        rule("", "events", &["create"]),
+        rule(group, kind, &["create"]),
+        named(rule(group, kind, &["get", "update"]), WEBHOOK.1),
+    ];
+    let here = [
+        rule("", "secrets", &["create"]),
+        named(rule("", "secrets", &["get", "update"]), "nsm-webhook-authorities"),
+    ];
+    let mut objects = vec![account(settings, "webhook")];
+    objects.extend(cluster_role(settings, "webhook", &everywhere));
+    objects.extend(role(settings, "webhook", &here));
+    objects.extend([
+        service(settings, WEBHOOK.0, "webhook", &[("https", 443, "https")]),
+        deployment(settings, "webhook", 2, &pod),
+        disruption(settings, "webhook"),
+    ]);
+    if settings.network_policies {
+        objects.push(network_policy(settings, "webhook", "https"));
+    }
+    // The webhook fills in whom to trust. Until then annotated pods are refused, and not made without their wires.
+    let configuration = Configuration {
+        name: WEBHOOK.1.into(),
+        annotation: Annotation::default(),
+        reach: Reach::Service { name: WEBHOOK.0.into(), namespace: settings.namespace.clone() },
+        bundle: String::new(),
+        spared: BTreeSet::from(["kube-system".to_owned(), settings.namespace.clone()]),
+        annotated: BTreeSet::new(),
+        owner: None,
+    };
+    objects.push(configuration.object());
+    objects
+}
+
+/// Labels by which the pods of a part are found.
+fn labels(part: &str) -> Value {
+    json!({ "app.kubernetes.io/name": "nsm", "app.kubernetes.io/component": part })
+}
+
+fn metadata(settings: &Settings, name: &str, part: &str) -> Value {
+    json!({ "name": name, "namespace": settings.namespace, "labels": labels(part) })
+}
+
+fn field(path: &str) -> Value {
+    json!({ "fieldRef": { "fieldPath": path } })
+}
+
+fn mount(name: &str, path: &str, read_only: bool) -> Value {
+    json!({ "name": name, "mountPath": path, "readOnly": read_only })
+}
+
+fn host(name: &str, path: &str, kind: &str) -> Value {
+    json!({ "name": name, "hostPath": { "path": path, "type": kind } })
+}
+
+fn identity_env(settings: &Settings) -> Vec<Value> {
+    vec![
+        json!({ "name": "NSM_LOG_LEVEL", "value": settings.log_level }),
+        json!({ "name": "SPIFFE_ENDPOINT_SOCKET", "value": format!("unix://{IDENTITY}/agent.sock") }),
+        json!({ "name": "POD_NAME", "valueFrom": field("metadata.name") }),
+    ]
+}
+
+/// No limit of the processor: what is throttled makes others wait.
+fn resources(cpu: &str, memory: &str, most: &str) -> Value {
+    json!({ "requests": { "cpu": cpu, "memory": memory }, "limits": { "memory": most } })
+}
+
+/// For what only talks.
+fn harmless() -> Value {
+    json!({
+        "allowPrivilegeEscalation": false,
+        "capabilities": { "drop": ["ALL"] },
+        "readOnlyRootFilesystem": true,
+        "runAsNonRoot": true,
+        "runAsUser": 65532,
+        "seccompProfile": { "type": "RuntimeDefault" },
+    })
+}
+
+fn probe(url: &str, period: u32, failures: u32) -> Value {
+    json!({
+        "exec": { "command": ["/bin/nsm", "probe", "--addr", url] },
+        "periodSeconds": period,
+        "timeoutSeconds": 3,
+        "failureThreshold": failures,
+    })
+}
+
+fn pod(settings: &Settings, part: &str, container: &Value, volumes: Vec<Value>) -> Value {
+    json!({
+        "serviceAccountName": format!("nsm-{part}"),
+        "priorityClassName": priority_name(settings),
+        "nodeSelector": { "kubernetes.io/os": "linux" },
+        "terminationGracePeriodSeconds": 10,
+        "containers": [container],
+        "volumes": volumes,
+    })
+}
+
+/// Every pod of the mesh has an identity.
+fn template(part: &str, pod: &Value) -> Value {
+    let mut labels = labels(part);
+    labels["spiffe.io/spiffe-id"] = json!("true");
+    json!({ "metadata": { "labels": labels }, "spec": pod })
+}
+
+fn account(settings: &Settings, part: &str) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "ServiceAccount",
+        "metadata": metadata(settings, &format!("nsm-{part}"), part),
+    })
+}
+
+fn binding(settings: &Settings, kind: &str, name: &str, part: &str) -> (Value, Value) {
+    let reference = json!({ "apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": name });
+    let subject =
+        json!({ "kind": "ServiceAccount", "name": format!("nsm-{part}"), "namespace": settings.namespace });
+    (reference, json!([subject]))
+}
+
+fn cluster_role(settings: &Settings, part: &str, rules: &[Value]) -> [Value; 2] {
+    let name = format!("{}-{part}", settings.namespace);
+    let metadata = json!({ "name": name, "labels": labels(part) });
+    let (reference, subjects) = binding(settings, "ClusterRole", &name, part);
+    let version = "rbac.authorization.k8s.io/v1";
+    [
+        json!({ "apiVersion": version, "kind": "ClusterRole", "metadata": metadata, "rules": rules }),
+        json!({
+            "apiVersion": version, "kind": "ClusterRoleBinding", "metadata": metadata,
+            "roleRef": reference, "subjects": subjects,
+        }),
+    ]
+}
+
+fn role(settings: &Settings, part: &str, rules: &[Value]) -> [Value; 2] {
+    let name = format!("nsm-{part}");
+    let metadata = metadata(settings, &name, part);
+    let (reference, subjects) = binding(settings, "Role", &name, part);
+    let version = "rbac.authorization.k8s.io/v1";
+    [
+        json!({ "apiVersion": version, "kind": "Role", "metadata": metadata, "rules": rules }),
+        json!({
+            "apiVersion": version, "kind": "RoleBinding", "metadata": metadata,
+            "roleRef": reference, "subjects": subjects,
+        }),
+    ]
+}
+
+fn service(settings: &Settings, name: &str, part: &str, ports: &[(&str, u16, &str)]) -> Value {
+    let ports =
+        ports.iter().map(|(name, port, target)| json!({ "name": name, "port": port, "targetPort": target }));
+    json!({
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": metadata(settings, name, part),
+        "spec": { "selector": labels(part), "ports": ports.collect::<Vec<_>>() },
+    })
+}
+
+fn deployment(settings: &Settings, part: &str, replicas: u32, pod: &Value) -> Value {
+    let mut pod = pod.clone();
+    // One of two survives its node.
+    pod["topologySpreadConstraints"] = json!([{
+        "labelSelector": { "matchLabels": labels(part) },
+        "maxSkew": 1,
+        "topologyKey": "kubernetes.io/hostname",
+        "whenUnsatisfiable": "ScheduleAnyway",
+    }]);
+    json!({
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": metadata(settings, &format!("nsm-{part}"), part),
+        "spec": {
+            "replicas": replicas,
+            "selector": { "matchLabels": labels(part) },
+            "strategy": { "type": "RollingUpdate", "rollingUpdate": { "maxSurge": 1, "maxUnavailable": 0 } },
+            "template": template(part, &pod),
+        },
+    })
+}
+
+/// One at a time, also where there is only one: a drain is not held up.
+fn disruption(settings: &Settings, part: &str) -> Value {
+    json!({
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": metadata(settings, &format!("nsm-{part}"), part),
+        "spec": { "maxUnavailable": 1, "selector": { "matchLabels": labels(part) } },
+    })
+}
+
+/// Only the port that is meant to be open is. Who asks comes from nodes, whose addresses nobody knows here.
+fn network_policy(settings: &Settings, part: &str, port: &str) -> Value {
+    json!({
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": metadata(settings, &format!("nsm-{part}"), part),
+        "spec": {
+            "podSelector": { "matchLabels": labels(part) },
+            "policyTypes": ["Ingress"],
+            "ingress": [{ "ports": [{ "port": port }] }],
+        },
+    })
+}

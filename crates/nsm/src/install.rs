@@ -1,0 +1,133 @@
+//! `nsm install` and `nsm uninstall`: what a cluster is given, and given up.
+
+use std::{
+    fs,
+    io::{self, Write as _},
+    path::PathBuf,
+};
+
+use anyhow::{Context as _, Result, bail};
+use clap::{Args, ValueEnum};
+use nsm_install::{Settings, Store, chart, manifest, removal};
+
+/// Prints what makes a Kubernetes cluster a mesh: nsm install | kubectl apply -f -
+///
+/// Identities come from SPIRE, whose agent serves them at /run/spire/sockets/agent.sock of each node.
+///
+/// Example: nsm install --images registry.example/mesh/ --tag v0.1.0 | kubectl apply -f -
+#[derive(Debug, Args)]
+pub(crate) struct Install {
+    #[command(flatten)]
+    what: What,
+    /// What to write: one manifest, a base for kustomize, or a Helm chart
+    #[arg(long, value_enum, default_value = "manifest")]
+    format: Format,
+    /// The directory that base or chart are written into; a manifest goes to standard output
+    #[arg(long, value_name = "DIR")]
+    output: Option<PathBuf>,
+}
+
+/// Prints what `nsm install` of the same flags made, for kubectl: nsm uninstall | kubectl delete -f -
+///
+/// The webhook's configuration goes first, so that no pod is held up; the namespace goes last. Definitions of resources
+/// go only with --crds true, and everything that was written of them with them.
+#[derive(Debug, Args)]
+pub(crate) struct Uninstall {
+    #[command(flatten)]
+    what: What,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    Manifest,
+    Kustomize,
+    Helm,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Kept {
+    /// In the memory of one registry
+    Memory,
+    /// As custom resources, by two registries
+    Kubernetes,
+}
+
+#[derive(Debug, Args)]
+struct What {
+    /// Where everything lives
+    #[arg(long, default_value = "nsm-system")]
+    namespace: String,
+    /// What stands before the names of images: REGISTRY/PATH/, or nothing
+    #[arg(long, default_value = "", value_name = "PREFIX")]
+    images: String,
+    /// What stands behind them
+    #[arg(long, default_value = "dev")]
+    tag: String,
+    /// When nodes pull images
+    #[arg(long, default_value = "IfNotPresent", value_parser = ["Always", "IfNotPresent", "Never"])]
+    pull_policy: String,
+    /// What processes log: off, error, warn, info, debug or trace
+    #[arg(long = "mesh-log-level", default_value = "info", value_name = "LEVEL")]
+    log_level: String,
+    /// What keeps registrations
+    #[arg(long, value_enum, default_value = "kubernetes")]
+    store: Kept,
+    /// Whether annotated pods are given their wires
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
+    webhook: bool,
+    /// Whether only those ports are open that are meant to be
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
+    network_policies: bool,
+    /// The resources of networkservicemesh.io too; by default they are installed, and not uninstalled
+    #[arg(long, action = clap::ArgAction::Set)]
+    crds: Option<bool>,
+}
+
+impl What {
+    fn settings(self, crds: bool) -> Settings {
+        Settings {
+            namespace: self.namespace,
+            images: self.images,
+            tag: self.tag,
+            pull_policy: self.pull_policy,
+            log_level: self.log_level,
+            store: match self.store {
+                Kept::Memory => Store::Memory,
+                Kept::Kubernetes => Store::Kubernetes,
+            },
+            webhook: self.webhook,
+            network_policies: self.network_policies,
+            crds: self.crds.unwrap_or(crds),
+        }
+    }
+}
+
+impl Install {
+    pub(crate) fn run(self) -> Result<()> {
+        let settings = self.what.settings(true);
+        let files = match (self.format, &self.output) {
+            (Format::Manifest, None) => return print(&manifest(&settings)?),
+            (Format::Manifest, Some(_)) => bail!("a manifest goes to standard output: leave --output out"),
+            (Format::Kustomize, _) => chart::kustomize(&settings)?,
+            (Format::Helm, _) => chart::helm(&settings, env!("CARGO_PKG_VERSION"))?,
+        };
+        let Some(output) = self.output else { bail!("--output says into which directory the files go") };
+        for (path, text) in files {
+            let path = output.join(path);
+            let directory = path.parent().unwrap_or(&output);
+            fs::create_dir_all(directory).with_context(|| directory.display().to_string())?;
+            fs::write(&path, text).with_context(|| path.display().to_string())?;
+        }
+        Ok(())
+    }
+}
+
+impl Uninstall {
+    pub(crate) fn run(self) -> Result<()> {
+        print(&removal(&self.what.settings(false))?)
+    }
+}
+
+fn print(text: &str) -> Result<()> {
+    io::stdout().lock().write_all(text.as_bytes()).context("write")
+}
