@@ -34,6 +34,9 @@ struct Usage {
     cpu: Duration,
 }
 
+/// A program that nobody has asked anything for so long is idle: by then it has let go of what its start needed.
+const IDLE: Duration = Duration::from_secs(4);
+
 /// Of the programs of a lab, by name.
 type Usages = BTreeMap<String, Usage>;
 
@@ -46,6 +49,7 @@ pub(crate) fn measure(
     progress: &mut dyn FnMut(&str),
 ) -> Result<(), Error> {
     let before = Snapshot::take()?;
+    std::thread::sleep(IDLE);
     let idle = usage(lab, workers);
 
     let by_hand = options.wires.min(BY_HAND);

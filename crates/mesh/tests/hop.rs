@@ -69,6 +69,10 @@ struct Peer {
     spoil: Arc<Mutex<Spoil>>,
     /// It answers nobody while somebody else has this.
     turn: Arc<tokio::sync::Mutex<()>>,
+    /// The same of Closes.
+    closing: Arc<tokio::sync::Mutex<()>>,
+    /// What it was asked for, in order.
+    calls: Arc<Mutex<Vec<&'static str>>>,
     streams: Arc<Mutex<Vec<mpsc::UnboundedSender<Event>>>>,
 }
 
@@ -80,6 +84,8 @@ impl Peer {
             tokens: Arc::default(),
             spoil: Arc::new(Mutex::new(Box::new(|_| {}))),
             turn: Arc::default(),
+            closing: Arc::default(),
+            calls: Arc::default(),
             streams: Arc::default(),
         }
     }
@@ -112,6 +118,7 @@ impl NetworkService for Peer {
         let token = nsm_transport::client_token(request.metadata()).unwrap();
         let request = request.into_inner();
         self.asked.lock().push(request.clone());
+        self.calls.lock().push("request");
         let _turn = self.turn.lock().await;
         // As an endpoint of upstream does it.
         let mut conn = request.connection.unwrap();
@@ -130,6 +137,9 @@ impl NetworkService for Peer {
 
     async fn close(&self, request: Request<Connection>) -> std::result::Result<Response<()>, Status> {
         self.note(request.metadata());
+        self.calls.lock().push("close");
+        let _closing = self.closing.lock().await;
+        self.calls.lock().push("closed");
         self.closed.lock().push(request.into_inner());
         Ok(Response::new(()))
     }
@@ -151,9 +161,9 @@ impl MonitorConnection for Peer {
     }
 }
 
-/// Where every request goes.
+/// Where every request goes at present.
 #[derive(Debug)]
-struct To(NextHop);
+struct To(Arc<Mutex<NextHop>>);
 
 #[async_trait]
 impl Element for To {
@@ -167,7 +177,7 @@ impl Element for To {
         request: NetworkServiceRequest,
         next: Next<'_>,
     ) -> Result<Connection> {
-        cx.next_hop = Some(self.0.clone());
+        cx.next_hop = Some(self.0.lock().clone());
         next.request(cx, request).await
     }
 }
@@ -177,7 +187,10 @@ struct Mesh {
     authority: Authority,
     _directory: tempfile::TempDir,
     url: DialUrl,
+    to: Arc<Mutex<NextHop>>,
     next: Peer,
+    /// Another, to which requests go when `to` says so.
+    other: (NextHop, Peer),
     nse: Arc<Identity>,
     hub: Arc<Hub>,
     served: Vec<tokio::task::JoinHandle<()>>,
@@ -214,6 +227,14 @@ impl Mesh {
             .add_service(NetworkServiceServer::new(next.clone()))
             .add_service(MonitorConnectionServer::new(next.clone()));
         let mut served = vec![tokio::spawn(server.serve(routes.routes(), &[], std::future::pending()))];
+        let other = Peer::new();
+        let server = Server::bind(source("other"), &[listen("other.sock")]).await.unwrap();
+        let mut routes = RoutesBuilder::default();
+        routes
+            .add_service(NetworkServiceServer::new(other.clone()))
+            .add_service(MonitorConnectionServer::new(other.clone()));
+        served.push(tokio::spawn(server.serve(routes.routes(), &[], std::future::pending())));
+        let to = Arc::new(Mutex::new(NextHop::from(dial("nse.sock"))));
 
         let hub = Arc::new(Hub::default());
         let own = source("mgr");
@@ -221,7 +242,7 @@ impl Mesh {
         let chain = chain![
             Authorize { max_token_lifetime: Duration::from_secs(600), policies: Arc::new(policies) },
             Monitor { hub: Arc::clone(&hub), terminates: false },
-            To(dial("nse.sock").into()),
+            To(Arc::clone(&to)),
             Dial::new(pool, "mgr", Arc::clone(&hub), PATIENCE),
         ];
         let connections = Connections::serving("mgr", chain, Arc::new(Metrics::default()));
@@ -230,7 +251,8 @@ impl Mesh {
         server::add(&mut routes, connections, Arc::clone(&hub), Arc::default());
         served.push(tokio::spawn(server.serve(routes.routes(), &[], std::future::pending())));
         let url = dial("mgr.sock");
-        Self { authority, _directory: directory, url, next, nse: nse.current(), hub, served }
+        let other = (dial("other.sock").into(), other);
+        Self { authority, _directory: directory, url, to, next, other, nse: nse.current(), hub, served }
     }
 
     fn identity(&self, name: &str) -> Identity {
@@ -591,6 +613,33 @@ async fn a_connection_whose_next_hop_falls_silent_is_down() {
 }
 
 #[tokio::test]
+async fn a_connection_that_comes_back_is_not_ended_by_the_close_of_when_it_left() {
+    for closes in [true, false] {
+        let mesh = Mesh::start().await;
+        let answer = mesh.ask(request()).await.unwrap();
+        let mut closing = Some(mesh.next.closing.lock().await);
+        let home = std::mem::replace(&mut *mesh.to.lock(), mesh.other.0.clone());
+        let answer = mesh.ask(again(&answer)).await.unwrap();
+        while *mesh.next.calls.lock() != ["request", "close"] {
+            tokio::task::yield_now().await;
+        }
+        *mesh.to.lock() = home;
+        let (answer, ()) = tokio::join!(mesh.ask(again(&answer)), async {
+            // Long enough for a request that does not wait.
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            closing.take_if(|_| closes);
+        });
+        answer.unwrap();
+        let expected: &[&str] = match closes {
+            true => &["request", "close", "closed", "request"],
+            // It is not waited for without end, and taken back.
+            false => &["request", "close", "request"],
+        };
+        assert_eq!(*mesh.next.calls.lock(), expected);
+    }
+}
+
+#[tokio::test]
 async fn what_falls_before_its_answer_is_there_is_down() {
     let mesh = Mesh::start().await;
     let first = mesh.ask(request()).await.unwrap();
@@ -743,7 +792,7 @@ async fn what_a_hop_behind_our_neighbour_did_not_sign_is_no_answer() {
     let mesh = Mesh::start().await;
     let pool = Pool::new(Source::fixed(mesh.identity("nsc")), PoolConfig::default());
     let edge = chain![
-        To(mesh.url.clone().into()),
+        To(Arc::new(Mutex::new(mesh.url.clone().into()))),
         Dial::new(pool, "nsc", Arc::default(), PATIENCE).checking_answers(),
     ];
     let edge = Connections::asking("nsc", edge, Arc::new(Metrics::default()));

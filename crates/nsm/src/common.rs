@@ -67,6 +67,9 @@ pub(crate) struct Common {
     program: Arc<Program>,
 }
 
+/// By then programs that start together have met, with handshakes whose code is seldom needed again.
+const MET: Duration = Duration::from_secs(3);
+
 /// What the process tells of itself while its role starts.
 #[derive(Debug, Clone)]
 pub(crate) struct Process(Arc<Inspector>, Arc<Program>);
@@ -93,6 +96,11 @@ impl Process {
     pub(crate) fn ready(&self) {
         self.0.status("");
         self.1.let_go();
+        let program = Arc::clone(&self.1);
+        tokio::spawn(async move {
+            tokio::time::sleep(MET).await;
+            program.let_go();
+        });
         notify("READY=1");
     }
 
