@@ -74,7 +74,8 @@ pub enum Error {
     /// RBAC does not let us.
     #[error(
         "the API server {server} does not let us {verb} {plural}: {said}; the role of this registry needs the rule \
-         {{apiGroups: [{GROUP}], resources: [{plural}], verbs: [{verb}]}}"
+         {{apiGroups: [{GROUP}], resources: [{plural}{}], verbs: [{verb}]}}",
+        if *verb == "patch" { "/status" } else { "" }
     )]
     Forbidden {
         /// Its URL.

@@ -24,12 +24,13 @@ use futures::TryStreamExt;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::{
     Api,
-    api::{DeleteParams, ListParams, PostParams, Preconditions, WatchEvent, WatchParams},
+    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions, WatchEvent, WatchParams},
 };
 use nsm_api::pb::registry::{NetworkService, NetworkServiceEndpoint};
 use nsm_registry::{Keeper, Keepers, store::Store};
 use parking_lot::Mutex;
 use rand::RngExt;
+use serde_json::json;
 use tokio::{
     sync::Notify,
     task::JoinSet,
@@ -51,6 +52,9 @@ const WATCH: Duration = Duration::from_secs(60);
 
 /// How much later than it should end a watch is taken for dead.
 const SILENCE: Duration = Duration::from_secs(10);
+
+/// How long it may take at most that something is said on an object.
+const SAY: Duration = Duration::from_secs(1);
 
 /// Pauses between tries while the API server is away.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
@@ -108,6 +112,8 @@ struct Inner<T: Kind> {
     shown: Store<T>,
     /// Something may end earlier than was known.
     earlier: Notify,
+    /// Something may be to be said on an object.
+    said: Notify,
     /// A change was not answered: is the watch still alive?
     doubt: Notify,
 }
@@ -129,12 +135,14 @@ impl<T: Kind> Resources<T> {
             shown: table.shown().clone(),
             table: Mutex::new(table),
             earlier: Notify::new(),
+            said: Notify::new(),
             doubt: Notify::new(),
         });
         let version = inner.list(By::Before).await?;
         let mut tasks = JoinSet::new();
         tasks.spawn(follow(inner.clone(), version));
         tasks.spawn(end(inner.clone()));
+        tasks.spawn(say(inner.clone()));
         Ok(Self { inner, _tasks: tasks })
     }
 }
@@ -163,6 +171,7 @@ impl<T: Kind> Inner<T> {
         let heard = self.heard();
         self.table.lock().is(object, by, heard);
         self.earlier.notify_one();
+        self.said.notify_one();
     }
 
     async fn call<R>(
@@ -191,6 +200,7 @@ impl<T: Kind> Inner<T> {
                     let version = list.metadata.resource_version.unwrap_or_default();
                     self.table.lock().is_all(objects, &version, by, || self.heard());
                     self.earlier.notify_one();
+                    self.said.notify_one();
                     return Ok(version);
                 }
             }
@@ -440,6 +450,32 @@ async fn follow<T: Kind>(inner: Arc<Inner<T>>, mut version: String) {
                     pauses = Pauses::new();
                 }
                 pauses.pause().await;
+            }
+        }
+    }
+}
+
+/// Says on objects what is to be said of them. All registries think the same: the first one says it.
+async fn say<T: Kind>(inner: Arc<Inner<T>>) {
+    loop {
+        inner.said.notified().await;
+        if !inner.table.lock().has_to_say() {
+            continue;
+        }
+        let pause = rand::rng().random_range(Duration::ZERO..=SAY);
+        sleep(pause).await;
+        let to_say = inner.table.lock().take_to_say();
+        for (key, (meta, conditions)) in to_say {
+            let patch = Patch::Merge(json!({
+                "metadata": {"resourceVersion": meta.resource_version},
+                "status": {"conditions": conditions},
+            }));
+            let (api, params) = (inner.of(&key.0), PatchParams::default());
+            match inner.call("patch", &key.1, api.patch_status(&key.1, &params, &patch)).await {
+                Ok(object) => inner.is(object, By::Others),
+                // It has changed, which is heard of; or upstream's definition has no status.
+                Err(Error::Conflict { .. } | Error::NotFound { .. }) => {}
+                Err(error) => warn!(%error, "what was not understood of a resource is not said on it"),
             }
         }
     }

@@ -12,3 +12,4 @@ pub mod keeper;
 pub mod objects;
 pub mod resource;
 mod table;
+mod verdict;

@@ -16,6 +16,8 @@ use prost_types::Timestamp;
 use serde::{Deserialize, Deserializer, Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 
+use crate::verdict;
+
 /// The group of both.
 pub const GROUP: &str = "networkservicemesh.io";
 /// The version of both.
@@ -41,6 +43,12 @@ pub trait Kind: Item + fmt::Debug {
     fn expires(&self) -> Option<SystemTime> {
         None
     }
+
+    /// What of a `spec` that people wrote means nothing.
+    #[must_use]
+    fn doubts(_spec: &Value) -> Vec<String> {
+        Vec::new()
+    }
 }
 
 impl Kind for NetworkService {
@@ -48,6 +56,10 @@ impl Kind for NetworkService {
     const PLURAL: &'static str = "networkservices";
     const GENERATED: Option<&'static str> = Some("netsvc-");
     type Spec = ServiceSpec;
+
+    fn doubts(spec: &Value) -> Vec<String> {
+        verdict::doubts_of_service(spec)
+    }
 
     fn set_name(&mut self, name: String) {
         self.name = name;
@@ -84,6 +96,9 @@ pub struct Object<T: Kind> {
     /// As it was written.
     #[serde(default)]
     pub spec: Value,
+    /// What the registry says of it.
+    #[serde(default, skip_serializing_if = "Value::is_null")]
+    pub status: Value,
     #[serde(skip)]
     of: PhantomData<T>,
 }
@@ -94,7 +109,7 @@ impl<T: Kind> Object<T> {
         let (api_version, kind) = (API_VERSION.to_owned(), <T as Kind>::KIND.to_owned());
         // Text keys and plain values: nothing that JSON has no form for.
         let spec = serde_json::to_value(T::Spec::from(item)).unwrap_or_default();
-        Self { api_version, kind, metadata, spec, of: PhantomData }
+        Self { api_version, kind, metadata, spec, status: Value::Null, of: PhantomData }
     }
 
     /// What it means: an empty `spec.name` is that of the object (spec/registry.md 4.4).

@@ -14,12 +14,16 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::{apimachinery::pkg::apis::meta::v1::ObjectMeta, jiff::Timestamp};
 use nsm_registry::{expiry::Expiry, store::Store};
+use serde_json::Value;
 use tokio::time::Instant;
 use tracing::warn;
 
-use crate::resource::{Kind, Object};
+use crate::{
+    resource::{Kind, Object},
+    verdict,
+};
 
 /// Namespace and name.
 pub(crate) type Key = (String, String);
@@ -54,6 +58,8 @@ pub(crate) struct Table<T: Kind> {
     ends: Expiry<Instant>,
     /// Deleted by us; what was said of them before that may still be under way.
     deleted: HashSet<String>,
+    /// Conditions that objects should have, in the state that this was thought of.
+    to_say: BTreeMap<Key, (ObjectMeta, Value)>,
     shown: Store<T>,
 }
 
@@ -81,6 +87,7 @@ impl<T: Kind> Table<T> {
             names: HashMap::new(),
             ends: Expiry::default(),
             deleted: HashSet::new(),
+            to_say: BTreeMap::new(),
             shown: Store::default(),
         }
     }
@@ -112,8 +119,12 @@ impl<T: Kind> Table<T> {
             end.into_iter().for_each(|end| self.set_end(&key, Some(end)));
             return;
         }
-        let item = object.item().inspect_err(|error| warn!(%error, "a resource is not understood")).ok();
-        let item = item.map(Arc::new);
+        let item = object.item().inspect_err(|error| warn!(%error, "a resource is not understood"));
+        match verdict::conditions(&object, item.as_ref(), &Timestamp::now().to_string()) {
+            Some(conditions) => self.to_say.insert(key.clone(), (object.metadata.clone(), conditions)),
+            None => self.to_say.remove(&key),
+        };
+        let item = item.ok().map(Arc::new);
         let end = item.as_deref().and_then(Kind::expires);
         let left = end.map(|end| end.duration_since(heard.clock).unwrap_or_default());
         // A registry that starts shows nobody who is gone for long.
@@ -145,6 +156,7 @@ impl<T: Kind> Table<T> {
             return;
         }
         self.ends.clear(&flat(key));
+        self.to_say.remove(key);
         if let Some(item) = self.objects.remove(key).and_then(|held| held.item) {
             self.unname(&item, key);
             self.show(item.name());
@@ -220,6 +232,16 @@ impl<T: Kind> Table<T> {
                 self.show(item.name());
             }
         }
+    }
+
+    /// Takes out what is to be said on objects.
+    pub(crate) fn take_to_say(&mut self) -> BTreeMap<Key, (ObjectMeta, Value)> {
+        std::mem::take(&mut self.to_say)
+    }
+
+    /// Whether something is to be said.
+    pub(crate) fn has_to_say(&self) -> bool {
+        !self.to_say.is_empty()
     }
 
     fn set_end(&mut self, key: &Key, end: Option<Instant>) {

@@ -410,6 +410,18 @@ async fn what_people_write_is_served_at_once_and_stays_theirs() {
     .await;
     drop(kept);
 
+    // What of it means nothing is said on it, and taken back.
+    let condition = |status: &str| {
+        let wait = format!("--for=condition=Understood={status}");
+        let _met = mesh.server.kubectl(&["wait", &wait, "netsvc/odd", "--timeout=60s"]);
+        mesh.server.kubectl(&["get", "netsvc", "odd", "--output=jsonpath={.status.conditions[0].message}"])
+    };
+    mesh.write("NetworkService", "default", "odd", &json!({"matches": [{"sourceSelector": {"app": "a"}}]}));
+    let said = condition("False");
+    assert!(said.starts_with("spec.matches[0].sourceSelector is no field of it and means nothing"), "{said}");
+    mesh.write("NetworkService", "default", "odd", &json!({"matches": [{"source_selector": {"app": "a"}}]}));
+    assert_eq!(condition("True"), "");
+
     mesh.delete("networkservices", "default", "web");
     let mut last = (web, false);
     while !last.1 {
