@@ -95,7 +95,13 @@ fn registry(settings: &Settings) -> Vec<Value> {
             "resources": ["networkservices", "networkserviceendpoints"],
             "verbs": ["get", "list", "watch", "create", "update", "delete"],
         });
-        objects.extend(cluster_role(settings, "registry", &[rule]));
+        // What of a resource is not understood is said on it.
+        let say = json!({
+            "apiGroups": ["networkservicemesh.io"],
+            "resources": ["networkservices/status", "networkserviceendpoints/status"],
+            "verbs": ["patch"],
+        });
+        objects.extend(cluster_role(settings, "registry", &[rule, say]));
     }
     objects.extend([
         service(settings, REGISTRY, "registry", &[("registry", 5002, "registry")]),

@@ -30,6 +30,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// An API server, an authority, and a directory. `alice` and `bob` are registrants.
 struct Mesh {
     server: ApiServer,
+    /// The registry's.
+    kubeconfig: PathBuf,
     directory: tempfile::TempDir,
     tasks: Vec<JoinHandle<()>>,
 }
@@ -42,8 +44,17 @@ impl Drop for Mesh {
 
 impl Mesh {
     async fn start(test: &str) -> Option<Self> {
-        let mesh = Self::bare(test).await?;
+        let mut mesh = Self::bare(test).await?;
         mesh.server.install(&[NETWORK_SERVICES, NETWORK_SERVICE_ENDPOINTS]);
+        // The registry has the rights that `nsm install` gives it, and no others.
+        let mut install = Command::new(env!("CARGO_BIN_EXE_nsm"));
+        let printed = install.args(["install", "--store", "kubernetes"]).output().unwrap();
+        let printed = String::from_utf8(printed.stdout).unwrap();
+        let rights = printed.split("\n---\n").filter(|object| {
+            object.contains("kind: ClusterRole") && object.contains("component: registry\n")
+        });
+        mesh.server.apply(&rights.collect::<Vec<_>>().join("\n---\n"));
+        mesh.kubeconfig = mesh.server.kubeconfig_of("nsm-system", "nsm-registry");
         Some(mesh)
     }
 
@@ -68,7 +79,8 @@ impl Mesh {
         fs::write(directory.path().join("ca.yaml"), config).unwrap();
         let ca = Ca::start(&directory.path().join("ca.yaml")).unwrap();
         let issuing = tokio::spawn(async move { ca.serve(std::future::pending()).await.unwrap() });
-        Some(Self { server, directory, tasks: vec![issuing] })
+        let kubeconfig = server.kubeconfig();
+        Some(Self { server, kubeconfig, directory, tasks: vec![issuing] })
     }
 
     fn url(&self, file: &str) -> String {
@@ -93,7 +105,7 @@ impl Mesh {
     }
 
     async fn registry(&self, name: &str, more: &[&str]) -> Registry {
-        let registry = self.registry_as(name, &self.server.kubeconfig(), more);
+        let registry = self.registry_as(name, &self.kubeconfig, more);
         self.serves(&registry).await;
         registry
     }
@@ -178,7 +190,7 @@ impl Relay {
     async fn start(mesh: &Mesh) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (server, own) = (mesh.server.address(), listener.local_addr().unwrap());
-        let config = fs::read_to_string(mesh.server.kubeconfig()).unwrap();
+        let config = fs::read_to_string(&mesh.kubeconfig).unwrap();
         assert!(config.contains(&server.to_string()));
         let kubeconfig = mesh.directory.path().join("relayed.conf");
         fs::write(&kubeconfig, config.replace(&server.to_string(), &own.to_string())).unwrap();
