@@ -325,7 +325,7 @@ impl Element for CrossConnect {
                     answer.mechanism = Some(near);
                     return Ok(answer);
                 }
-                Err(Unjoined::Vni) if proposed.is_none() && far_vni.is_some() => {
+                Err(Unjoined::Vni) if proposed.is_none() && far_vni.is_some() && !local => {
                     // The peer's choice is taken here. Ours is proposed once: a peer keeps what comes with a
                     // source address (spec/control-plane.md 3.5 rule 2).
                     let claim = self.draw(&far, &id)?;

@@ -567,7 +567,7 @@ impl Batch {
             Change::RemovePolicy(policy) => {
                 self.remove_policy(seen, policy, tables);
             }
-            // They are one message together.
+            // They come before all others.
             Change::Alias(_) | Change::Mac(_) | Change::Mtu(_) | Change::Up => {}
         }
     }

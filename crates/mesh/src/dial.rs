@@ -43,7 +43,7 @@ use crate::{
 /// How long before its own deadline a hop stops waiting, at most: time for an answer to come back on a busy machine.
 const LONGEST_MARGIN: std::time::Duration = std::time::Duration::from_millis(300);
 
-/// How long connecting for events may take: the neighbour has just answered, and nobody waits for this.
+/// How long connecting for events may take: the neighbour has just been reached, and nobody waits for this.
 const FOLLOWING: std::time::Duration = std::time::Duration::from_secs(15);
 
 /// Hands requests to the next hop that an element above has set.
@@ -95,7 +95,7 @@ impl Dial {
     ) -> Result<Connection> {
         let hop = self.reach(target, cx.deadline).await?;
         let asked = request.connection.clone().unwrap_or_default();
-        self.parting.over(target, &asked.id).await;
+        self.parting.over(target, &asked.id, cx.deadline).await;
         // Before the call: what happens to the connection right after the answer must not be missed.
         self.follower.follow(target, &asked.id);
         let result = self.exchange(cx, target, &hop, &asked, request).await;
@@ -393,19 +393,23 @@ impl Parting {
             if let Err(error) = close.await {
                 tracing::debug!(from = %done.0, connection = done.1, %error, "not closed there");
             }
-            this.0.lock().remove(&done);
+            let mut partings = this.0.lock();
+            if partings.get(&done).is_some_and(|task| task.id() == tokio::task::id()) {
+                partings.remove(&done);
+            }
         });
         partings.insert(key, task);
     }
 
     /// Waits until the connection is closed there, if it is being closed.
-    async fn over(&self, at: &NextHop, id: &str) {
+    async fn over(&self, at: &NextHop, id: &str, deadline: Instant) {
         let task = {
             let mut partings = self.0.lock();
             if partings.is_empty() { None } else { partings.remove(&(at.clone(), id.to_owned())) }
         };
         let Some(mut task) = task else { return };
-        if tokio::time::timeout(LONGEST_PARTING, &mut task).await.is_err() {
+        let until = deadline.min(Instant::now() + LONGEST_PARTING);
+        if tokio::time::timeout_at(until, &mut task).await.is_err() {
             task.abort();
         }
     }
@@ -424,7 +428,6 @@ impl Follower {
     /// Follows the connection with this id (ours), which is about to be asked for there.
     fn follow(self: &Arc<Self>, target: &NextHop, id: &str) {
         let mut streams = self.streams.lock();
-        // Together: the end of a stream that is not followed any more is no news.
         self.hub.asks(id, target);
         if let Some(ids) = streams.get_mut(target) {
             ids.insert(id.to_owned());

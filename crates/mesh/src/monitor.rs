@@ -88,6 +88,18 @@ pub fn follow(mine: &Connection, theirs: &Connection, kind: ConnectionEventType)
     (event != *mine).then_some(event)
 }
 
+/// Whether what a hop told while it was asked is of what it has answered, or of later: not of what stood there before.
+/// Each request gives our segment an end of its own.
+fn is_news(event: &ConnectionEvent, answered: &Known) -> bool {
+    let ours = path::index(&answered.conn);
+    let end = |conn: &Connection| {
+        let end = path::segments(conn).get(ours)?.expires.as_ref()?;
+        Some((end.seconds, end.nanos))
+    };
+    let of_it = |theirs: &&Connection| followable(theirs).any(|id| *id == answered.conn.id);
+    event.connections.values().filter(of_it).all(|theirs| end(theirs) >= end(&answered.conn))
+}
+
 /// The ids of the connections of ours that an event of the next hop may be about: of the segment that it is at, and of
 /// the one left of it.
 pub fn followable(theirs: &Connection) -> impl Iterator<Item = &String> {
@@ -380,9 +392,13 @@ impl Hub {
         let why = if fell { Why::Event } else { Why::Answer };
         self.tell_news(&mut state, vec![Known { conn, owner }], why);
         match state.asked.remove(&id).and_then(|asked| asked.last) {
-            Some(Told::Event(event)) => self.apply(&mut state, &event, &BTreeSet::from([id])),
+            Some(Told::Event(event))
+                if state.connections.get(&id).is_some_and(|known| is_news(&event, known)) =>
+            {
+                self.apply(&mut state, &event, &BTreeSet::from([id]));
+            }
             Some(Told::Lost) => self.fall(&mut state, [&id]),
-            None => {}
+            _ => {}
         }
     }
 
@@ -410,10 +426,10 @@ impl Hub {
     /// A next hop told something; `ours` are those of our connections that it may speak for.
     pub(crate) fn followed(&self, from: &NextHop, event: Arc<ConnectionEvent>, ours: &BTreeSet<String>) {
         let mut state = self.state.lock();
-        for id in ours {
-            state.heard(id, from, || Told::Event(Arc::clone(&event)));
-        }
-        self.apply(&mut state, &event, ours);
+        // Of what it is being asked for its answer decides: until then it has no say, and may have told this before.
+        let mut heard = |id: &String| state.heard(id, from, || Told::Event(Arc::clone(&event)));
+        let others = ours.iter().filter(|id| !heard(id)).cloned().collect();
+        self.apply(&mut state, &event, &others);
     }
 
     fn apply(&self, state: &mut HubState, event: &ConnectionEvent, ours: &BTreeSet<String>) {
@@ -455,11 +471,10 @@ enum Why {
 }
 
 impl HubState {
-    /// Remembers what a hop tells of a connection that it is being asked for.
-    fn heard(&mut self, id: &str, from: &NextHop, what: impl FnOnce() -> Told) {
-        if let Some(asked) = self.asked.get_mut(id).filter(|asked| asked.at == *from) {
-            asked.last = Some(what());
-        }
+    /// Remembers what a hop tells of a connection if it is being asked for that.
+    fn heard(&mut self, id: &str, from: &NextHop, what: impl FnOnce() -> Told) -> bool {
+        let asked = self.asked.get_mut(id).filter(|asked| asked.at == *from);
+        asked.map(|asked| asked.last = Some(what())).is_some()
     }
 
     /// Tells every watcher what it sees of this; returns how many were cut off.
@@ -647,10 +662,20 @@ mod tests {
         tell(ConnectionEventType::Delete, &other);
         hub.lost(&other, [&"u1".to_owned()]);
         assert_eq!(answered(), State::Up, "of another hop, from which it moves away");
+        // What stood there before has an end of its own.
+        let mut again = up.clone();
+        path::current_mut(&mut again).unwrap().expires =
+            Some(path::to_timestamp(std::time::SystemTime::now()));
         hub.asks("u1", &next());
         tell(ConnectionEventType::Delete, &next());
+        hub.answered(again, None);
+        assert_eq!(hub.get("u1").unwrap().0.state(), State::Up);
+        hub.asks("u1", &next());
+        tell(ConnectionEventType::Delete, &next());
+        assert_eq!(hub.get("u1").unwrap().0.state(), State::Up, "its answer decides");
         hub.failed("u1");
-        assert_eq!(answered(), State::Up, "a candidate that was not taken");
+        assert_eq!(hub.get("u1").unwrap().0.state(), State::Down);
+        assert_eq!(answered(), State::Up, "what a candidate said that was not taken is forgotten");
     }
 
     #[test]

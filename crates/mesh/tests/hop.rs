@@ -627,9 +627,22 @@ async fn a_connection_that_comes_back_is_not_ended_by_the_close_of_when_it_left(
         let (answer, ()) = tokio::join!(mesh.ask(again(&answer)), async {
             // Long enough for a request that does not wait.
             tokio::time::sleep(Duration::from_millis(200)).await;
+            let turn = mesh.next.turn.lock().await;
             closing.take_if(|_| closes);
+            // The end of what it was before is told over another connection than the answer, and may come later.
+            while mesh.next.asked.lock().len() < 2 {
+                tokio::task::yield_now().await;
+            }
+            let mut theirs = mesh.next.asked.lock()[0].connection.clone().unwrap();
+            path::step(&mut theirs, "nse", nsm_mesh::chain::new_id).unwrap();
+            mesh.next.tell(Some(Ok(ConnectionEvent {
+                r#type: ConnectionEventType::Delete.into(),
+                connections: [("any".to_owned(), theirs)].into(),
+            })));
+            drop(turn);
         });
-        answer.unwrap();
+        let own = path::segments(&answer.unwrap())[1].id.clone();
+        assert_eq!(mesh.hub.get(&own).unwrap().0.state(), State::Up);
         let expected: &[&str] = match closes {
             true => &["request", "close", "closed", "request"],
             // It is not waited for without end, and taken back.

@@ -33,8 +33,8 @@ use crate::{
     store::{Item, Store},
 };
 
-/// A replica that nobody asks for is given up after this time.
-const IDLE: Duration = Duration::from_secs(60);
+/// A replica that nobody asks for is given up after this time: later than a wire asks again.
+pub(crate) const IDLE: Duration = Duration::from_secs(300);
 /// Replicas at a time; what is asked for beyond goes to the registry.
 const MOST: usize = 1024;
 /// How long a watch waits for a replica before it makes a watch of its own.
@@ -128,14 +128,15 @@ impl<T: Topical> Cached<T> {
         Some(replica)
     }
 
-    /// What a query for one name finds in the replicas: a refresh names the endpoint that its wire goes to, whose service
-    /// somebody follows as long as it has wires.
+    /// What a query for one name finds in the replicas: a refresh names the endpoint that its wire goes to.
     fn named(&self, query: &T) -> Option<Arc<T>> {
         let now = SystemTime::now();
         let replicas = self.0.replicas.lock();
         let complete = replicas.values().filter(|replica| *replica.state.borrow() == State::Complete);
-        let mut found = complete.filter_map(|replica| replica.store.get(query.name()));
-        found.find(|item| item.answers(query) && !item.is_overdue(now))
+        let mut found = complete.filter_map(|replica| Some((replica, replica.store.get(query.name())?)));
+        let (replica, item) = found.find(|(_, item)| item.answers(query) && !item.is_overdue(now))?;
+        *replica.used.lock() = Instant::now();
+        Some(item)
     }
 
     /// The replica of a service, made if there is none; `None` if there are too many.

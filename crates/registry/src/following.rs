@@ -17,13 +17,13 @@ use nsm_api::{
     pb::registry::{NetworkService, NetworkServiceEndpoint},
 };
 use parking_lot::Mutex;
-use tokio::time::{Instant, interval};
+use tokio::time::{Instant, interval, sleep};
 use tracing::debug;
 
-use crate::{Client, Endpoint, EndpointEvent, Error, LookUp};
+use crate::{Client, Endpoint, EndpointEvent, Error, LookUp, cache::IDLE};
 
-/// A service that nobody asks for is followed no longer than this.
-const IDLE: Duration = Duration::from_secs(60);
+/// How long a manager that cannot be followed is left alone.
+const PAUSE: Duration = Duration::from_secs(1);
 /// Services that are followed at a time; for others the manager is asked.
 const MOST: usize = 1024;
 
@@ -112,7 +112,12 @@ impl Following {
         let client = self.0.client.clone();
         tokio::spawn(async move {
             let end = keep(&client, &shared, &service, &topic).await;
+            let lost = end.is_err();
             debug!(service, end = end.err().map(|e| e.to_string()), "no longer followed");
+            *topic.known.lock() = Known::default();
+            if lost {
+                sleep(PAUSE).await;
+            }
             if let Some(shared) = shared.upgrade() {
                 shared.topics.lock().remove(&service);
             }

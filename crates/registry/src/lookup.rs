@@ -22,8 +22,8 @@ pub trait LookUp: fmt::Debug + Send + Sync {
     /// The registry does not answer.
     async fn endpoints(&self, query: NetworkServiceEndpoint) -> Result<Vec<Endpoint>, Error>;
 
-    /// The same as of now, where [`LookUp::endpoints`] may be behind by the time that a message takes: for whoever finds
-    /// nobody among those.
+    /// The same, asked anew where [`LookUp::endpoints`] answers from what was asked before: for whoever finds nobody among
+    /// those.
     ///
     /// # Errors
     /// The registry does not answer.

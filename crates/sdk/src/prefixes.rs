@@ -277,9 +277,9 @@ fn cut(net: IpNet, without: &BTreeSet<IpNet>, rest: &mut Vec<IpNet>) {
     }
 }
 
-/// Those that can be read.
+/// Those that can be read, without the part of a host.
 fn nets<'a>(texts: impl IntoIterator<Item = &'a String>) -> impl Iterator<Item = IpNet> {
-    texts.into_iter().filter_map(|text| text.parse().ok())
+    texts.into_iter().filter_map(|text| text.parse().ok()).map(|net: IpNet| net.trunc())
 }
 
 /// Whether it is a single host.
@@ -457,7 +457,7 @@ mod tests {
                 let id = wire.to_string();
                 match what {
                     Some((src, dst, length)) => {
-                        let learned = format!("10.0.0.{src}/{length}").parse::<IpNet>().unwrap().trunc().to_string();
+                        let learned = format!("10.0.0.{src}/{length}");
                         let mut answer = pair(&format!("10.0.0.{src}/32"), &format!("10.0.0.{dst}/32"), &[&learned]);
                         answer.src_routes.clear();
                         let _ = used.note(&id, &mut answer, &Excluded::default());
