@@ -12,6 +12,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use ipnet::IpNet;
 use nsm_api::{
     mechanism::VXLAN_PORT,
     pb::registry::{NetworkServiceEndpoint, NetworkServiceLabels},
@@ -54,8 +55,8 @@ const SWEEP: Duration = Duration::from_secs(1);
 pub struct Config {
     /// Name in paths and in the registry.
     pub name: String,
-    /// This node's address for tunnels; `None`: that of the default route's device.
-    pub tunnel_ip: Option<IpAddr>,
+    /// This node's address for tunnels, or a prefix that it is in; `None`: that of the default route's device.
+    pub tunnel_ip: Option<IpNet>,
     /// UDP port of tunnels; 0: 4789.
     pub vxlan_port: u16,
     /// Where plans are kept.
@@ -121,11 +122,12 @@ impl Forwarder {
         let node = Namespace::current().map_err(kernel_says)?;
         let watch = Watch::open(&node).map_err(kernel_says)?;
         let wires = Arc::new(Wires::open(node, &config.state_dir)?);
-        let ip = config.tunnel_ip.map_or_else(default_address, Ok)?;
-        let uplink = wires.kernel().uplink(ip).map_err(kernel_says)?.ok_or_else(|| {
-            Error::invalid(format!("no device of this node has the tunnel address {ip}"))
-                .hint("set NSM_TUNNEL_IP to an address of the node's uplink")
+        let within = config.tunnel_ip.map_or_else(|| default_address().map(IpNet::from), Ok)?;
+        let uplink = wires.kernel().uplink(within).map_err(kernel_says)?.ok_or_else(|| {
+            Error::invalid(format!("no device of this node has a tunnel address in {within}"))
+                .hint("set NSM_TUNNEL_IP to an address of the node's uplink, or to a prefix that it is in")
         })?;
+        let ip = uplink.ip;
         let tunnel = TunnelEnd {
             ip,
             port: if config.vxlan_port == 0 { VXLAN_PORT } else { config.vxlan_port },

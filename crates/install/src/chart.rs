@@ -57,13 +57,15 @@ pub fn helm(settings: &Settings, version: &str) -> Result<Files, InstallError> {
     };
     let values = format!(
         "{GENERATED}# What stands before the names of images: REGISTRY/PATH/, or nothing\nimages: {:?}\n# What stands behind them\n\
-         tag: {:?}\n# Always, IfNotPresent or Never\npullPolicy: {:?}\nlogLevel: {:?}\n# What keeps registrations: memory or kubernetes\n\
+         tag: {:?}\n# Always, IfNotPresent or Never\npullPolicy: {:?}\nlogLevel: {:?}\n# Where tunnels between nodes end: a prefix that an address of each node is in; empty: the node's own address\n\
+         underlay: {:?}\n# What keeps registrations: memory or kubernetes\n\
          store: {store:?}\n# Whether annotated pods are given their wires\nwebhook: {}\n# Whether only those ports are open that are meant to be\n\
          networkPolicies: {}\n# Where everything lives\nnamespace: {:?}\n",
         settings.images,
         settings.tag,
         settings.pull_policy,
         settings.log_level,
+        settings.underlay,
         settings.webhook,
         settings.network_policies,
         settings.namespace,
@@ -99,6 +101,7 @@ fn templates() -> Result<String, InstallError> {
             tag: value("tag"),
             pull_policy: value("pullPolicy"),
             log_level: value("logLevel"),
+            underlay: "{{ .Values.underlay | default `$(NODE_IP)` }}".into(),
             store,
             webhook,
             network_policies,

@@ -28,6 +28,8 @@ pub struct Settings {
     pub pull_policy: String,
     /// What processes log.
     pub log_level: String,
+    /// Where tunnels between nodes end: a prefix that an address of each node is in; empty: the node's own address.
+    pub underlay: String,
     /// What keeps registrations.
     pub store: Store,
     /// Whether annotated pods are given their wires.
@@ -55,6 +57,7 @@ impl Default for Settings {
             tag: "dev".into(),
             pull_policy: "IfNotPresent".into(),
             log_level: "info".into(),
+            underlay: String::new(),
             store: Store::Kubernetes,
             webhook: true,
             network_policies: true,
@@ -79,6 +82,11 @@ pub enum InstallError {
     /// Not a tag.
     #[error("{0:?} is no tag of an image; expected at most 128 letters, digits, '_', '.' and '-'")]
     Tag(String),
+    /// Not a prefix.
+    #[error(
+        "{0:?} is no prefix; expected ADDRESS/LENGTH that an address of each node is in, for example 10.0.0.0/24"
+    )]
+    Underlay(String),
     /// Printing failed.
     #[error("an object cannot be written as YAML: {0}")]
     Yaml(String),
@@ -102,6 +110,9 @@ impl Settings {
             images.is_empty() || images.ends_with('/') && images.starts_with(end) && images.chars().all(path);
         if !good {
             return Err(InstallError::Images(self.images.clone()));
+        }
+        if !self.underlay.is_empty() && self.underlay.parse::<ipnet::IpNet>().is_err() {
+            return Err(InstallError::Underlay(self.underlay.clone()));
         }
         let first = |c: char| c.is_ascii_alphanumeric() || c == '_';
         let good = self.tag.len() <= 128 && self.tag.starts_with(first);

@@ -123,7 +123,7 @@ fn node(settings: &Settings) -> Vec<Value> {
         json!({ "name": "NODE_IP", "valueFrom": field("status.hostIP") }),
         json!({ "name": "NSM_NAME", "valueFrom": field("metadata.name") }),
         json!({ "name": "NSM_LISTEN_ON", "value": format!("{socket},tcp://$(NODE_IP):5001") }),
-        json!({ "name": "NSM_TUNNEL_IP", "value": "$(NODE_IP)" }),
+        json!({ "name": "NSM_TUNNEL_IP", "value": if settings.underlay.is_empty() { "$(NODE_IP)" } else { &settings.underlay } }),
         json!({ "name": "NSM_REGISTRY_URL", "value": format!("tcp://{REGISTRY}.{}.svc:5002", settings.namespace) }),
         json!({ "name": "NSM_STATE_DIR", "value": format!("{RUN}/forwarder") }),
     ]);

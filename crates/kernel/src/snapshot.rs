@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::apply::{End, Kernel, Nsids, ends, find_missing};
@@ -62,6 +63,8 @@ pub struct Owned {
 /// The device of the node that has a certain address.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Uplink {
+    /// The address.
+    pub ip: IpAddr,
     /// Its name.
     pub ifname: String,
     /// Its index in the node's namespace.
@@ -128,19 +131,23 @@ impl Kernel {
         Ok((next(nsids.near), next(nsids.far)))
     }
 
-    /// Which device of the node owns that address; `None` if none does, so no tunnel can start there.
-    pub fn uplink(&self, ip: IpAddr) -> Result<Option<Uplink>> {
+    /// Which device of the node owns that address, or the first one in that prefix; `None` if none does, so no tunnel can
+    /// start there.
+    pub fn uplink(&self, within: impl Into<IpNet>) -> Result<Option<Uplink>> {
+        let within = within.into();
         let mut node = self.sockets.get()?;
         let addresses = node.dump(rt::list_addresses(0, None)).map_err(|e| e.during("list addresses"))?;
-        let owner = addresses.into_iter().filter_map(Address::of).find(|address| address.net.addr() == ip);
-        let link = match owner {
+        let mut addresses = addresses.into_iter().filter_map(Address::of);
+        let owner = addresses.find(|address| within.contains(&address.net.addr()));
+        let found = match owner {
             Some(address) => {
-                node.links(vec![rt::get_link(Which::Index(address.ifindex), None, false)])?.pop().flatten()
+                let asked = vec![rt::get_link(Which::Index(address.ifindex), None, false)];
+                node.links(asked)?.pop().flatten().map(|link| (address.net.addr(), link))
             }
             None => None,
         };
         self.sockets.give_back(node);
-        Ok(link.map(|link| Uplink { ifname: link.name, ifindex: link.index, mtu: link.mtu }))
+        Ok(found.map(|(ip, link)| Uplink { ip, ifname: link.name, ifindex: link.index, mtu: link.mtu }))
     }
 
     /// Every namespace that has a number in the node's, so every pod that ever had a wire and still lives.

@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::process::Command;
+use std::{net::IpAddr, process::Command};
 
 use common::{Pod, net, node, nsids, output, reaches, succeeds, tunnel};
 use nsm_kernel::netns::Namespace;
@@ -303,12 +303,18 @@ fn two_nodes_talk_through_a_tunnel() {
         underlay.near.as_mut().unwrap().addresses = vec![net(&format!("{own}/{bits}"))];
         underlay.far.as_mut().unwrap().addresses = vec![net(&format!("{peer}/{bits}"))];
         let under = node.kernel.apply(&underlay, &[&node.ns, &other.ns]).unwrap();
-        let uplink = node.kernel.uplink(own.parse().unwrap()).unwrap().unwrap();
+        let uplink = node.kernel.uplink(own.parse::<IpAddr>().unwrap()).unwrap().unwrap();
         assert_eq!(
             (uplink.ifname.as_str(), uplink.mtu, uplink.ifindex),
             ("eth0", 1500, under.near.unwrap().ifindex)
         );
-        assert_eq!(node.kernel.uplink("192.0.2.77".parse().unwrap()).unwrap(), None);
+        // By where it is, as all nodes of a cluster can be told the same.
+        let within = net(&format!("{own}/{bits}"));
+        assert_eq!(node.kernel.uplink(within).unwrap(), Some(uplink.clone()));
+        assert_eq!(uplink.ip, own.parse::<IpAddr>().unwrap());
+        for nowhere in ["192.0.2.77/32", "198.51.100.0/24"] {
+            assert_eq!(node.kernel.uplink(net(nowhere)).unwrap(), None);
+        }
 
         let (local, remote) = (own.parse().unwrap(), peer.parse().unwrap());
         let here = Vxlan { vni: 5, local, remote, port: 4789, remote_port: 4790 };

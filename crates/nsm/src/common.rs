@@ -1,7 +1,8 @@
 //! What all roles share: log, identity, signals, readiness.
 
 use std::{
-    future::Future, io::IsTerminal as _, os::unix::net::UnixDatagram, path::Path, sync::Arc, time::Duration,
+    future::Future, io::IsTerminal as _, net::IpAddr, os::unix::net::UnixDatagram, path::Path, sync::Arc,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, anyhow};
@@ -187,6 +188,13 @@ pub(crate) fn label(text: &str) -> Result<(String, String), String> {
 /// A prefix: the library's own error does not say what one looks like.
 pub(crate) fn prefix(text: &str) -> Result<IpNet, String> {
     text.parse().map_err(|_| "expected ADDRESS/LENGTH, for example 172.16.1.0/24 or 2001:db8::/64".to_owned())
+}
+
+/// An address, or a prefix that it is in.
+pub(crate) fn address_or_prefix(text: &str) -> Result<IpNet, String> {
+    text.parse::<IpAddr>().map(IpNet::from).or_else(|_| text.parse::<IpNet>()).map_err(|_| {
+        format!("{text:?} is neither an address nor a prefix; expected for example 10.0.0.1 or 10.0.0.0/24")
+    })
 }
 
 /// Runs a role until it ends or a signal comes.

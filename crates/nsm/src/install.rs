@@ -69,6 +69,9 @@ struct What {
     /// What processes log: off, error, warn, info, debug or trace
     #[arg(long = "mesh-log-level", default_value = "info", value_name = "LEVEL")]
     log_level: String,
+    /// Where tunnels between nodes end: a prefix that an address of each node is in; without one: the node's own address
+    #[arg(long, default_value = "", value_name = "PREFIX")]
+    underlay: String,
     /// What keeps registrations
     #[arg(long, value_enum, default_value = "kubernetes")]
     store: Kept,
@@ -91,6 +94,7 @@ impl What {
             tag: self.tag,
             pull_policy: self.pull_policy,
             log_level: self.log_level,
+            underlay: self.underlay,
             store: match self.store {
                 Kept::Memory => Store::Memory,
                 Kept::Kubernetes => Store::Kubernetes,

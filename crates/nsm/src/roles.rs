@@ -1,11 +1,6 @@
 //! Flags and environment of every role, and the call that starts it.
 
-use std::{
-    net::{IpAddr, SocketAddr},
-    path::PathBuf,
-    sync::Arc,
-    time::Duration,
-};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use clap::Args;
@@ -32,7 +27,8 @@ use nsm_transport::{DialUrl, ListenUrl, Pool, PoolConfig};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::common::{
-    Common, Measured, Process, Shutdown, Tokens, duration, label, positive_duration, prefix,
+    Common, Measured, Process, Shutdown, Tokens, address_or_prefix, duration, label, positive_duration,
+    prefix,
 };
 use crate::guard::{Bounds, Checks, Guarding, Registrations};
 
@@ -312,9 +308,9 @@ pub(crate) struct Forwarder {
 /// Flags of whatever makes wires.
 #[derive(Debug, Args)]
 pub(crate) struct Forwarding {
-    /// This node's address for tunnels; without one: that of the default route's device
-    #[arg(long, env = "NSM_TUNNEL_IP")]
-    tunnel_ip: Option<IpAddr>,
+    /// This node's address for tunnels, or a prefix that it is in; without one: that of the default route's device
+    #[arg(long, env = "NSM_TUNNEL_IP", value_parser = address_or_prefix, value_name = "IP|PREFIX")]
+    tunnel_ip: Option<IpNet>,
     /// UDP port of VXLAN tunnels; 0 is 4789
     #[arg(long, env = "NSM_VXLAN_PORT", default_value_t = 0)]
     vxlan_port: u16,

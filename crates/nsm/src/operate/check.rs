@@ -282,16 +282,17 @@ fn uplink() -> Result<(IpAddr, String, u32), String> {
         socket.connect("203.0.113.1:9")?;
         socket.local_addr()
     };
-    let ip = match std::env::var("NSM_TUNNEL_IP").ok().filter(|text| !text.is_empty()) {
-        Some(text) => text.parse().map_err(|_| format!("NSM_TUNNEL_IP {text:?} is no address"))?,
+    let within = match std::env::var("NSM_TUNNEL_IP").ok().filter(|text| !text.is_empty()) {
+        Some(text) => crate::common::address_or_prefix(&text).map_err(|e| format!("NSM_TUNNEL_IP: {e}"))?,
         None => look()
             .map_err(|e: io::Error| format!("there is no default route to take a tunnel address from: {e}"))?
-            .ip(),
+            .ip()
+            .into(),
     };
     let kernel = Namespace::current().and_then(Kernel::new).map_err(|e| explain(&e))?;
-    let device = kernel.uplink(ip).map_err(|e| explain(&e))?;
-    let device = device.ok_or_else(|| format!("no device of this node has the tunnel address {ip}"))?;
-    Ok((ip, device.ifname, device.mtu))
+    let device = kernel.uplink(within).map_err(|e| explain(&e))?;
+    let device = device.ok_or_else(|| format!("no device of this node has a tunnel address in {within}"))?;
+    Ok((device.ip, device.ifname, device.mtu))
 }
 
 fn user_namespaces() -> bool {

@@ -387,7 +387,7 @@ fn a_forwarder_says_what_it_lacks_before_it_waits_for_anything() {
     };
     let said = forwarder(&["--tunnel-ip", "192.0.2.77"], false);
     for text in [
-        "no device of this node has the tunnel address 192.0.2.77",
+        "no device of this node has a tunnel address in 192.0.2.77/32",
         "hint: set NSM_TUNNEL_IP to an address of the node's uplink",
     ] {
         assert!(said.contains(text), "{text:?} is not in {said:?}");
