@@ -862,7 +862,7 @@ async fn what_a_forwarder_follows_is_what_its_manager_knows() {
     let client = lab.client("second", &node.running.url());
     let another = client.register_endpoint(nse("second", "s", elsewhere.url()), PATIENCE).await.unwrap();
     let file = FileId::of(
-        &rustix::fs::open(lab.socket("elsewhere.sock"), rustix::fs::OFlags::PATH, rustix::fs::Mode::empty())
+        rustix::fs::open(lab.socket("elsewhere.sock"), rustix::fs::OFlags::PATH, rustix::fs::Mode::empty())
             .unwrap(),
     )
     .unwrap();
