@@ -439,7 +439,7 @@ impl Follower {
             if let Err(status) = this.stream(&target).await {
                 tracing::info!(next = %target, %status, "the next hop's events ended");
             }
-            // Together: who follows this neighbour anew right now must not be told of the old stream's end.
+            // Together: whoever asks there from now on finds no stream, and opens one.
             let mut streams = this.streams.lock();
             this.hub.lost(&target, &streams.remove(&target).unwrap_or_default());
         });

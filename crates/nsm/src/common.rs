@@ -96,7 +96,6 @@ impl Process {
     /// Everything is there.
     pub(crate) fn ready(&self) {
         self.0.status("");
-        self.1.let_go();
         let program = Arc::clone(&self.1);
         tokio::spawn(async move {
             tokio::time::sleep(MET).await;
