@@ -423,7 +423,7 @@ async fn follow<T: Kind>(inner: Arc<Inner<T>>, mut version: String) {
                     away_s = since.elapsed().as_secs(),
                     "the API server is back"
                 );
-                inner.table.lock().was_away(|| inner.heard());
+                inner.table.lock().is_back(|| inner.heard());
                 inner.earlier.notify_one();
             }
         };
@@ -446,6 +446,7 @@ async fn follow<T: Kind>(inner: Arc<Inner<T>>, mut version: String) {
             Err(error) => {
                 if lost.is_none() {
                     warn!(resource = T::PLURAL, %error, "changes are not heard of; what is known is served");
+                    inner.table.lock().is_away();
                     lost = Some(Instant::now());
                     pauses = Pauses::new();
                 }
@@ -488,12 +489,12 @@ async fn end<T: Kind>(inner: Arc<Inner<T>>) {
             let mut table = inner.table.lock();
             (table.take_ended(Instant::now()), table.next_end())
         };
-        for key in &ended {
-            let held = inner.table.lock().get(key).map(|held| held.meta.clone());
+        if let Some(key) = ended {
+            let held = inner.table.lock().get(&key).map(|held| held.meta.clone());
             let Some(meta) = held else { continue };
             let state = meta.resource_version.as_ref();
-            let later = |after| inner.table.lock().ends_at(key, state, Instant::now() + after);
-            match inner.delete(key, &meta, true).await {
+            let later = |after| inner.table.lock().ends_at(&key, state, Instant::now() + after);
+            match inner.delete(&key, &meta, true).await {
                 Ok(()) => {
                     info!(name = key.1, namespace = key.0, "an endpoint was not refreshed and has expired")
                 }
@@ -503,12 +504,10 @@ async fn end<T: Kind>(inner: Arc<Inner<T>>) {
                 Err(Error::Away { .. }) => later(PAUSES.1),
                 Err(error) => {
                     warn!(%error, name = key.1, "an endpoint has expired, but its resource stays");
-                    inner.table.lock().hide(key, state);
+                    inner.table.lock().hide(&key, state);
                     later(inner.lifetime);
                 }
             }
-        }
-        if !ended.is_empty() {
             continue;
         }
         tokio::select! {

@@ -56,6 +56,8 @@ pub(crate) struct Table<T: Kind> {
     objects: BTreeMap<Key, Held<T>>,
     names: HashMap<String, BTreeSet<Rank>>,
     ends: Expiry<Instant>,
+    /// What happens is not heard of: nobody may be able to refresh anything, so nothing ends.
+    away: bool,
     /// Deleted by us; what was said of them before that may still be under way.
     deleted: HashSet<String>,
     /// Conditions that objects should have, in the state that this was thought of.
@@ -86,6 +88,7 @@ impl<T: Kind> Table<T> {
             objects: BTreeMap::new(),
             names: HashMap::new(),
             ends: Expiry::default(),
+            away: false,
             deleted: HashSet::new(),
             to_say: BTreeMap::new(),
             shown: Store::default(),
@@ -197,8 +200,14 @@ impl<T: Kind> Table<T> {
         self.deleted.clear();
     }
 
+    /// What happens is not heard of from now on.
+    pub(crate) fn is_away(&mut self) {
+        self.away = true;
+    }
+
     /// Nobody could reach the API server until now, and nobody could refresh anything.
-    pub(crate) fn was_away(&mut self, heard: impl Fn() -> Heard) {
+    pub(crate) fn is_back(&mut self, heard: impl Fn() -> Heard) {
+        self.away = false;
         let held = self.objects.iter().filter_map(|(key, held)| Some((key, held.expires?)));
         for (key, expires) in held {
             let Heard { now, later, .. } = heard();
@@ -208,12 +217,15 @@ impl<T: Kind> Table<T> {
 
     /// What ends, at `now` or next.
     pub(crate) fn next_end(&self) -> Option<Instant> {
-        self.ends.next()
+        self.ends.next().filter(|_| !self.away)
     }
 
-    /// Takes out what has ended. It is shown until its deletion is answered.
-    pub(crate) fn take_ended(&mut self, now: Instant) -> Vec<Key> {
-        self.ends.pop_due(now).iter().map(|flat| key(flat)).collect()
+    /// Takes out one that has ended. It is shown until its deletion is answered.
+    pub(crate) fn take_ended(&mut self, now: Instant) -> Option<Key> {
+        if self.away {
+            return None;
+        }
+        self.ends.pop_first_due(now).map(|flat| key(&flat))
     }
 
     /// It ends at another time, if it is still in this state.
@@ -422,10 +434,13 @@ mod tests {
         assert_eq!(table.next_end(), Some(clock.at(50).now));
 
         // Nothing was heard for long: nobody could refresh it.
-        table.was_away(|| clock.at(1000));
+        table.is_away();
+        assert_eq!(table.next_end(), None);
+        assert_eq!(table.take_ended(clock.at(1000).now), None);
+        table.is_back(|| clock.at(1000));
         assert_eq!(table.next_end(), Some(clock.at(1060).now));
-        assert!(table.take_ended(clock.at(1059).now).is_empty());
-        assert_eq!(table.take_ended(clock.at(1060).now), [key("nsm-system/e")]);
+        assert_eq!(table.take_ended(clock.at(1059).now), None);
+        assert_eq!(table.take_ended(clock.at(1060).now), Some(key("nsm-system/e")));
         assert!(shown(&table).is_some(), "until its deletion is answered");
         let old = Some("3".to_owned());
         table.hide(&place, old.as_ref());
@@ -445,7 +460,8 @@ mod tests {
         ];
         table.is_all(objects, "9", By::Before, || clock.at(0));
         assert_eq!(shown(&table).as_deref(), Some("b/e:2"));
-        assert_eq!(table.take_ended(clock.at(60).now), [key("a/e"), key("b/e")]);
+        assert_eq!(table.take_ended(clock.at(60).now), Some(key("a/e")));
+        assert_eq!(table.take_ended(clock.at(60).now), Some(key("b/e")));
         // Unless somebody refreshes it.
         table.is(object("a/e", 10, "alice", Some(clock.1 + SECOND)), By::Others, clock.at(61));
         assert_eq!(shown(&table).as_deref(), Some("a/e:10"));

@@ -54,14 +54,15 @@ impl<I: Ord + Copy> Expiry<I> {
 
     /// Takes out the names whose deadlines are reached at `now`, earliest first.
     pub fn pop_due(&mut self, now: I) -> Vec<String> {
-        let mut due = Vec::new();
-        while self.next().is_some_and(|at| at <= now) {
-            if let Some((_, name)) = self.by_time.pop_first() {
-                self.by_name.remove(&name);
-                due.push(name);
-            }
-        }
-        due
+        std::iter::from_fn(|| self.pop_first_due(now)).collect()
+    }
+
+    /// Takes out the name whose deadline was reached first.
+    pub fn pop_first_due(&mut self, now: I) -> Option<String> {
+        self.next().filter(|at| *at <= now)?;
+        let (_, name) = self.by_time.pop_first()?;
+        self.by_name.remove(&name);
+        Some(name)
     }
 
     /// The deadline of a name.
