@@ -12,7 +12,7 @@ use std::{
 use crate::{Error, Kubectl, api::tail};
 
 /// What it is run by.
-const SCRIPTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/kube");
+const SCRIPTS: &str = "tests/kube";
 
 /// Programs that nodes run, with the Debian packages they are in.
 pub const PACKAGES: [(&str, &str); 5] = [
@@ -191,7 +191,7 @@ pub(crate) fn missing() -> Option<String> {
 }
 
 fn script(name: &str, programs: &Path) -> Command {
-    let mut command = Command::new(Path::new(SCRIPTS).join(name));
+    let mut command = Command::new(nsm_upstream::checkout().join(SCRIPTS).join(name));
     command.env("BIN", programs).stdin(Stdio::null());
     command
 }

@@ -18,7 +18,14 @@ use std::{
 /// Names a program that is used instead of building one.
 pub const OVERRIDE: &str = "NSM_UPSTREAM_PEER";
 
-const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
+/// The root of this project. Cargo says at run time where that is; what was true at compile time is not where a build
+/// directory serves several checkouts.
+#[must_use]
+pub fn checkout() -> PathBuf {
+    let said = std::env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from);
+    let package = said.unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")));
+    package.ancestors().find(|at| at.join("Cargo.lock").is_file()).unwrap_or(&package).to_owned()
+}
 
 const UPSTREAM: Module = Module { source: "interop", programs: "interop" };
 
@@ -134,7 +141,7 @@ impl Module {
         let mut command = Command::new(&go);
         command
             .args(args)
-            .current_dir(Path::new(ROOT).join(self.source))
+            .current_dir(checkout().join(self.source))
             // What is pinned is what is built, and nothing is linked that the machine may not have.
             .envs([("GOFLAGS", "-mod=readonly"), ("GOTOOLCHAIN", "local"), ("CGO_ENABLED", "0")])
             .stdin(Stdio::null());
@@ -200,7 +207,7 @@ mod tests {
 
     #[test]
     fn the_cache_is_outside_of_the_checkout() {
-        let checkout = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        let checkout = checkout();
         assert_eq!(cache(&checkout.join("target")), checkout.join("target/go-build"));
         assert_eq!(cache(Path::new("/var/cache/nsm/target")), Path::new("/var/cache/nsm/go-build"));
     }
