@@ -6,18 +6,27 @@ use std::{
 };
 
 /// What hops pass on: package, message, and its name in Rust. They keep fields that nobody here knows.
-const PASSED_ON: [(&str, &str, &str); 11] = [
+const PASSED_ON: [(&str, &str, &str); 20] = [
     ("networkservice", "NetworkServiceRequest", "NetworkServiceRequest"),
     ("connection", "Connection", "Connection"),
     ("connection", "Mechanism", "Mechanism"),
+    ("connection", "Path", "Path"),
     ("connection", "PathSegment", "PathSegment"),
     ("connectioncontext", "ConnectionContext", "ConnectionContext"),
     ("connectioncontext", "IPContext", "IpContext"),
+    ("connectioncontext", "IpNeighbor", "IpNeighbor"),
+    ("connectioncontext", "Route", "Route"),
+    ("connectioncontext", "ExtraPrefixRequest", "ExtraPrefixRequest"),
     ("connectioncontext", "PolicyRoute", "PolicyRoute"),
     ("connectioncontext", "DNSContext", "DnsContext"),
+    ("connectioncontext", "DNSConfig", "DnsConfig"),
     ("connectioncontext", "EthernetContext", "EthernetContext"),
     ("registry", "NetworkService", "NetworkService"),
+    ("registry", "Match", "Match"),
+    ("registry", "Destination", "Destination"),
+    ("registry", "Metadata", "Metadata"),
     ("registry", "NetworkServiceEndpoint", "NetworkServiceEndpoint"),
+    ("registry", "NetworkServiceLabels", "NetworkServiceLabels"),
 ];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -44,12 +53,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// The numbers up to 255 that a message has no field for.
+/// The numbers that a key of two bytes can hold and that a message has no field for.
 fn free_numbers(set: &prost_types::FileDescriptorSet, package: &str, message: &str) -> String {
     let mut messages =
         set.file.iter().filter(|file| file.package() == package).flat_map(|file| &file.message_type);
     let message = messages.find(|m| m.name() == message).expect("a message of that name");
-    let free = (1..=255).filter(|number| message.field.iter().all(|field| field.number() != *number));
+    let free = (1..=2047).filter(|number| message.field.iter().all(|field| field.number() != *number));
     free.map(|number| number.to_string()).collect::<Vec<_>>().join(", ")
 }
 
@@ -64,7 +73,10 @@ fn keep_unknown(file: &Path, name: &str, free: &str) -> Result<(), Box<dyn std::
         "#[prost(oneof = \"crate::unknown::Unknown\", tags = \"{free}\")]\n\
          pub unknown: ::core::option::Option<crate::unknown::Unknown>,\n"
     );
-    Ok(fs::write(file, [before, &head, &field, after].concat())?)
+    // What is kept has no fixed size.
+    let (before, derives) = before.rsplit_once("#[derive(").ok_or("a type without derives")?;
+    let derives = derives.replacen("Copy, ", "", 1);
+    Ok(fs::write(file, [before, "#[derive(", &derives, &head, &field, after].concat())?)
 }
 
 fn prost_bytes(set: &impl prost::Message) -> Vec<u8> {

@@ -110,6 +110,7 @@ pub fn check_connection(conn: &Connection) -> Result<(), Malformed> {
     name("connection.payload", &conn.payload, 253)?;
     few("connection.labels", conn.labels.len(), MAX_ENTRIES)?;
     plain_texts("connection.labels", &conn.labels, MAX_TEXT)?;
+    unknown(conn.path.iter().flat_map(|path| &path.unknown))?;
     few("the path", crate::path::segments(conn).len(), crate::path::MAX_SEGMENTS)?;
     for (index, segment) in crate::path::segments(conn).iter().enumerate() {
         for (what, text) in [("name", &segment.name), ("id", &segment.id)] {
@@ -132,8 +133,11 @@ pub fn check_connection(conn: &Connection) -> Result<(), Malformed> {
     }
     let Some(context) = &conn.context else { return Ok(()) };
     unknown(&context.unknown)?;
-    context.dns_context.as_ref().map_or(Ok(()), |dns| unknown(&dns.unknown))?;
-    context.ethernet_context.as_ref().map_or(Ok(()), |ethernet| unknown(&ethernet.unknown))?;
+    if let Some(dns) = &context.dns_context {
+        unknown(&dns.unknown)?;
+        unknown(dns.configs.iter().flat_map(|config| &config.unknown))?;
+    }
+    unknown(context.ethernet_context.iter().flat_map(|ethernet| &ethernet.unknown))?;
     few("context.extra_context", context.extra_context.len(), MAX_ENTRIES)?;
     let Some(ip) = &context.ip_context else { return Ok(()) };
     unknown(&ip.unknown)?;
@@ -143,6 +147,7 @@ pub fn check_connection(conn: &Connection) -> Result<(), Malformed> {
     }
     for (what, list) in [("src_routes", &ip.src_routes), ("dst_routes", &ip.dst_routes)] {
         few(what, list.len(), MAX_ITEMS)?;
+        unknown(list.iter().flat_map(|route| &route.unknown))?;
         for route in list {
             cidr(what, &route.prefix)?;
             if !route.next_hop.is_empty() {
@@ -152,9 +157,13 @@ pub fn check_connection(conn: &Connection) -> Result<(), Malformed> {
     }
     few("excluded_prefixes", ip.excluded_prefixes.len(), MAX_ITEMS)?;
     few("ip_neighbors", ip.ip_neighbors.len(), MAX_ITEMS)?;
+    unknown(ip.ip_neighbors.iter().flat_map(|neighbour| &neighbour.unknown))?;
     ip.ip_neighbors.iter().try_for_each(|n| address("ip_neighbors", &n.ip))?;
+    few("extra_prefix_request", ip.extra_prefix_request.len(), MAX_ENTRIES)?;
+    unknown(ip.extra_prefix_request.iter().flat_map(|asked| &asked.unknown))?;
     few("policies", ip.policies.len(), MAX_ENTRIES)?;
-    ip.policies.iter().try_for_each(|policy| unknown(&policy.unknown))
+    unknown(ip.policies.iter().flat_map(|policy| &policy.unknown))?;
+    unknown(ip.policies.iter().flat_map(|policy| &policy.routes).flat_map(|route| &route.unknown))
 }
 
 fn check_mechanism(m: &Mechanism) -> Result<(), Malformed> {
@@ -174,12 +183,12 @@ fn few(what: &'static str, got: usize, max: usize) -> Result<(), Malformed> {
     if got > max { Err(Malformed::TooMany { what, got, max }) } else { Ok(()) }
 }
 
-/// Checks the fields of a message that we only pass on, all together.
+/// Checks the fields that we only pass on, of one message or of all in a list together.
 ///
 /// # Errors
 /// They are longer than any text may be.
-pub fn unknown(kept: &Option<Unknown>) -> Result<(), Malformed> {
-    let got = kept.as_ref().map_or(0, Unknown::encoded_len);
+pub fn unknown<'a>(kept: impl IntoIterator<Item = &'a Unknown>) -> Result<(), Malformed> {
+    let got = kept.into_iter().map(Unknown::encoded_len).sum();
     if got > MAX_TEXT {
         Err(Malformed::TooLong { what: "what is unknown in a message", got, max: MAX_TEXT })
     } else {
@@ -231,7 +240,7 @@ mod tests {
     use super::*;
     use crate::pb::{
         connection::{Path, PathSegment},
-        connectioncontext::{ConnectionContext, IpContext},
+        connectioncontext::{ConnectionContext, IpContext, Route},
     };
 
     fn good() -> NetworkServiceRequest {
@@ -294,13 +303,15 @@ mod tests {
                 metrics: [(key, "1".to_owned())].into(),
                 ..PathSegment::default()
             };
-            request.connection.as_mut().unwrap().path = Some(Path { index: 0, path_segments: vec![segment] });
+            request.connection.as_mut().unwrap().path =
+                Some(Path { unknown: None, index: 0, path_segments: vec![segment] });
             assert_eq!(check_request(&request), Err(error));
         }
 
         let mut request = good();
         let nobody = PathSegment { name: "somebody".into(), ..PathSegment::default() };
-        request.connection.as_mut().unwrap().path = Some(Path { index: 0, path_segments: vec![nobody] });
+        request.connection.as_mut().unwrap().path =
+            Some(Path { unknown: None, index: 0, path_segments: vec![nobody] });
         assert_eq!(check_request(&request), Err(Malformed::Segment { segment: 0, what: "id" }));
 
         let mut request = good();
@@ -312,6 +323,18 @@ mod tests {
                 .to_string()
                 .starts_with("what is unknown in a message has 32772 bytes")
         );
+
+        // What each may hold, all of a list together may hold.
+        let half = prost::bytes::Bytes::from([&b"\x62\x80\x60"[..], &[0; 0x3000]].concat());
+        for (routes, good_so_far) in [(1, true), (2, false)] {
+            let mut route = Route { prefix: "10.0.0.0/8".into(), ..Route::default() };
+            route.merge(half.clone()).unwrap();
+            let ip = IpContext { src_routes: vec![route; routes], ..IpContext::default() };
+            let mut request = good();
+            request.connection.as_mut().unwrap().context =
+                Some(ConnectionContext { ip_context: Some(ip), ..ConnectionContext::default() });
+            assert_eq!(check_request(&request).is_ok(), good_so_far, "{routes}");
+        }
 
         let mut request = good();
         request.mechanism_preferences[0].set("inodeURL", "file:///proc/1/ns/net");

@@ -662,15 +662,19 @@ mod tests {
         let fallthrough = rest.contains('!');
         let rest = rest.replace('!', "");
         let (routes, metadata) = match rest.split_once('@') {
-            Some((routes, meta)) => (routes.to_owned(), Some(Metadata { labels: labels(meta.trim()) })),
+            Some((routes, meta)) => {
+                (routes.to_owned(), Some(Metadata { unknown: None, labels: labels(meta.trim()) }))
+            }
             None => (rest, None),
         };
         let routes = routes.split('|').map(str::trim).filter(|r| !r.is_empty());
         let route = |r: &str| Destination {
+            unknown: None,
             destination_selector: if r == "any" { Labels::new() } else { labels(r) },
             weight: 7,
         };
         Match {
+            unknown: None,
             source_selector: labels(source.trim()),
             routes: routes.map(route).collect(),
             fallthrough,
@@ -682,7 +686,11 @@ mod tests {
         NetworkServiceEndpoint {
             name: name.into(),
             network_service_names: vec!["s".into()],
-            network_service_labels: [("s".into(), NetworkServiceLabels { labels: labels(text) })].into(),
+            network_service_labels: [(
+                "s".into(),
+                NetworkServiceLabels { unknown: None, labels: labels(text) },
+            )]
+            .into(),
             ..Default::default()
         }
     }
@@ -693,8 +701,11 @@ mod tests {
 
     #[test]
     fn weights_say_how_often_each_is_the_first_to_be_tried() {
-        let route =
-            |app: &str, weight| Destination { destination_selector: labels(&format!("app={app}")), weight };
+        let route = |app: &str, weight| Destination {
+            unknown: None,
+            destination_selector: labels(&format!("app={app}")),
+            weight,
+        };
         let seen: Vec<_> =
             ["a", "b1", "b2", "z"].map(|name| endpoint(name, &format!("app={}", &name[..1]))).into();
         let tried = |routes: Vec<Destination>, turns: usize| {
@@ -790,7 +801,7 @@ mod tests {
     fn only_the_labels_of_the_service_count() {
         let mut other = endpoint("other", "");
         other.network_service_labels =
-            [("t".into(), NetworkServiceLabels { labels: labels("app=a") })].into();
+            [("t".into(), NetworkServiceLabels { unknown: None, labels: labels("app=a") })].into();
         let policy = Policy::strict(&service(vec![rule("-> app=a")])).expect("supported");
         assert!(policy.endpoints(&Labels::new(), &[other]).candidates.is_empty());
     }
@@ -800,7 +811,7 @@ mod tests {
         let forwarder = |name: &str, text: &str| {
             let mut e = endpoint(name, "");
             e.network_service_labels =
-                [("forwarder".into(), NetworkServiceLabels { labels: labels(text) })].into();
+                [("forwarder".into(), NetworkServiceLabels { unknown: None, labels: labels(text) })].into();
             e
         };
         let mut nameless = endpoint("no-entry", "p2p=true");
@@ -873,7 +884,9 @@ mod tests {
     fn an_explanation_is_bounded_whatever_strangers_send() {
         let many: Labels = (0..100_000).map(|i| (format!("{i:0>100}"), "v".repeat(100))).collect();
         let mut stored = endpoint(&"n".repeat(10_000), "");
-        stored.network_service_labels.insert("s".into(), NetworkServiceLabels { labels: many.clone() });
+        stored
+            .network_service_labels
+            .insert("s".into(), NetworkServiceLabels { unknown: None, labels: many.clone() });
         let seen = vec![stored; 40];
         let rules = (0..100).map(|i| rule(&format!("-> app={i} !"))).collect();
         let policy = Policy::strict(&service(rules)).expect("supported");
@@ -936,7 +949,8 @@ mod tests {
             wanted.routes[0].destination_selector.insert("app".into(), text.into());
             assert!(Policy::strict(&service(vec![wanted.clone()])).is_err(), "{text}");
             let mut seen = endpoint("e", "");
-            let own_text = NetworkServiceLabels { labels: [("app".to_owned(), text.to_owned())].into() };
+            let own_text =
+                NetworkServiceLabels { unknown: None, labels: [("app".to_owned(), text.to_owned())].into() };
             seen.network_service_labels.insert("s".into(), own_text);
             let policy = Policy::lenient(&service(vec![wanted]));
             assert_eq!(policy.endpoints(&labels("a=b"), &[seen]).candidates.len(), 1, "{text}");
@@ -949,7 +963,11 @@ mod tests {
         let stored = NetworkServiceEndpoint {
             name: "nse".into(),
             network_service_names: vec!["s".into(), "t".into()],
-            network_service_labels: [("s".into(), NetworkServiceLabels { labels: labels("a=1,b=2") })].into(),
+            network_service_labels: [(
+                "s".into(),
+                NetworkServiceLabels { unknown: None, labels: labels("a=1,b=2") },
+            )]
+            .into(),
             url: "tcp://10.0.0.1:5001".into(),
             expiration_time: time(7, 5),
             initial_registration_time: time(1, 0),
@@ -962,7 +980,7 @@ mod tests {
             endpoint_answers(&q, &stored)
         };
         let with_labels = |service: &str, text: &str| {
-            let entry = (service.to_owned(), NetworkServiceLabels { labels: labels(text) });
+            let entry = (service.to_owned(), NetworkServiceLabels { unknown: None, labels: labels(text) });
             query(&|q| q.network_service_labels = [entry.clone()].into())
         };
         assert!(query(&|_| {}));

@@ -252,7 +252,7 @@ mod tests {
         let segment = |expires| PathSegment { expires, ..PathSegment::default() };
         let path_segments = vec![segment(at(30)), segment(None), segment(at(60)), segment(at(10))];
         let conn = |index| Connection {
-            path: Some(Path { index, path_segments: path_segments.clone() }),
+            path: Some(Path { unknown: None, index, path_segments: path_segments.clone() }),
             ..Connection::default()
         };
         let expiry = |index| expiry_before_us(&conn(index)).map(|at| to_timestamp(at).seconds);
@@ -378,7 +378,7 @@ mod tests {
             let path_segments = (0..count)
                 .map(|i| PathSegment { name: ["a", "b", "c", "a", "b"][i].into(), id: ["a", "b", "c", "a", "b"][i].into(), ..PathSegment::default() })
                 .collect();
-            let mut conn = Connection { id, path: Some(Path { index, path_segments }), ..Connection::default() };
+            let mut conn = Connection { id, path: Some(Path { unknown: None, index, path_segments }), ..Connection::default() };
             let before = conn.clone();
             if let Ok(asker) = step(&mut conn, &name, || "new".into()) {
                 assert_eq!(current(&conn).unwrap().name, name);

@@ -330,7 +330,7 @@ fn a_match(item: &At<'_>, v1: bool) -> Result<(Match, bool), Error> {
             let mut inner = metadata.fields()?;
             let labels = inner.take("labels").map(|labels| a_selector(&labels)).transpose()?;
             inner.finish("labels", "")?;
-            parsed.metadata = Some(Metadata { labels: labels.unwrap_or_default() });
+            parsed.metadata = Some(Metadata { unknown: None, labels: labels.unwrap_or_default() });
         }
     }
     if let Some(nested) = nested {
@@ -640,8 +640,11 @@ mod tests {
         let labels = |app: &str| Labels::from([("app".to_owned(), app.to_owned())]);
         let endpoint = |app: &&str| NetworkServiceEndpoint {
             name: (*app).to_owned(),
-            network_service_labels: [(service.name.clone(), NetworkServiceLabels { labels: labels(app) })]
-                .into(),
+            network_service_labels: [(
+                service.name.clone(),
+                NetworkServiceLabels { unknown: None, labels: labels(app) },
+            )]
+            .into(),
             ..Default::default()
         };
         let endpoints: Vec<_> = apps.iter().map(endpoint).collect();

@@ -10,8 +10,8 @@ use prost::{
 };
 
 /// What came in a message beside the fields that this version has, as it came. The types' `build.rs` gives every
-/// message that is passed on a place for it, as a `oneof` of all the numbers up to 255 that are free: upstream counts
-/// its fields from 1 and has got to 11. Numbers above, and groups, are dropped.
+/// message that is passed on a place for it, as a `oneof` of all the numbers that are free and that a key of two bytes
+/// can hold, up to 2047: upstream counts its fields from 1 and has got to 11. Numbers above, and groups, are dropped.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct Unknown(Box<[u8]>);
 
@@ -69,13 +69,19 @@ impl fmt::Debug for Unknown {
 mod tests {
     use prost::Message as _;
 
-    use crate::pb::connection::{Connection, Mechanism};
+    use crate::pb::{
+        connection::{Connection, Mechanism, Path, PathSegment},
+        connectioncontext::{ConnectionContext, DnsConfig, DnsContext, IpContext, IpNeighbor, Route},
+        registry::{
+            Destination, Match, Metadata, NetworkService, NetworkServiceEndpoint, NetworkServiceLabels,
+        },
+    };
 
     #[test]
     fn fields_of_a_later_version_are_kept_whatever_they_are() {
         let mechanism = Mechanism { cls: "LOCAL".into(), ..Mechanism::default() };
-        // 10: a number, 11: 64 bits, 12: a text, 13: 32 bits, 255: a text; 12 once more.
-        let later = b"\x50\x07\x59abcdefgh\x62\x03new\x6dABCD\xfa\x0f\x01x\x62\x05again";
+        // 10: a number, 11: 64 bits, 12: a text, 13: 32 bits, 255 and 2047: texts; 12 once more.
+        let later = b"\x50\x07\x59abcdefgh\x62\x03new\x6dABCD\xfa\x0f\x01x\xfa\x7f\x01y\x62\x05again";
         let mut bytes = later.to_vec();
         bytes.extend(mechanism.encode_to_vec());
         let kept = Mechanism::decode(&bytes[..]).unwrap();
@@ -89,6 +95,47 @@ mod tests {
         // Deep in a message as at its top.
         let conn = Connection { mechanism: Some(kept), ..Connection::default() };
         assert_eq!(Connection::decode(&conn.encode_to_vec()[..]).unwrap(), conn);
+    }
+
+    /// One field that nobody knows is added to every message inside of what hops pass on, the innermost ones too.
+    #[test]
+    fn no_message_is_too_deep_to_keep_what_it_holds() {
+        const LATER: &[u8] = b"\xfa\x7f\x05later";
+        fn later<M: prost::Message + Default>(message: M) -> M {
+            let mut bytes = message.encode_to_vec();
+            bytes.extend(LATER);
+            M::decode(&bytes[..]).unwrap()
+        }
+        fn kept<M: prost::Message + Default + std::fmt::Debug>(message: &M, messages: usize) {
+            let passed_on = M::decode(&message.encode_to_vec()[..]).unwrap().encode_to_vec();
+            let found = passed_on.windows(LATER.len()).filter(|part| *part == LATER).count();
+            assert_eq!(found, messages, "{message:?}");
+        }
+        let ip = IpContext {
+            src_routes: vec![later(Route::default())],
+            ip_neighbors: vec![later(IpNeighbor::default())],
+            ..IpContext::default()
+        };
+        let dns = DnsContext { configs: vec![later(DnsConfig::default())], ..DnsContext::default() };
+        let context = ConnectionContext {
+            ip_context: Some(later(ip)),
+            dns_context: Some(later(dns)),
+            ..ConnectionContext::default()
+        };
+        let path = Path { path_segments: vec![later(PathSegment::default())], ..Path::default() };
+        let conn =
+            Connection { context: Some(later(context)), path: Some(later(path)), ..Connection::default() };
+        kept(&later(conn), 9);
+
+        let matched = Match {
+            routes: vec![later(Destination::default())],
+            metadata: Some(later(Metadata::default())),
+            ..Match::default()
+        };
+        kept(&later(NetworkService { matches: vec![later(matched)], ..NetworkService::default() }), 4);
+        let labels = [("s".to_owned(), later(NetworkServiceLabels::default()))].into();
+        let endpoint = NetworkServiceEndpoint { network_service_labels: labels, ..Default::default() };
+        kept(&later(endpoint), 2);
     }
 
     #[test]

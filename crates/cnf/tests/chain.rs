@@ -100,7 +100,7 @@ fn request() -> NetworkServiceRequest {
             network_service: "secure-intranet-connectivity".into(),
             network_service_endpoint_name: "firewall".into(),
             labels: labels("client"),
-            path: Some(Path { index: 0, path_segments: vec![segment] }),
+            path: Some(Path { unknown: None, index: 0, path_segments: vec![segment] }),
             ..Connection::default()
         }),
         mechanism_preferences: vec![Mechanism::new("LOCAL", kind::KERNEL)],

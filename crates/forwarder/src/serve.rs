@@ -228,7 +228,7 @@ impl Forwarder {
             network_service_names: vec![service.clone()],
             network_service_labels: BTreeMap::from([(
                 service.clone(),
-                NetworkServiceLabels { labels: labels.clone() },
+                NetworkServiceLabels { unknown: None, labels: labels.clone() },
             )]),
             url: url.into(),
             ..NetworkServiceEndpoint::default()

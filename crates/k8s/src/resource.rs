@@ -316,12 +316,14 @@ impl From<Match> for MatchSpec {
 
 impl From<MatchSpec> for Match {
     fn from(spec: MatchSpec) -> Self {
-        let metadata = spec.metadata.map(|metadata| Metadata { labels: metadata.labels });
+        let metadata = spec.metadata.map(|metadata| Metadata { unknown: None, labels: metadata.labels });
         let routes = spec.routes.into_iter().map(|route| Destination {
+            unknown: None,
             destination_selector: route.destination_selector,
             weight: route.weight,
         });
         Self {
+            unknown: None,
             source_selector: spec.source_selector,
             routes: routes.collect(),
             fallthrough: spec.fallthrough,
@@ -354,7 +356,7 @@ impl From<EndpointSpec> for NetworkServiceEndpoint {
             name: spec.name,
             network_service_names: spec.network_service_names,
             network_service_labels: labels
-                .map(|(service, of)| (service, NetworkServiceLabels { labels: of.labels }))
+                .map(|(service, of)| (service, NetworkServiceLabels { unknown: None, labels: of.labels }))
                 .collect(),
             url: spec.url,
             expiration_time: spec.expiration_time.map(Into::into),

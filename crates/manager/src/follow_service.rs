@@ -370,7 +370,11 @@ mod tests {
         NetworkServiceEndpoint {
             name: name.into(),
             network_service_names: vec!["s".into()],
-            network_service_labels: [("s".to_owned(), NetworkServiceLabels { labels: labels(of) })].into(),
+            network_service_labels: [(
+                "s".to_owned(),
+                NetworkServiceLabels { unknown: None, labels: labels(of) },
+            )]
+            .into(),
             ..NetworkServiceEndpoint::default()
         }
     }

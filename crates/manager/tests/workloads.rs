@@ -98,7 +98,7 @@ impl Node {
         }
         let segment =
             |name: &str| PathSegment { name: name.into(), id: format!("{name}-0"), ..PathSegment::default() };
-        let mut path = Path { index: 0, path_segments: vec![segment(who)] };
+        let mut path = Path { unknown: None, index: 0, path_segments: vec![segment(who)] };
         if who == "forwarder" {
             // It asks for a client of its own node.
             let (client, now) = (source(&self.authority, "client"), SystemTime::now());

@@ -510,7 +510,11 @@ mod tests {
             ..PathSegment::default()
         };
         Connection {
-            path: Some(Path { index, path_segments: tokens.iter().enumerate().map(segment).collect() }),
+            path: Some(Path {
+                unknown: None,
+                index,
+                path_segments: tokens.iter().enumerate().map(segment).collect(),
+            }),
             ..Connection::default()
         }
     }

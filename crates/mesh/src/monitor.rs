@@ -591,6 +591,7 @@ mod tests {
             id: segments[index as usize].1.into(),
             network_service: "svc".into(),
             path: Some(Path {
+                unknown: None,
                 index,
                 path_segments: segments
                     .iter()

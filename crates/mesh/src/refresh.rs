@@ -37,7 +37,7 @@ mod tests {
             ..PathSegment::default()
         };
         Connection {
-            path: Some(Path { index, path_segments: expiries.iter().map(segment).collect() }),
+            path: Some(Path { unknown: None, index, path_segments: expiries.iter().map(segment).collect() }),
             ..Connection::default()
         }
     }

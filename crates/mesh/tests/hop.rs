@@ -291,7 +291,7 @@ fn request() -> NetworkServiceRequest {
         connection: Some(Connection {
             id: "nsc-0".into(),
             network_service: "svc".into(),
-            path: Some(Path { index: 0, path_segments: vec![segment] }),
+            path: Some(Path { unknown: None, index: 0, path_segments: vec![segment] }),
             ..Connection::default()
         }),
         mechanism_preferences: vec![Mechanism::kernel("nsm0", None)],
@@ -347,7 +347,8 @@ fn strange_mechanisms() -> Vec<Mechanism> {
 }
 
 fn strange_context() -> ConnectionContext {
-    let route = |prefix: &str, hop: &str| Route { prefix: prefix.into(), next_hop: hop.into() };
+    let route =
+        |prefix: &str, hop: &str| Route { unknown: None, prefix: prefix.into(), next_hop: hop.into() };
     ConnectionContext {
         ip_context: Some(IpContext {
             src_ip_addrs: vec!["10.0.0.2/24".into(), "fd00::2/64".into()],
@@ -357,8 +358,13 @@ fn strange_context() -> ConnectionContext {
             src_routes: vec![route("10.9.0.0/16", "10.0.0.1")],
             dst_routes: vec![route("10.8.0.0/16", "")],
             excluded_prefixes: vec!["10.96.0.0/12".into(), "10.96.0.0/12".into()],
-            ip_neighbors: vec![IpNeighbor { ip: "10.0.0.9".into(), hardware_address: "02::9".into() }],
+            ip_neighbors: vec![IpNeighbor {
+                unknown: None,
+                ip: "10.0.0.9".into(),
+                hardware_address: "02::9".into(),
+            }],
             extra_prefix_request: vec![ExtraPrefixRequest {
+                unknown: None,
                 addr_family: Some(IpFamily { family: 1 }),
                 prefix_len: 200,
                 required_number: 0,
@@ -370,6 +376,7 @@ fn strange_context() -> ConnectionContext {
         }),
         dns_context: Some(DnsContext {
             configs: vec![DnsConfig {
+                unknown: None,
                 dns_server_ips: vec!["10.0.0.53".into()],
                 search_domains: vec!["a.b".into(), String::new()],
             }],
@@ -514,7 +521,7 @@ async fn what_peers_do_wrong_is_survived() {
         (
             "a route that is none (defect 13)",
             |c| {
-                let routes = vec![Route { prefix: "nowhere".into(), next_hop: String::new() }];
+                let routes = vec![Route { unknown: None, prefix: "nowhere".into(), next_hop: String::new() }];
                 let ip = IpContext { src_routes: routes, ..IpContext::default() };
                 c.context = Some(ConnectionContext { ip_context: Some(ip), ..ConnectionContext::default() });
             },

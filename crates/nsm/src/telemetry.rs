@@ -257,7 +257,7 @@ mod tests {
             ..PathSegment::default()
         };
         let path_segments = segments.iter().map(segment).collect();
-        Connection { path: Some(Path { index, path_segments }), ..Connection::default() }
+        Connection { path: Some(Path { unknown: None, index, path_segments }), ..Connection::default() }
     }
 
     #[test]

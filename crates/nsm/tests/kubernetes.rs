@@ -233,7 +233,7 @@ async fn eventually<R>(what: &str, mut look: impl AsyncFnMut() -> Option<R>) -> 
 }
 
 fn nse(name: &str) -> NetworkServiceEndpoint {
-    let labels = NetworkServiceLabels { labels: [("app".to_owned(), "gw".to_owned())].into() };
+    let labels = NetworkServiceLabels { unknown: None, labels: [("app".to_owned(), "gw".to_owned())].into() };
     NetworkServiceEndpoint {
         name: name.into(),
         network_service_names: vec!["web".into()],

@@ -28,6 +28,11 @@ pub fn check_service(service: &NetworkService) -> Result<(), Malformed> {
     short("payload", &service.payload, MAX_LABEL)?;
     few("matches", service.matches.len(), MAX_MATCHES)?;
     path_ids(&service.path_ids)?;
+    let routes = service.matches.iter().flat_map(|m| &m.routes);
+    let metadata = service.matches.iter().flat_map(|m| &m.metadata);
+    unknown(service.matches.iter().flat_map(|m| &m.unknown))?;
+    unknown(routes.flat_map(|route| &route.unknown))?;
+    unknown(metadata.flat_map(|metadata| &metadata.unknown))?;
     for m in &service.matches {
         labels("source_selector", &m.source_selector)?;
         few("routes", m.routes.len(), MAX_LIST)?;
@@ -48,6 +53,7 @@ pub fn check_endpoint(endpoint: &NetworkServiceEndpoint) -> Result<(), Malformed
     few("network_service_names", endpoint.network_service_names.len(), MAX_LIST)?;
     endpoint.network_service_names.iter().try_for_each(|n| short("network_service_names", n, MAX_NAME))?;
     few("network_service_labels", endpoint.network_service_labels.len(), MAX_LIST)?;
+    unknown(endpoint.network_service_labels.values().flat_map(|labels| &labels.unknown))?;
     for (service, entry) in &endpoint.network_service_labels {
         short("network_service_labels", service, MAX_NAME)?;
         labels("network_service_labels", &entry.labels)?;
@@ -92,7 +98,8 @@ mod tests {
         let error = check_service(&service).unwrap_err();
         assert_eq!(error.to_string(), "name holds control characters; send it without them");
         let named = || NetworkServiceEndpoint { name: "e".into(), ..NetworkServiceEndpoint::default() };
-        let labels = NetworkServiceLabels { labels: [("app".to_owned(), clear.to_owned())].into() };
+        let labels =
+            NetworkServiceLabels { unknown: None, labels: [("app".to_owned(), clear.to_owned())].into() };
         let bad = [
             ("name", NetworkServiceEndpoint { name: "e\n".into(), ..named() }),
             ("url", NetworkServiceEndpoint { url: clear.into(), ..named() }),

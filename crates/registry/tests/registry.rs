@@ -209,7 +209,7 @@ fn config() -> ClientConfig {
 }
 
 fn nse(name: &str, service: &str, url: impl ToString) -> NetworkServiceEndpoint {
-    let labels = NetworkServiceLabels { labels: [("app".to_owned(), name.to_owned())].into() };
+    let labels = NetworkServiceLabels { unknown: None, labels: [("app".to_owned(), name.to_owned())].into() };
     NetworkServiceEndpoint {
         name: name.into(),
         network_service_names: vec![service.into()],
@@ -483,7 +483,11 @@ async fn a_name_belongs_to_who_registered_it() {
 async fn services_are_shared_by_those_who_agree_and_the_operators_stay() {
     let lab = Lab::new();
     let route = |app: &str| Match {
-        routes: vec![Destination { destination_selector: [("app".into(), app.into())].into(), weight: 0 }],
+        routes: vec![Destination {
+            unknown: None,
+            destination_selector: [("app".into(), app.into())].into(),
+            weight: 0,
+        }],
         ..Default::default()
     };
     let operators = NetworkService { matches: vec![route("fw")], ..service("chain") };

@@ -177,7 +177,7 @@ impl Lab {
 }
 
 fn nse(name: &str, url: String) -> NetworkServiceEndpoint {
-    let labels = NetworkServiceLabels { labels: [("app".to_owned(), "gw".to_owned())].into() };
+    let labels = NetworkServiceLabels { unknown: None, labels: [("app".to_owned(), "gw".to_owned())].into() };
     NetworkServiceEndpoint {
         name: name.into(),
         network_service_names: vec!["our-svc".into()],

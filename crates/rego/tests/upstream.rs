@@ -182,7 +182,7 @@ fn who_watches_sees_his_own_in_both() {
         let segment =
             |name: &str, id: &str| PathSegment { name: name.into(), id: id.into(), ..PathSegment::default() };
         let path_segments = vec![segment("nsc", id), segment("mgr", &format!("at-mgr-{id}"))];
-        let path = Some(Path { index: 1, path_segments });
+        let path = Some(Path { unknown: None, index: 1, path_segments });
         let conn = Connection { id: format!("at-mgr-{id}"), path, ..Connection::default() };
         hub.update(conn, Some(owner.clone()));
     }

@@ -266,7 +266,7 @@ impl Client {
                     dns_context: Some(DnsContext::default()),
                     ..ConnectionContext::default()
                 }),
-                path: Some(Path { index: 0, path_segments: vec![segment] }),
+                path: Some(Path { unknown: None, index: 0, path_segments: vec![segment] }),
                 ..Connection::default()
             }),
             mechanism_preferences: vec![url.preference()],
@@ -550,7 +550,7 @@ mod tests {
         let hub = Hub::default();
         let conn = |state: State| {
             let segment = PathSegment { name: "nsc".into(), id: "nsc-0".into(), ..PathSegment::default() };
-            let path = Some(Path { index: 0, path_segments: vec![segment] });
+            let path = Some(Path { unknown: None, index: 0, path_segments: vec![segment] });
             Connection { id: "nsc-0".into(), path, state: state.into(), ..Connection::default() }
         };
         for state in [State::Down, State::RefreshRequested] {

@@ -80,6 +80,7 @@ mod tests {
     #[test]
     fn what_can_be_read_is_taken() {
         let config = DnsConfig {
+            unknown: None,
             dns_server_ips: vec!["172.16.1.2".into(), "nonsense".into()],
             search_domains: vec!["my.coredns.service".into(), "..".into()],
         };

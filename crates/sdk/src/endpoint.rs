@@ -212,7 +212,9 @@ async fn listen(config: &EndpointConfig, source: Source) -> Result<(Server, List
 }
 
 fn registration(config: &EndpointConfig, listen_on: &ListenUrl) -> NetworkServiceEndpoint {
-    let labels = |service: &String| (service.clone(), NetworkServiceLabels { labels: config.labels.clone() });
+    let labels = |service: &String| {
+        (service.clone(), NetworkServiceLabels { unknown: None, labels: config.labels.clone() })
+    };
     NetworkServiceEndpoint {
         name: config.name.clone(),
         network_service_names: config.services.clone(),

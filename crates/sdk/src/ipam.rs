@@ -382,7 +382,7 @@ fn host(address: IpAddr) -> String {
 
 fn add(ip: &mut IpContext, pair: &Pair) {
     let (src, dst) = (host(pair.src), host(pair.dst));
-    let route = |prefix: &str| Route { prefix: prefix.into(), next_hop: String::new() };
+    let route = |prefix: &str| Route { unknown: None, prefix: prefix.into(), next_hop: String::new() };
     if !ip.src_routes.iter().any(|r| r.prefix == dst) {
         ip.src_routes.push(route(&dst));
     }
@@ -511,14 +511,18 @@ mod tests {
     }
 
     fn meddled() -> IpContext {
-        let route = |prefix: &str| Route { prefix: prefix.into(), next_hop: String::new() };
+        let route = |prefix: &str| Route { unknown: None, prefix: prefix.into(), next_hop: String::new() };
         IpContext {
             src_ip_addrs: vec!["192.0.2.1/32".into(), "10.0.0.9/32".into()],
             dst_ip_addrs: vec!["192.0.2.77/32".into(), "10.0.0.8/32".into()],
             src_routes: vec![route("198.51.100.0/24")],
             dst_routes: vec![route("0.0.0.0/0"), route("172.16.1.101/32")],
             excluded_prefixes: vec!["10.0.0.0/30".into()],
-            ip_neighbors: vec![IpNeighbor { ip: "10.0.0.1".into(), hardware_address: "02::1".into() }],
+            ip_neighbors: vec![IpNeighbor {
+                unknown: None,
+                ip: "10.0.0.1".into(),
+                hardware_address: "02::1".into(),
+            }],
             policies: vec![PolicyRoute::default()],
             ..IpContext::default()
         }
@@ -533,8 +537,10 @@ mod tests {
             ..IpContext::default()
         };
         clean.excluded_prefixes = meddled().excluded_prefixes;
-        clean.src_routes = vec![Route { prefix: "10.0.0.8/32".into(), next_hop: String::new() }];
-        clean.dst_routes = vec![Route { prefix: "10.0.0.9/32".into(), next_hop: String::new() }];
+        clean.src_routes =
+            vec![Route { unknown: None, prefix: "10.0.0.8/32".into(), next_hop: String::new() }];
+        clean.dst_routes =
+            vec![Route { unknown: None, prefix: "10.0.0.9/32".into(), next_hop: String::new() }];
         for asked in ["first", "refreshed"] {
             let mut ip = meddled();
             p.assign("a", &mut ip).unwrap();

@@ -117,6 +117,7 @@ mod tests {
             labels: BTreeMap::from([("app".into(), "init".into())]),
             mechanism: Some(mechanism),
             path: Some(Path {
+                unknown: None,
                 index: 1,
                 path_segments: vec![
                     segment("pod", id),

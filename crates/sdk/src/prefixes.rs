@@ -360,7 +360,7 @@ mod tests {
     use super::*;
 
     fn pair(src: &str, dst: &str, excluded: &[&str]) -> IpContext {
-        let route = |prefix: &str| Route { prefix: prefix.into(), next_hop: String::new() };
+        let route = |prefix: &str| Route { unknown: None, prefix: prefix.into(), next_hop: String::new() };
         IpContext {
             src_ip_addrs: vec![src.into()],
             dst_ip_addrs: vec![dst.into()],

@@ -40,7 +40,7 @@ impl Element for RoutesBehind {
         let routes = &mut context.ip_context.get_or_insert_default().src_routes;
         for prefix in self.0.iter().map(|net| net.trunc().to_string()) {
             if !routes.iter().any(|r| r.prefix == prefix) {
-                routes.push(Route { prefix, next_hop: String::new() });
+                routes.push(Route { unknown: None, prefix, next_hop: String::new() });
             }
         }
         next.request(cx, request).await
@@ -116,7 +116,7 @@ fn parse_policies(text: &str) -> Result<Vec<PolicyRoute>, String> {
     const EXPECTED: &str = "expected a YAML list of {from: ADDRESS/LENGTH, proto, srcport, dstport, routes: [{prefix, nexthop}]}, all but the list optional";
     let policies: Option<Vec<FilePolicy>> =
         serde_saphyr::from_str(text).map_err(|e| format!("{e}; {EXPECTED}"))?;
-    let route = |r: FileRoute| Route { prefix: r.prefix, next_hop: r.nexthop };
+    let route = |r: FileRoute| Route { unknown: None, prefix: r.prefix, next_hop: r.nexthop };
     let policies: Vec<PolicyRoute> = policies
         .unwrap_or_default()
         .into_iter()
@@ -211,6 +211,7 @@ impl FromStr for DnsConfigs {
             text => serde_saphyr::from_str(text).map_err(|e| bad(e.to_string()))?,
         };
         let config = |c: Config| DnsConfig {
+            unknown: None,
             dns_server_ips: c.dns_server_ips.iter().map(IpAddr::to_string).collect(),
             search_domains: c.search_domains,
         };

@@ -104,8 +104,11 @@ impl NetworkService for Handler {
                     expires: Some(token.expires().into()),
                     ..Default::default()
                 };
-                connection.path =
-                    Some(Path { index: 0, path_segments: vec![segment(&caller), segment(&own)] });
+                connection.path = Some(Path {
+                    unknown: None,
+                    index: 0,
+                    path_segments: vec![segment(&caller), segment(&own)],
+                });
             }
             // Takes the named descriptor and sends it back.
             "fd" => {

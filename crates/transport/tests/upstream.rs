@@ -218,7 +218,7 @@ fn request(netns: FileId, name: &str) -> Request<NetworkServiceRequest> {
         connection: Some(Wire {
             id: format!("ours-{name}"),
             network_service: "svc".into(),
-            path: Some(WirePath { index: 0, path_segments: vec![segment] }),
+            path: Some(WirePath { unknown: None, index: 0, path_segments: vec![segment] }),
             ..Default::default()
         }),
         mechanism_preferences: vec![Mechanism {

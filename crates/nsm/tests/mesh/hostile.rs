@@ -258,7 +258,7 @@ fn messages(socket: &str) -> Vec<(&'static str, &'static str, Vec<u8>)> {
     set_inode(&mut request, "");
     let conn = request.connection.as_mut().expect("good");
     conn.labels.insert("app".into(), "x".into());
-    let route = || Route { prefix: "10.0.0.0/8".into(), next_hop: "172.16.1.0".into() };
+    let route = || Route { unknown: None, prefix: "10.0.0.0/8".into(), next_hop: "172.16.1.0".into() };
     let ip_context = IpContext {
         src_ip_addrs: vec!["172.16.1.1/32".into()],
         dst_ip_addrs: vec!["172.16.1.0/32".into()],
@@ -266,6 +266,7 @@ fn messages(socket: &str) -> Vec<(&'static str, &'static str, Vec<u8>)> {
         dst_routes: vec![route()],
         excluded_prefixes: vec!["10.96.0.0/12".into()],
         ip_neighbors: vec![IpNeighbor {
+            unknown: None,
             ip: "172.16.1.0".into(),
             hardware_address: "02:00:00:00:00:01".into(),
         }],
@@ -280,6 +281,7 @@ fn messages(socket: &str) -> Vec<(&'static str, &'static str, Vec<u8>)> {
         ip_context: Some(ip_context),
         dns_context: Some(DnsContext {
             configs: vec![DnsConfig {
+                unknown: None,
                 dns_server_ips: vec!["10.0.0.1".into()],
                 search_domains: vec!["x".into()],
             }],
@@ -313,7 +315,7 @@ fn registry_messages() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         payload: "IP".into(),
         matches: vec![Match {
             source_selector: labels(),
-            routes: vec![Destination { destination_selector: labels(), weight: 1 }],
+            routes: vec![Destination { unknown: None, destination_selector: labels(), weight: 1 }],
             ..Match::default()
         }],
         path_ids: vec!["x".into()],
@@ -322,7 +324,11 @@ fn registry_messages() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     let endpoint = NetworkServiceEndpoint {
         name: "mangled-nse".into(),
         network_service_names: vec!["mangled".into()],
-        network_service_labels: [("mangled".to_owned(), NetworkServiceLabels { labels: labels() })].into(),
+        network_service_labels: [(
+            "mangled".to_owned(),
+            NetworkServiceLabels { unknown: None, labels: labels() },
+        )]
+        .into(),
         url: "tcp://127.0.0.1:1".into(),
         ..NetworkServiceEndpoint::default()
     };

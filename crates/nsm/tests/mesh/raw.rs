@@ -221,7 +221,7 @@ pub(crate) fn good(id: &str, interface: &str, namespace: InodeUrl) -> NetworkSer
         connection: Some(Connection {
             id: id.into(),
             network_service: "plain".into(),
-            path: Some(Path { index: 0, path_segments: vec![segment] }),
+            path: Some(Path { unknown: None, index: 0, path_segments: vec![segment] }),
             ..Connection::default()
         }),
         mechanism_preferences: vec![Mechanism::kernel(interface, Some(namespace))],

@@ -205,6 +205,7 @@ pub(crate) fn bad_requests(lab: &str) {
                 "a route that is not one",
                 ip(&|ip| {
                     ip.src_routes = vec![nsm_api::pb::connectioncontext::Route {
+                        unknown: None,
                         prefix: "10.0.0.0/8".into(),
                         next_hop: "nowhere".into(),
                     }];
