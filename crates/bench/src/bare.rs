@@ -201,9 +201,9 @@ pub(crate) fn hand_made_vxlan(lab: &Lab, plain: &Plain, mtu: u32) -> Result<(), 
         ];
         let flags = NLM_F_CREATE | NLM_F_EXCL;
         // The socket's namespace is where the tunnel's packets come out.
-        commit(node, vec![Request::with(RouteNetlinkMessage::NewLink(link), flags)])?;
+        commit(&node, vec![Request::with(RouteNetlinkMessage::NewLink(link), flags)])?;
         let mut up = LinkMessage::default();
-        up.header.index = index(pod, plain)?;
+        up.header.index = index(&pod, plain)?;
         up.header.flags = LinkFlags::Up;
         up.header.change_mask = LinkFlags::Up;
         let mut own = AddressMessage::default();
@@ -216,7 +216,7 @@ pub(crate) fn hand_made_vxlan(lab: &Lab, plain: &Plain, mtu: u32) -> Result<(), 
             Request::new(RouteNetlinkMessage::SetLink(up)),
             Request::with(RouteNetlinkMessage::NewAddress(own), flags),
         ];
-        commit(pod, requests)?;
+        commit(&pod, requests)?;
     }
     Ok(())
 }
@@ -226,9 +226,9 @@ pub(crate) fn set_mtu(lab: &Lab, plain: &Plain, mtu: u32) -> Result<(), Error> {
     for pod in ["client", "endpoint"] {
         let pod = lab.namespace(pod)?;
         let mut link = LinkMessage::default();
-        link.header.index = index(pod, plain)?;
+        link.header.index = index(&pod, plain)?;
         link.attributes.push(LinkAttribute::Mtu(mtu));
-        commit(pod, vec![Request::new(RouteNetlinkMessage::SetLink(link))])?;
+        commit(&pod, vec![Request::new(RouteNetlinkMessage::SetLink(link))])?;
     }
     Ok(())
 }

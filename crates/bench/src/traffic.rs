@@ -61,7 +61,7 @@ pub(crate) fn measure(
     let made = opened.made.first().ok_or_else(|| Error::Client("made no wire".into()))?;
     let (client, endpoint) = (lab.namespace("client")?, lab.namespace("endpoint")?);
     let mtu_of = |interface: &str| -> Result<u32, Error> {
-        let seen = Seen::of(client)?;
+        let seen = Seen::of(&client)?;
         let link = seen.links.iter().find(|link| link.name == interface);
         link.map(|link| link.mtu).ok_or_else(|| Error::Client(format!("has no interface {interface}")))
     };
@@ -79,8 +79,13 @@ pub(crate) fn measure(
             format!("beside a hand-made VXLAN over the same underlay; MTU {mtu} and {beside}")
         }
     };
-    let wire = Line { client, endpoint, near: made.near, far: made.far };
-    let plain = |plain: &Plain| Line { client, endpoint, near: plain.near.into(), far: plain.far.into() };
+    let wire = Line { client: &client, endpoint: &endpoint, near: made.near, far: made.far };
+    let plain = |plain: &Plain| Line {
+        client: &client,
+        endpoint: &endpoint,
+        near: plain.near.into(),
+        far: plain.far.into(),
+    };
     let lines = [wire, plain(&CONTROL), plain(&BARE)];
 
     for measure in measures {

@@ -2,27 +2,17 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
 use crate::dns;
+use crate::fault;
 use crate::lab::Lab;
 use crate::network::Seen;
 use crate::probe::{self, Connected, Echo};
-use crate::scenario::{
-    Dns, Expectation, Fault, FaultSignal, Http, Ping, PortState, Presence, SILENCE, Tcp, WITHIN,
-};
-
-/// How long the ping of a fault runs before the fault and after the restart.
-const BESIDE: Duration = Duration::from_millis(200);
-/// Distance of the pings across a fault.
-const EVERY: Duration = Duration::from_millis(1);
+use crate::scenario::{Dns, Expectation, Http, Ping, PortState, Presence, SILENCE, Tcp, WITHIN};
 
 /// The result of one expectation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,7 +63,7 @@ pub(crate) fn check(lab: &Lab, expectation: &Expectation) -> Outcome {
                 .find(|other| other.interface == address.interface && other.address == address.address)?;
             Some((true, found.address.to_string()))
         }),
-        Expectation::Fault(fault) => check_fault(lab, fault),
+        Expectation::Fault(fault) => fault::check(lab, fault),
     };
     let (held, measured) = match result {
         Ok(measured) => (true, measured),
@@ -86,7 +76,7 @@ pub(crate) fn check(lab: &Lab, expectation: &Expectation) -> Outcome {
 // === private helpers ===
 
 /// `Ok` is the measurement of something that held, `Err` what was seen instead.
-type Finding = Result<String, String>;
+pub(crate) type Finding = Result<String, String>;
 
 fn in_pod(lab: &Lab, pod: &str, work: impl FnOnce() -> Finding + Send) -> Finding {
     let namespace = lab.namespace(pod).map_err(|error| error.chain())?;
@@ -190,7 +180,7 @@ fn present(
     let namespace = lab.namespace(pod).map_err(|error| error.chain())?;
     let began = Instant::now();
     probe::until(within, |_| {
-        let seen = Seen::of(namespace).map_err(|error| error.chain())?;
+        let seen = Seen::of(&namespace).map_err(|error| error.chain())?;
         match (find(&seen), is) {
             (Some((true, found)), Presence::Present) => Ok(found),
             (Some((false, found)), Presence::Present) => Err(found),
@@ -199,59 +189,6 @@ fn present(
             (Some((_, found)), Presence::Gone) => Err(format!("still there: {found}")),
         }
     })
-}
-
-fn check_fault(lab: &Lab, fault: &Fault) -> Finding {
-    let stop = Arc::new(AtomicBool::new(false));
-    let flood = match &fault.ping {
-        None => None,
-        Some(ping) => {
-            let to = ping.to;
-            let echo = lab
-                .namespace(&ping.from)
-                .map_err(|error| error.chain())?
-                .run(|| Echo::open(to))
-                .map_err(|error| error.to_string())?
-                .map_err(|error| format!("cannot ping before the fault: {error}"))?;
-            let stop = stop.clone();
-            let thread = thread::spawn(move || echo.flood(EVERY, &stop));
-            thread::sleep(BESIDE);
-            Some(thread)
-        }
-    };
-    let signal = match fault.signal {
-        FaultSignal::KILL => Signal::KILL,
-        FaultSignal::TERM => Signal::TERM,
-    };
-    let done = end_and_restart(lab, fault, signal);
-    let row = flood.map(|thread| {
-        thread::sleep(BESIDE);
-        stop.store(true, Ordering::Relaxed);
-        thread.join()
-    });
-    let mut measured = done?;
-    if let Some(row) = row {
-        let row = row.map_err(|_| "the ping thread panicked".to_owned())?;
-        let lost = row.sent - row.answered;
-        measured = format!("{lost} of {} lost, slowest {}; {measured}", row.sent, ms(row.worst));
-        if lost > fault.lost || row.answered == 0 {
-            return Err(measured);
-        }
-    }
-    Ok(measured)
-}
-
-fn end_and_restart(lab: &Lab, fault: &Fault, signal: Signal) -> Finding {
-    let began = Instant::now();
-    lab.supervisor.end(&fault.kill, signal, fault.within).map_err(|error| error.chain())?;
-    let ended = began.elapsed();
-    if !fault.restart {
-        return Ok(format!("ended in {}", ms(ended)));
-    }
-    let again = Instant::now();
-    lab.start(&fault.kill).map_err(|error| error.chain())?;
-    lab.supervisor.wait_ready(&[&fault.kill], fault.within).map_err(|error| error.chain())?;
-    Ok(format!("ready again in {}", ms(again.elapsed())))
 }
 
 /// Milliseconds with as many digits as mean something.

@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -75,9 +76,10 @@ pub struct Lab {
     pub supervisor: Supervisor,
     file: PathBuf,
     exe: PathBuf,
-    namespaces: BTreeMap<String, Namespace>,
-    servers: Mutex<Vec<HttpServer>>,
-    dns_servers: Mutex<Vec<DnsServer>>,
+    namespaces: Mutex<BTreeMap<String, Arc<Namespace>>>,
+    /// With the pods that they are in.
+    servers: Mutex<Vec<(String, HttpServer)>>,
+    dns_servers: Mutex<Vec<(String, DnsServer)>>,
     since: u64,
     /// Held while this process lives; the kernel lets go of it whatever kills us.
     _lock: OwnedFd,
@@ -145,12 +147,12 @@ impl Lab {
         }
         sweep_kernel(&plan.lab)?;
         empty(&plan.paths().root)?;
-        let mut lab = Self {
+        let lab = Self {
             plan,
             supervisor,
             file: file.to_owned(),
             exe: exe.to_owned(),
-            namespaces: BTreeMap::new(),
+            namespaces: Mutex::default(),
             servers: Mutex::default(),
             dns_servers: Mutex::default(),
             since: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
@@ -172,18 +174,39 @@ impl Lab {
     /// # Errors
     ///
     /// [`Error::NoSuchPod`].
-    pub fn namespace(&self, name: &str) -> Result<&Namespace, Error> {
-        self.namespaces.get(name).ok_or_else(|| Error::NoSuchPod {
+    pub fn namespace(&self, name: &str) -> Result<Arc<Namespace>, Error> {
+        let namespaces = self.namespaces.lock();
+        namespaces.get(name).cloned().ok_or_else(|| Error::NoSuchPod {
             lab: self.plan.lab.clone(),
             name: name.to_owned(),
-            known: self.namespaces.keys().cloned().collect(),
+            known: namespaces.keys().cloned().collect(),
         })
     }
 
-    /// Lets go of a namespace. Its name has to be removed too ([`Namespace::delete_named`]); it ends when its last
-    /// process does.
-    pub fn forget(&mut self, name: &str) {
-        self.namespaces.remove(name);
+    /// Lets go of a pod's namespace and takes its name away; it ends when its last process does.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn remove_namespace(&self, pod: &str) -> Result<(), Error> {
+        self.servers.lock().retain(|(of, _)| of != pod);
+        self.dns_servers.lock().retain(|(of, _)| of != pod);
+        self.namespaces.lock().remove(pod);
+        let removed = Namespace::delete_named(&self.plan.namespace(pod));
+        removed.map(drop).map_err(Error::kernel(format!("remove namespace {pod}")))
+    }
+
+    /// Makes the namespace of a pod again that was removed, with all of its own but cables and processes.
+    ///
+    /// # Errors
+    ///
+    /// As when the lab is built.
+    pub fn restore_namespace(&self, pod: &str) -> Result<(), Error> {
+        let made = Namespace::create_named(&self.plan.namespace(pod));
+        let made = Arc::new(made.map_err(Error::kernel(format!("make namespace {pod}")))?);
+        network::connect(&BTreeMap::from([(pod.to_owned(), made.clone())]), &self.plan.bridge, &[])?;
+        self.namespaces.lock().insert(pod.to_owned(), made);
+        self.furnish(&|of| of == pod, &mut |_| {})
     }
 
     /// Starts a process of the plan, for the first time or again.
@@ -215,7 +238,7 @@ impl Lab {
             log: at.log(name),
             notify: at.notify(name),
         };
-        self.supervisor.start(&program, self.namespace(&process.namespace)?)?;
+        self.supervisor.start(&program, &*self.namespace(&process.namespace)?)?;
         if process.attested != Attested::ByNamespace {
             self.write_identity_config()?;
         }
@@ -286,7 +309,7 @@ impl Lab {
     }
 
     /// Namespaces, cables, sysctls, files.
-    fn lay_out(&mut self, progress: &mut dyn FnMut(String)) -> Result<(), Error> {
+    fn lay_out(&self, progress: &mut dyn FnMut(String)) -> Result<(), Error> {
         let at = self.plan.paths();
         let nodes = self.plan.processes.iter().filter_map(|process| match &process.attested {
             Attested::ByPid { node, .. } => Some(node.as_str()),
@@ -313,9 +336,9 @@ impl Lab {
             let made =
                 made.map_err(|_| Error::system("make namespaces", io::Error::other("a thread panicked")))?;
             let namespace = made.map_err(Error::kernel(format!("make namespace {name}")))?;
-            self.namespaces.insert(name, namespace);
+            self.namespaces.lock().insert(name, Arc::new(namespace));
         }
-        network::connect(&self.namespaces, &self.plan.bridge, &self.plan.cables)?;
+        network::connect(&self.namespaces.lock(), &self.plan.bridge, &self.plan.cables)?;
         let (pods, cables) = (self.plan.pods.len(), self.plan.cables.len());
         let nodes = self.plan.namespaces.len() - pods - 1;
         progress(format!(
@@ -323,25 +346,32 @@ impl Lab {
             self.plan.namespaces.len(),
             crate::expect::ms(began.elapsed())
         ));
-        for sysctl in &self.plan.sysctls {
+        for file in &self.plan.files {
+            fs::write(&file.path, &file.content).map_err(Error::files("write", &file.path))?;
+        }
+        self.furnish(&|_| true, progress)?;
+        self.write_identity_config()
+    }
+
+    /// Sysctls and servers of the namespaces that are meant.
+    fn furnish(&self, of: &dyn Fn(&str) -> bool, progress: &mut dyn FnMut(String)) -> Result<(), Error> {
+        for sysctl in self.plan.sysctls.iter().filter(|sysctl| of(&sysctl.namespace)) {
             self.namespace(&sysctl.namespace)?
                 .set_sysctl(&sysctl.key.replace('.', "/"), &sysctl.value)
                 .map_err(Error::kernel(format!("set {} in {}", sysctl.key, sysctl.namespace)))?;
         }
-        for file in &self.plan.files {
-            fs::write(&file.path, &file.content).map_err(Error::files("write", &file.path))?;
-        }
-        for server in &self.plan.servers {
-            let started = HttpServer::start(self.namespace(&server.pod)?, &server.pod, &server.ports)?;
-            self.servers.lock().push(started);
+        for server in self.plan.servers.iter().filter(|server| of(&server.pod)) {
+            let started = HttpServer::start(&*self.namespace(&server.pod)?, &server.pod, &server.ports)?;
+            self.servers.lock().push((server.pod.clone(), started));
             progress(format!("{} serves HTTP on {:?}", server.pod, server.ports));
         }
-        for server in &self.plan.dns_servers {
-            let started = DnsServer::start(self.namespace(&server.pod)?, &server.pod, server.names.clone())?;
-            self.dns_servers.lock().push(started);
+        for server in self.plan.dns_servers.iter().filter(|server| of(&server.pod)) {
+            let started =
+                DnsServer::start(&*self.namespace(&server.pod)?, &server.pod, server.names.clone())?;
+            self.dns_servers.lock().push((server.pod.clone(), started));
             progress(format!("{} serves DNS: {} names", server.pod, server.names.len()));
         }
-        self.write_identity_config()
+        Ok(())
     }
 
     /// Starts each process as soon as those it needs are ready.

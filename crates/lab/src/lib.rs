@@ -7,6 +7,7 @@ mod confine;
 mod dns;
 mod error;
 mod expect;
+mod fault;
 mod front;
 mod holder;
 mod lab;

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
@@ -153,7 +154,7 @@ impl Seen {
 
 /// Makes the bridge and all cables, and sets loopback up in every namespace.
 pub(crate) fn connect(
-    namespaces: &BTreeMap<String, Namespace>,
+    namespaces: &BTreeMap<String, Arc<Namespace>>,
     bridge: &str,
     cables: &[Cable],
 ) -> Result<(), Error> {
@@ -212,6 +213,33 @@ pub(crate) fn connect(
         }
     }
     Ok(())
+}
+
+/// What becomes of a link.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum LinkChange<'a> {
+    /// Set down.
+    Down,
+    /// No port of any bridge any more: nothing passes, and nobody is told.
+    Unplugged,
+    /// A port of this bridge.
+    Plugged(&'a str),
+}
+
+/// Changes a link.
+pub(crate) fn change(namespace: &Namespace, interface: &str, change: LinkChange<'_>) -> Result<(), Error> {
+    let what = || Error::kernel(format!("change {interface}"));
+    let mut socket = Socket::<Route>::open_in(namespace).map_err(what())?;
+    let mut link = LinkMessage::default();
+    link.header.index = index_of(&mut socket, interface)?;
+    match change {
+        LinkChange::Down => link.header.change_mask = LinkFlags::Up,
+        LinkChange::Unplugged => link.attributes.push(LinkAttribute::Controller(0)),
+        LinkChange::Plugged(bridge) => {
+            link.attributes.push(LinkAttribute::Controller(index_of(&mut socket, bridge)?));
+        }
+    }
+    commit(&mut socket, vec![Request::new(RouteNetlinkMessage::SetLink(link))], interface)
 }
 
 // === private helpers ===

@@ -4,10 +4,12 @@
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use nsm_kernel::netns::Namespace;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
@@ -40,6 +42,15 @@ pub struct Row {
     pub best: Duration,
     /// The slowest answer.
     pub worst: Duration,
+    /// The longest time in which no request was answered: between the departures of two that were.
+    pub silence: Duration,
+}
+
+/// Pings that go on from a pod until they are counted, to whichever of some addresses answers.
+#[derive(Debug)]
+pub struct Flood {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<nsm_kernel::Result<Row>>,
 }
 
 /// What a TCP connect found.
@@ -93,7 +104,7 @@ impl Echo {
     ///
     /// What the kernel says when it cannot send.
     pub fn row(&self, count: u32, until: Instant) -> io::Result<Row> {
-        let mut row = Row { sent: 0, answered: 0, best: Duration::MAX, worst: Duration::ZERO };
+        let mut row = Row::new();
         for sequence in 0..count {
             let began = Instant::now();
             self.send(sequence as u16)?;
@@ -104,7 +115,7 @@ impl Echo {
                     Some(answer) if answer == sequence as u16 => break,
                     Some(_) => {}
                     None if Instant::now() >= until => return Ok(row),
-                    None => self.wait(until)?,
+                    None => wait([self], until),
                 }
             }
             let time = began.elapsed();
@@ -113,45 +124,6 @@ impl Echo {
             row.worst = row.worst.max(time);
         }
         Ok(row)
-    }
-
-    /// Sends a request every `every` until `stop`, then waits a moment for the last answers.
-    /// A request that the kernel refuses to send counts as sent and lost.
-    #[must_use]
-    pub fn flood(&self, every: Duration, stop: &AtomicBool) -> Row {
-        let mut row = Row { sent: 0, answered: 0, best: Duration::MAX, worst: Duration::ZERO };
-        // Sequence numbers wrap after 65 s at 1 ms, long after an answer has become too late.
-        let mut departures = vec![None; usize::from(u16::MAX) + 1];
-        let mut next = Instant::now();
-        let mut last_call = None;
-        loop {
-            while let Ok(Some(sequence)) = self.receive() {
-                if let Some(sent) = departures[usize::from(sequence)].take() {
-                    let time = Instant::now().duration_since(sent);
-                    row.answered += 1;
-                    row.best = row.best.min(time);
-                    row.worst = row.worst.max(time);
-                }
-            }
-            let now = Instant::now();
-            if let Some(end) = last_call {
-                if row.answered == row.sent || now >= end {
-                    return row;
-                }
-                let _ = self.wait(end);
-            } else if stop.load(Ordering::Relaxed) {
-                last_call = Some(now + GRACE);
-            } else if now >= next {
-                let sequence = row.sent as u16;
-                departures[usize::from(sequence)] = Some(now);
-                // Refused is lost: the slot stays, no answer will come.
-                let _ = self.send(sequence);
-                row.sent += 1;
-                next += every;
-            } else {
-                let _ = self.wait(next);
-            }
-        }
     }
 
     fn send(&self, sequence: u16) -> io::Result<()> {
@@ -204,14 +176,48 @@ impl Echo {
             }
         }
     }
+}
 
-    fn wait(&self, until: Instant) -> io::Result<()> {
-        let left = until.saturating_duration_since(Instant::now());
-        let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
-        match poll(&mut [PollFd::new(&self.socket, PollFlags::IN)], Some(&left)) {
-            Ok(_) | Err(Errno::INTR) => Ok(()),
-            Err(error) => Err(error.into()),
-        }
+// === impl Row ===
+
+impl Row {
+    fn new() -> Self {
+        let none = Duration::ZERO;
+        Self { sent: 0, answered: 0, best: Duration::MAX, worst: none, silence: none }
+    }
+
+    /// Requests that nobody answered.
+    #[must_use]
+    pub fn lost(&self) -> u64 {
+        self.sent - self.answered
+    }
+}
+
+// === impl Flood ===
+
+impl Flood {
+    /// Begins to send a request every `every` to each of `to`; one that any of them answers counts as answered, so
+    /// that a pod is followed that moves from one endpoint to another.
+    ///
+    /// # Errors
+    ///
+    /// A namespace that cannot be held.
+    pub fn start(namespace: &Namespace, to: &[IpAddr], every: Duration) -> nsm_kernel::Result<Self> {
+        let (namespace, to) = (namespace.try_clone()?, to.to_vec());
+        let stop = Arc::new(AtomicBool::new(false));
+        let until = Arc::clone(&stop);
+        let thread = thread::spawn(move || namespace.run(|| flood(&to, every, &until)));
+        Ok(Self { stop, thread })
+    }
+
+    /// Ends it and counts, after a moment for the last answers.
+    ///
+    /// # Errors
+    ///
+    /// The namespace could not be entered.
+    pub fn end(self) -> nsm_kernel::Result<Row> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 }
 
@@ -268,6 +274,64 @@ pub(crate) fn until<T>(
 }
 
 // === private helpers ===
+
+/// See [`Flood::start`].
+fn flood(to: &[IpAddr], every: Duration, stop: &AtomicBool) -> Row {
+    let mut row = Row::new();
+    // One that cannot be opened, or cannot send any more, is opened anew: there was no route, or another address of
+    // ours fits now.
+    let mut echoes: Vec<Option<Echo>> = to.iter().map(|to| Echo::open(*to).ok()).collect();
+    // Sequence numbers wrap after 65 s at 1 ms, long after an answer has become too late.
+    let mut departures = vec![None; usize::from(u16::MAX) + 1];
+    let mut next = Instant::now();
+    let (mut heard, mut last) = (next, next);
+    let mut last_call = None;
+    loop {
+        for echo in echoes.iter().flatten() {
+            while let Ok(Some(sequence)) = echo.receive() {
+                if let Some(sent) = departures[usize::from(sequence)].take() {
+                    let time = Instant::now().duration_since(sent);
+                    row.answered += 1;
+                    row.best = row.best.min(time);
+                    row.worst = row.worst.max(time);
+                    row.silence = row.silence.max(sent.saturating_duration_since(heard));
+                    heard = heard.max(sent);
+                }
+            }
+        }
+        let now = Instant::now();
+        if let Some(end) = last_call {
+            if row.answered == row.sent || now >= end {
+                row.silence = row.silence.max(last.saturating_duration_since(heard));
+                return row;
+            }
+            wait(echoes.iter().flatten(), end);
+        } else if stop.load(Ordering::Relaxed) {
+            last_call = Some(now + GRACE);
+        } else if now >= next {
+            let sequence = row.sent as u16;
+            departures[usize::from(sequence)] = Some(now);
+            for (echo, to) in echoes.iter_mut().zip(to) {
+                // Refused is lost: the slot stays, no answer will come.
+                let open = echo.take().or_else(|| Echo::open(*to).ok());
+                *echo = open.filter(|echo| echo.send(sequence).is_ok());
+            }
+            row.sent += 1;
+            last = now;
+            next += every;
+        } else {
+            wait(echoes.iter().flatten(), next);
+        }
+    }
+}
+
+/// Until something arrives at one of them, or that time; whatever happens, the caller looks again.
+fn wait<'a>(echoes: impl IntoIterator<Item = &'a Echo>, until: Instant) {
+    let left = until.saturating_duration_since(Instant::now());
+    let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
+    let fds = echoes.into_iter().map(|echo| PollFd::new(&echo.socket, PollFlags::IN));
+    let _ = poll(&mut fds.collect::<Vec<_>>(), Some(&left));
+}
 
 /// RFC 1071.
 fn checksum(bytes: &[u8]) -> u16 {

@@ -249,6 +249,14 @@ impl Supervisor {
         }
     }
 
+    /// Sends processes a signal that ends none.
+    pub(crate) fn signal_all(&self, names: &[&str], signal: Signal) {
+        let table = self.0.table.lock();
+        for process in names.iter().filter_map(|name| table.processes.get(*name)) {
+            let _ = pidfd_send_signal(&process.pidfd, signal);
+        }
+    }
+
     /// Waits for the end of processes, also after [`Supervisor::stop`].
     pub(crate) fn wait_end(&self, names: &[&str], within: Duration) -> Result<(), Error> {
         let end = Instant::now() + within;

@@ -45,6 +45,9 @@ pub const WITHIN: Duration = Duration::from_secs(5);
 /// How long a blocked port must stay silent when the expectation says nothing else.
 pub const SILENCE: Duration = Duration::from_secs(1);
 
+/// How long a fault lasts that ends by itself and says nothing else.
+pub const LASTS: Duration = Duration::from_secs(1);
+
 /// Addresses of the underlay, a /24.
 const MAX_NODES: usize = 254;
 
@@ -222,7 +225,7 @@ pub enum Expectation {
     Interface(Interface),
     /// An address is there, or not.
     Address(Address),
-    /// A process is killed, perhaps started again, and packets are counted meanwhile.
+    /// Something is broken, perhaps mended, and packets are counted meanwhile.
     Fault(Fault),
 }
 
@@ -372,26 +375,50 @@ pub struct Address {
     pub within: Duration,
 }
 
-/// See [`Expectation::Fault`].
-#[derive(Debug, Clone, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+/// See [`Expectation::Fault`]. At least one thing happens; several happen in the order of the fields.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Fault {
-    /// The process: `registry`, `identity`, `NODE/manager`, `NODE/forwarder`, or a pod's name.
-    pub kill: String,
+    /// Processes that are ended together: `identity`, `registry`, `NODE/manager`, `NODE/forwarder`, or pods' names; one
+    /// or a list.
+    #[serde(deserialize_with = "one_or_more")]
+    pub kill: Vec<String>,
     /// `KILL` (the default) or `TERM`.
-    #[serde(default)]
     pub signal: FaultSignal,
-    /// Start it again and wait until it is ready.
-    #[serde(default)]
+    /// A pod that goes, its namespace and its process with it.
+    pub remove: Option<String>,
+    /// Make what was killed or removed again, and wait until it is ready.
     pub restart: bool,
-    /// A ping every millisecond from before the fault until a moment after the restart.
+    /// Processes that stand still for a while; one or a list.
+    #[serde(deserialize_with = "one_or_more")]
+    pub freeze: Vec<String>,
+    /// A node that nobody reaches for a while, nor it them: its packets get lost without a word.
+    pub cut: Option<String>,
+    /// An interface that is set down; nobody but the mesh sets it up again.
+    pub down: Option<Link>,
+    /// How long `freeze` and `cut` last.
+    #[serde(rename = "for", deserialize_with = "duration")]
+    pub lasts: Duration,
+    /// A ping every millisecond from before the fault until everything is well again.
     pub ping: Option<FaultPing>,
     /// How many of those may stay unanswered.
-    #[serde(default)]
     pub lost: u64,
-    /// Bound for dying and being ready again.
-    #[serde(default = "within", deserialize_with = "duration")]
+    /// Instead: the longest time in which none may be answered.
+    #[serde(deserialize_with = "some_duration")]
+    pub silence: Option<Duration>,
+    /// Bound for dying, being ready again and, with `ping`, answers in a row.
+    #[serde(deserialize_with = "duration")]
     pub within: Duration,
+}
+
+/// An interface of a pod.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Link {
+    /// The pod.
+    pub pod: String,
+    /// The interface's name.
+    pub interface: String,
 }
 
 /// How a process is ended.
@@ -405,13 +432,14 @@ pub enum FaultSignal {
 }
 
 /// The ping that runs across a [`Fault`].
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct FaultPing {
     /// The pod that asks.
     pub from: String,
-    /// The address asked.
-    pub to: IpAddr,
+    /// The addresses asked, one or a list: any of them may answer.
+    #[serde(deserialize_with = "one_or_more")]
+    pub to: Vec<IpAddr>,
 }
 
 /// `http://ADDRESS[:PORT]/path`: the little that a probe in a namespace without DNS needs.
@@ -421,6 +449,63 @@ pub struct Url {
     pub address: SocketAddr,
     /// Begins with a slash.
     pub path: String,
+}
+
+// === impl Fault ===
+
+impl Default for Fault {
+    fn default() -> Self {
+        Self {
+            kill: Vec::new(),
+            signal: FaultSignal::KILL,
+            remove: None,
+            restart: false,
+            freeze: Vec::new(),
+            cut: None,
+            down: None,
+            lasts: LASTS,
+            ping: None,
+            lost: 0,
+            silence: None,
+            within: WITHIN,
+        }
+    }
+}
+
+impl Fault {
+    /// Whether anything happens.
+    fn is_some(&self) -> bool {
+        !self.kill.is_empty()
+            || !self.freeze.is_empty()
+            || self.remove.is_some()
+            || self.cut.is_some()
+            || self.down.is_some()
+    }
+}
+
+/// What happens, without what is expected.
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let how = match self.signal {
+            FaultSignal::KILL => "killed",
+            FaultSignal::TERM => "ended",
+        };
+        let lasts = humantime::format_duration(self.lasts);
+        let mut happens = Vec::new();
+        if !self.kill.is_empty() {
+            happens.push(format!("{} {how}", self.kill.join(", ")));
+        }
+        happens.extend(self.remove.iter().map(|pod| format!("{pod} removed")));
+        if self.restart {
+            happens.push("made again".to_owned());
+        }
+        if !self.freeze.is_empty() {
+            happens.push(format!("{} frozen for {lasts}", self.freeze.join(", ")));
+        }
+        happens.extend(self.cut.iter().map(|node| format!("{node} cut off for {lasts}")));
+        happens.extend(self.down.iter().map(|link| format!("{} of {} set down", link.interface, link.pod)));
+        f.write_str(&happens.join(", "))
+    }
 }
 
 // === impl Scenario ===
@@ -598,15 +683,33 @@ impl Scenario {
                 Expectation::Interface(interface) => vec![("interface.pod", &interface.pod)],
                 Expectation::Address(address) => vec![("address.pod", &address.pod)],
                 Expectation::Fault(fault) => {
-                    if !processes.contains(&fault.kill) {
-                        let message = format!(
-                            "expect[{i}].fault.kill: no process {:?} (processes: {})",
-                            fault.kill,
-                            processes.iter().map(String::as_str).collect::<Vec<_>>().join(", ")
-                        );
-                        return Err((lines.expect[i], message));
+                    let wrong = |message: String| (lines.expect[i], format!("expect[{i}].fault{message}"));
+                    if !fault.is_some() {
+                        let expected = ": nothing happens; expected kill, remove, freeze, cut or down";
+                        return Err(wrong(expected.to_owned()));
                     }
-                    fault.ping.iter().map(|ping| ("fault.ping.from", ping.from.as_str())).collect()
+                    let named = |field, names: &[String]| {
+                        let unknown = names.iter().find(|name| !processes.contains(*name));
+                        unknown.map_or(Ok(()), |name| {
+                            let known: Vec<_> = processes.iter().map(String::as_str).collect();
+                            let known = known.join(", ");
+                            Err(wrong(format!(".{field}: no process {name:?} (processes: {known})")))
+                        })
+                    };
+                    named("kill", &fault.kill)?;
+                    named("freeze", &fault.freeze)?;
+                    if let Some(node) = fault.cut.as_ref().filter(|node| !self.nodes.contains(node)) {
+                        let known = self.nodes.join(", ");
+                        return Err(wrong(format!(".cut: no node {node:?} (nodes: {known})")));
+                    }
+                    let cabled = |pod: &&String| self.cables.iter().flatten().any(|end| end.pod == **pod);
+                    if let Some(pod) = fault.remove.as_ref().filter(cabled) {
+                        return Err(wrong(format!(".remove: {pod} has a cable, which would go for good")));
+                    }
+                    let down = fault.down.iter().map(|link| ("fault.down.pod", link.pod.as_str()));
+                    let ping = fault.ping.iter().map(|ping| ("fault.ping.from", ping.from.as_str()));
+                    let remove = fault.remove.iter().map(|pod| ("fault.remove", pod.as_str()));
+                    down.chain(ping).chain(remove).collect()
                 }
             };
             for (field, pod) in pods {
@@ -684,13 +787,10 @@ impl fmt::Display for Expectation {
             }
             Self::Address(a) => write!(f, "{} has {}{} on {}", a.pod, no(&a.is, ""), a.address, a.interface),
             Self::Fault(fault) => {
-                let how = match fault.signal {
-                    FaultSignal::KILL => "killed",
-                    FaultSignal::TERM => "ended",
-                };
-                let again = if fault.restart { " and restarted" } else { "" };
-                write!(f, "{} {how}{again}", fault.kill)?;
-                fault.ping.iter().try_for_each(|ping| write!(f, ", {} pings {}", ping.from, ping.to))
+                write!(f, "{fault}")?;
+                let Some(ping) = &fault.ping else { return Ok(()) };
+                let to: Vec<_> = ping.to.iter().map(IpAddr::to_string).collect();
+                write!(f, ", {} pings {}", ping.from, to.join(" or "))
             }
         }
     }
@@ -861,6 +961,20 @@ fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::E
     let text = String::deserialize(deserializer)?;
     humantime::parse_duration(&text)
         .map_err(|error| D::Error::custom(format!("{text:?} is not a duration such as 500ms or 5s: {error}")))
+}
+
+/// One thing, or a list of such.
+fn one_or_more<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Vec<T>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum OneOrMore<T> {
+        One(T),
+        More(Vec<T>),
+    }
+    Ok(match OneOrMore::deserialize(deserializer)? {
+        OneOrMore::One(one) => vec![one],
+        OneOrMore::More(more) => more,
+    })
 }
 
 fn some_duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {

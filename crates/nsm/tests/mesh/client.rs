@@ -1,17 +1,8 @@
 //! What a client does for its wires: takes them over from an init container, and notices when packets do not pass.
 
-use std::{
-    net::IpAddr,
-    process::Command,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    thread::JoinHandle,
-    time::Duration,
-};
+use std::{process::Command, time::Duration};
 
-use nsm_lab::probe::{Echo, Row};
+use nsm_lab::probe::Echo;
 use rustix::process::Signal;
 
 use crate::harness::{Mesh, eventually};
@@ -29,31 +20,6 @@ const BARE: &str = "\
 ";
 /// A dead wire is noticed soon, and a busy machine does not make a living one look dead.
 const PROBED: &[&str] = &["--liveness-check-interval", "50ms", "--liveness-check-timeout", "1s"];
-
-/// A ping every millisecond from a pod, until it is asked for its result.
-struct Flood {
-    stop: Arc<AtomicBool>,
-    thread: JoinHandle<Row>,
-}
-
-impl Flood {
-    fn start(mesh: &Mesh, pod: &str, to: &str) -> Self {
-        let to: IpAddr = to.parse().expect("an address");
-        let echo = mesh.lab.namespace(pod).expect("a pod").run(|| Echo::open(to)).expect("enter");
-        let echo = echo.expect("ping");
-        let stop = Arc::new(AtomicBool::new(false));
-        let thread = std::thread::spawn({
-            let stop = Arc::clone(&stop);
-            move || echo.flood(Duration::from_millis(1), &stop)
-        });
-        Self { stop, thread }
-    }
-
-    fn result(self) -> Row {
-        self.stop.store(true, Ordering::Relaxed);
-        self.thread.join().expect("no panic")
-    }
-}
 
 /// Runs a program of the system in a pod.
 fn run_in(mesh: &Mesh, pod: &str, program: &str, args: &[&str]) {
@@ -84,7 +50,7 @@ fn a_sidecar_takes_over_from_the_init_client_and_no_packet_is_lost() {
     let far = mesh.links("gw");
     assert_eq!((wire.len(), far.len()), (1, 1), "the wire outlives the init client");
 
-    let flood = Flood::start(&mesh, "a", "172.16.1.2");
+    let flood = mesh.flood("a", "172.16.1.2");
     // Its tokens live so long that a refresh follows within a second: the wire is the sidecar's own now.
     mesh.start("sidecar", "a", &[&args[..], &["--max-token-lifetime", "6s"]].concat());
     mesh.ready(&["sidecar"]);
@@ -95,7 +61,7 @@ fn a_sidecar_takes_over_from_the_init_client_and_no_packet_is_lost() {
     eventually("the sidecar refreshes it", || {
         if content() == before { Err("the same record") } else { Ok(()) }.map_err(String::from)
     });
-    let row = flood.result();
+    let row = flood.end().expect("enter");
     assert_eq!(row.answered, row.sent, "{row:?}");
     assert!(row.sent > 0);
     assert_eq!(mesh.links("a"), wire, "the same interface: index, name, MAC address");

@@ -26,7 +26,7 @@ const BOTH: &str = "kernel://plain/nsm1,kernel://picky/nsm2";
 
 fn seen(mesh: &Mesh, pod: &str) -> Seen {
     let namespace = mesh.lab.namespace(pod).unwrap_or_else(|e| panic!("{}", e.chain()));
-    Seen::of(namespace).expect("read")
+    Seen::of(&namespace).expect("read")
 }
 
 /// The IPv4 addresses of an interface.

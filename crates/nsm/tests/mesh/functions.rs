@@ -73,7 +73,7 @@ fn ends(mesh: &Mesh) -> [String; 2] {
 fn unnumbered(mesh: &Mesh) {
     let namespace = mesh.lab.namespace("fw").expect("fw");
     eventually("nobody has an address in the firewall", || {
-        let mut addresses = Seen::of(namespace).expect("read").addresses;
+        let mut addresses = Seen::of(&namespace).expect("read").addresses;
         // The kernel's own; of loopback, and of links that have IPv6.
         addresses.retain(|a| a.interface != "lo" && !a.address.to_string().starts_with("fe80:"));
         if addresses.is_empty() { Ok(()) } else { Err(format!("{addresses:?}")) }

@@ -15,7 +15,7 @@ use nsm_lab::{
     Lab, Plan, Scenario,
     network::{Seen, SeenLink},
     plan::Paths,
-    probe::{Echo, Row},
+    probe::{Echo, Flood, Row},
     process::{Condition, Program, Supervisor},
     scenario::Daemons,
 };
@@ -147,11 +147,18 @@ impl Mesh {
             notify: at.notify(name),
         };
         let namespace = self.lab.namespace(pod).unwrap_or_else(|e| panic!("{}", e.chain()));
-        self.lab.supervisor.start(&program, namespace).unwrap_or_else(|e| panic!("{}", e.chain()));
+        self.lab.supervisor.start(&program, &namespace).unwrap_or_else(|e| panic!("{}", e.chain()));
         let mut started = self.started.lock().expect("no panic");
         if !started.iter().any(|before| before == name) {
             started.push(name.into());
         }
+    }
+
+    /// A ping every millisecond from a pod, until it is counted.
+    pub(crate) fn flood(&self, pod: &str, to: &str) -> Flood {
+        let namespace = self.lab.namespace(pod).unwrap_or_else(|e| panic!("{}", e.chain()));
+        let to = to.parse().expect("an address");
+        Flood::start(&namespace, &[to], Duration::from_millis(1)).unwrap_or_else(|e| panic!("{e}"))
     }
 
     /// Starts a client that wants `services` in a pod, with more arguments.

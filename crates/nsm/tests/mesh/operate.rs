@@ -220,8 +220,8 @@ fn every_failing_line_of_check_has_its_reason() {
     let kernel = Kernel::new(node).expect("kernel");
     let other = Namespace::unnamed().expect("namespace");
     let end = |side, ns: &Namespace| EndPlan::new(side, ns.id(), "lost0", "lost-0");
-    let lost = WirePlan::veth("lost", end(Side::Near, pod), end(Side::Far, &other));
-    kernel.apply(&lost, &[pod, &other]).expect("apply");
+    let lost = WirePlan::veth("lost", end(Side::Near, &pod), end(Side::Far, &other));
+    kernel.apply(&lost, &[&pod, &other]).expect("apply");
     mesh.finds("fail", "orphans", "lost0");
     drop(other);
 

@@ -7,7 +7,6 @@ use std::{
 
 use nsm_kernel::{
     EndFacts, Kernel, Nsids,
-    netns::Namespace,
     store::{Record, Store},
 };
 use rustix::process::Signal;
@@ -201,9 +200,7 @@ fn a_pod_that_is_gone_loses_its_wire_at_once() {
     assert_eq!(mesh.links("gw").len(), 2);
     mesh.end("client", Signal::KILL);
     // The lab holds a descriptor of the namespace too; only the kernel object's last reference ends it.
-    let mut mesh = mesh;
-    mesh.lab.forget("a");
-    Namespace::delete_named(&mesh.lab.plan.namespace("a")).expect("delete");
+    mesh.lab.remove_namespace("a").expect("delete");
     eventually("the endpoint's end is gone", || {
         let links = mesh.links("gw");
         if links.len() == 1 { Ok(()) } else { Err(format!("{links:?}\n{}", mesh.log("node1/forwarder"))) }

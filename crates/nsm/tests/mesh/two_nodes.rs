@@ -1,18 +1,8 @@
 //! Wires between two nodes: what both forwarders have to agree on, and what must outlive either of them.
 
-use std::{
-    net::IpAddr,
-    path::PathBuf,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    thread::{self, JoinHandle},
-    time::Duration,
-};
+use std::path::PathBuf;
 
-use nsm_kernel::{EndFacts, Kernel, netns::Namespace, plan::Construction, store::Record};
-use nsm_lab::probe::{Echo, Row};
+use nsm_kernel::{EndFacts, Kernel, plan::Construction, store::Record};
 use rustix::process::Signal;
 
 use crate::{
@@ -147,30 +137,6 @@ fn a_wire_whose_vni_was_taken_while_it_was_down_moves_to_another_on_both_nodes()
     mesh.nothing_is_left(&["a", "gw"]);
 }
 
-/// Pings that go on until they are counted: one every millisecond.
-struct Pinging {
-    stop: Arc<AtomicBool>,
-    thread: JoinHandle<Row>,
-}
-
-impl Pinging {
-    fn start(mesh: &Mesh, pod: &str, to: &str) -> Self {
-        let to: IpAddr = to.parse().expect("an address");
-        let namespace = mesh.lab.namespace(pod).unwrap_or_else(|e| panic!("{}", e.chain()));
-        let echo = namespace.run(|| Echo::open(to)).expect("enter").expect("a socket");
-        let stop = Arc::new(AtomicBool::new(false));
-        let until = Arc::clone(&stop);
-        let thread = thread::spawn(move || echo.flood(Duration::from_millis(1), &until));
-        Self { stop, thread }
-    }
-
-    fn lost_nothing(self) {
-        self.stop.store(true, Ordering::Relaxed);
-        let row = self.thread.join().expect("no panic");
-        assert!(row.sent > 0 && row.answered == row.sent, "{row:?}");
-    }
-}
-
 /// The end of the only wire that is on this node.
 fn end(mesh: &Mesh, node: &str) -> EndFacts {
     let record = record_of(mesh, node);
@@ -207,7 +173,7 @@ fn a_killed_forwarder_of_either_node_adopts_its_end_without_a_write() {
     mesh.pings("a", GATEWAY);
     let plans = NODES.map(|node| record_of(&mesh, node).plan);
     let were = NODES.map(|node| end(&mesh, node));
-    let pinging = Pinging::start(&mesh, "a", GATEWAY);
+    let pinging = mesh.flood("a", GATEWAY);
     for node in NODES {
         let forwarder = format!("{node}/forwarder");
         mesh.end(&forwarder, Signal::KILL);
@@ -227,7 +193,8 @@ fn a_killed_forwarder_of_either_node_adopts_its_end_without_a_write() {
             wrote_nothing(&trace);
         }
     }
-    pinging.lost_nothing();
+    let row = pinging.end().expect("enter");
+    assert!(row.sent > 0 && row.lost() == 0, "{row:?}");
     mesh.end("client", Signal::TERM);
     mesh.nothing_is_left(&["a", "gw"]);
 }
@@ -297,8 +264,7 @@ fn both_ends_go_when_the_token_of_a_killed_client_expires() {
 fn destroy(mesh: &mut Mesh, pod: &str, process: &str) {
     mesh.end(process, Signal::KILL);
     // The lab holds a descriptor of the namespace too; only the kernel object's last reference ends it.
-    mesh.lab.forget(pod);
-    Namespace::delete_named(&mesh.lab.plan.namespace(pod)).expect("delete");
+    mesh.lab.remove_namespace(pod).expect("delete");
 }
 
 #[test]

@@ -1,0 +1,144 @@
+//! Breaking something in a lab that stands, mending it, and counting packets meanwhile.
+
+use std::net::IpAddr;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+
+use crate::Error;
+use crate::expect::{Finding, ms};
+use crate::lab::Lab;
+use crate::network::{self, LinkChange};
+use crate::probe::{self, Echo, Flood, Row};
+use crate::scenario::{Fault, FaultPing, FaultSignal};
+
+/// How long the ping runs before a fault and after it.
+const BESIDE: Duration = Duration::from_millis(200);
+/// Distance of the pings across a fault.
+const EVERY: Duration = Duration::from_millis(1);
+/// So many answers in a row, and all is well again.
+const ROW: u32 = 5;
+
+/// Does to a lab what `fault` says, and measures.
+pub(crate) fn check(lab: &Lab, fault: &Fault) -> Finding {
+    let traffic = fault.ping.as_ref().map(|ping| Traffic::start(lab, ping)).transpose()?;
+    if traffic.is_some() {
+        thread::sleep(BESIDE);
+    }
+    // Also after a fault that failed the pings have to be ended.
+    let done = happen(lab, fault).map_err(|error| error.chain());
+    let Some(traffic) = traffic else { return done };
+    let (row, answers) = traffic.end(fault.within)?;
+    let lost = row.lost();
+    let measured = match fault.silence {
+        Some(_) => format!("{} without an answer, {}", ms(row.silence), done?),
+        None => format!("{lost} of {} lost, slowest {}; {}", row.sent, ms(row.worst), done?),
+    };
+    let good = match fault.silence {
+        Some(most) => row.silence <= most,
+        None => lost <= fault.lost && row.answered > 0,
+    };
+    match answers {
+        Err(seen) => Err(format!("{measured}, but no answers in a row afterwards: {seen}")),
+        Ok(()) if good => Ok(measured),
+        Ok(()) => Err(measured),
+    }
+}
+
+/// Pings from one pod, across a fault and until they are answered in a row.
+pub(crate) struct Traffic<'a> {
+    lab: &'a Lab,
+    ping: &'a FaultPing,
+    flood: Flood,
+}
+
+impl<'a> Traffic<'a> {
+    pub(crate) fn start(lab: &'a Lab, ping: &'a FaultPing) -> Result<Self, String> {
+        let namespace = lab.namespace(&ping.from).map_err(|error| error.chain())?;
+        let flood = Flood::start(&namespace, &ping.to, EVERY).map_err(|error| error.to_string())?;
+        Ok(Self { lab, ping, flood })
+    }
+
+    /// What was counted, and whether packets pass again.
+    pub(crate) fn end(self, within: Duration) -> Result<(Row, Result<(), String>), String> {
+        let answers = self.lab.namespace(&self.ping.from).map_err(|error| error.chain()).and_then(|pod| {
+            pod.run(|| probe::until(within, |_| answered(&self.ping.to)))
+                .map_err(|error| error.to_string())?
+        });
+        thread::sleep(BESIDE);
+        let row = self.flood.end().map_err(|error| error.to_string())?;
+        Ok((row, answers))
+    }
+}
+
+/// Whether one of the addresses answers, some times in a row.
+fn answered(to: &[IpAddr]) -> Result<(), String> {
+    let mut seen = Vec::new();
+    for to in to {
+        match Echo::open(*to).and_then(|echo| echo.row(ROW, Instant::now() + BESIDE)) {
+            Ok(row) if row.answered == u64::from(ROW) => return Ok(()),
+            Ok(_) => seen.push(format!("{to}: no answer")),
+            Err(error) => seen.push(format!("{to}: {error}")),
+        }
+    }
+    Err(seen.join("; "))
+}
+
+/// Lets a fault happen, and waits until what mends itself is mended. Says how long things took.
+pub(crate) fn happen(lab: &Lab, fault: &Fault) -> Result<String, Error> {
+    let signal = match fault.signal {
+        FaultSignal::KILL => Signal::KILL,
+        FaultSignal::TERM => Signal::TERM,
+    };
+    let began = Instant::now();
+    let mut doomed: Vec<&str> = fault.kill.iter().map(String::as_str).collect();
+    let has_process = |pod: &&String| lab.plan.processes.iter().any(|process| process.name == **pod);
+    doomed.extend(fault.remove.as_ref().filter(has_process).map(String::as_str));
+    lab.supervisor.end_all(&doomed, signal);
+    lab.supervisor.wait_end(&doomed, fault.within)?;
+    if let Some(pod) = &fault.remove {
+        lab.remove_namespace(pod)?;
+    }
+    let mut said = Vec::new();
+    if !doomed.is_empty() || fault.remove.is_some() {
+        said.push(format!("gone in {}", ms(began.elapsed())));
+    }
+    if fault.restart {
+        let again = Instant::now();
+        if let Some(pod) = &fault.remove {
+            lab.restore_namespace(pod)?;
+        }
+        // In the order of the plan: who is needed comes first.
+        let order = lab.plan.processes.iter().map(|process| process.name.as_str());
+        let doomed: Vec<&str> = order.filter(|name| doomed.contains(name)).collect();
+        doomed.iter().try_for_each(|name| lab.start(name))?;
+        lab.supervisor.wait_ready(&doomed, fault.within)?;
+        said = vec![format!("ready again in {}", ms(again.elapsed()))];
+    }
+    if let Some(link) = &fault.down {
+        network::change(&*lab.namespace(&link.pod)?, &link.interface, LinkChange::Down)?;
+        said.push("set down".to_owned());
+    }
+    if !fault.freeze.is_empty() || fault.cut.is_some() {
+        let frozen: Vec<&str> = fault.freeze.iter().map(String::as_str).collect();
+        lab.supervisor.signal_all(&frozen, Signal::STOP);
+        let cut = fault.cut.as_ref().map(|node| plug(lab, node, LinkChange::Unplugged));
+        thread::sleep(fault.lasts);
+        // All of it ends, whatever of it failed.
+        lab.supervisor.signal_all(&frozen, Signal::CONT);
+        if let (Some(node), Some(cut)) = (&fault.cut, cut) {
+            plug(lab, node, LinkChange::Plugged(&lab.plan.bridge))?;
+            cut?;
+        }
+        said.push(format!("over after {}", ms(fault.lasts)));
+    }
+    Ok(said.join(", "))
+}
+
+/// Changes the port of the underlay's bridge that a node's cable ends in.
+fn plug(lab: &Lab, node: &str, change: LinkChange<'_>) -> Result<(), Error> {
+    let cable = lab.plan.cables.iter().find(|cable| cable.b.bridged && cable.a.namespace == node);
+    let cable = cable.ok_or_else(|| Error::NotThere(format!("{node} has no cable")))?;
+    network::change(&*lab.namespace(&cable.b.namespace)?, &cable.b.interface, change)
+}
