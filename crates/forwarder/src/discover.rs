@@ -12,7 +12,11 @@ use nsm_api::{
         registry::{NetworkService, NetworkServiceEndpoint},
     },
 };
-use nsm_mesh::{Context, Element, Error, Next, NextHop, Result, Verdict, dial::dialed, error::explain};
+use nsm_mesh::{
+    Context, Element, Error, Next, NextHop, Result, Verdict,
+    dial::{Silent, dialed},
+    error::explain,
+};
 use nsm_registry::{Endpoint, LookUp};
 use parking_lot::Mutex;
 use tonic::Code;
@@ -25,14 +29,15 @@ const MAX_TURNS: usize = 4096;
 #[derive(Debug)]
 pub struct Discover {
     directory: Arc<dyn LookUp>,
+    silent: Silent,
     turns: Mutex<HashMap<String, usize>>,
 }
 
 impl Discover {
-    /// Asks this directory, the manager's.
+    /// Asks this directory, the manager's; candidates that are silent are tried after the others.
     #[must_use]
-    pub fn new(directory: Arc<dyn LookUp>) -> Self {
-        Self { directory, turns: Mutex::default() }
+    pub fn new(directory: Arc<dyn LookUp>, silent: Silent) -> Self {
+        Self { directory, silent, turns: Mutex::default() }
     }
 
     async fn service(&self, cx: &Context<'_>, name: &str, payload: &str) -> Result<NetworkService> {
@@ -105,7 +110,10 @@ impl Discover {
             ))
             .hint("start an endpoint with these labels, or change the matches of the network service"));
         }
-        let candidates = selection.order(self.turn(&service.name));
+        let mut candidates = selection.order(self.turn(&service.name));
+        if !self.silent.is_empty() {
+            candidates.sort_by_key(|candidate| self.silent.is_silent(&candidate.dial.clone().into()));
+        }
         let mut failures: Vec<(String, Error)> = Vec::new();
         let deadline = cx.deadline;
         for (i, candidate) in candidates.iter().enumerate() {

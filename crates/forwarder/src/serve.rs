@@ -203,14 +203,15 @@ impl Forwarder {
     pub fn start(self, only_from: OnlyFrom, directory: Arc<dyn LookUp>, pool: Pool) -> Running {
         let Self { config, wires, tunnel, watch } = self;
         let hub = Arc::new(Hub::guarded(&config.guard));
+        let dial = Dial::new(pool, &config.name, Arc::clone(&hub), config.dial_timeout)
+            .guarding_namespaces(OwnNamespace { allowed: Arc::new(config.namespace_delegates) });
         let chain = chain(
             Authorize { max_token_lifetime: config.max_token_lifetime, policies: config.guard.policies },
             only_from,
             Arc::clone(&hub),
-            Discover::new(directory),
+            Discover::new(directory, dial.silent()),
             CrossConnect { wires: Arc::clone(&wires), tunnel, priority: config.mechanism_priority },
-            Dial::new(pool, &config.name, Arc::clone(&hub), config.dial_timeout)
-                .guarding_namespaces(OwnNamespace { allowed: Arc::new(config.namespace_delegates) }),
+            dial,
         );
         let counted = Counted { wires: Arc::clone(&wires), hub: Arc::clone(&hub) };
         config.metrics.register_upstreams(|registry| registry.register_collector(Box::new(counted)));

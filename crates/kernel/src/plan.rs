@@ -90,7 +90,7 @@ pub struct EndPlan {
     pub alias: String,
     /// Bytes of payload; `None`: as the kernel makes it.
     pub mtu: Option<u32>,
-    /// Hardware address; `None`: as the kernel made it, for the life of the wire.
+    /// Hardware address; `None`: as the kernel made it, for the life of the link.
     pub mac: Option<Mac>,
     /// Addresses with their prefix length; the first of a family is the preferred source.
     pub addresses: Vec<IpNet>,
@@ -335,13 +335,16 @@ impl WirePlan {
         self
     }
 
-    /// The part of a wire between nodes that is on this one.
-    pub fn vxlan(id: impl Into<String>, tunnel: Vxlan, side: Side, end: EndPlan) -> Self {
+    /// The part of a wire between nodes that is on this one. A hardware address that is open is the same whenever the
+    /// wire is made: the other node remembers it, and would send to the old one for half a minute.
+    pub fn vxlan(id: impl Into<String>, tunnel: Vxlan, side: Side, mut end: EndPlan) -> Self {
+        let id = id.into();
+        end.mac.get_or_insert_with(|| Mac::of(&id, side));
         let (near, far) = match side {
             Side::Near => (Some(end), None),
             Side::Far => (None, Some(end)),
         };
-        Self { id: id.into(), construction: Construction::Vxlan(tunnel), near, far }
+        Self { id, construction: Construction::Vxlan(tunnel), near, far }
     }
 
     /// The ends that exist, near first.

@@ -52,6 +52,7 @@ pub struct Dial {
     pool: Pool,
     follower: Arc<Follower>,
     parting: Parting,
+    silent: Silent,
     dial_timeout: std::time::Duration,
     check_answers: bool,
     own_namespace: Option<OwnNamespace>,
@@ -63,8 +64,15 @@ impl Dial {
     pub fn new(pool: Pool, me: &str, hub: Arc<Hub>, dial_timeout: std::time::Duration) -> Self {
         let follower =
             Arc::new(Follower { me: me.into(), hub, pool: pool.clone(), streams: Mutex::default() });
-        let parting = Parting::default();
-        Self { pool, follower, parting, dial_timeout, check_answers: false, own_namespace: None }
+        let silent = Silent::default();
+        let parting = Parting { left: Arc::default(), silent: silent.clone() };
+        Self { pool, follower, parting, silent, dial_timeout, check_answers: false, own_namespace: None }
+    }
+
+    /// Which neighbours do not answer: to be asked after those that do.
+    #[must_use]
+    pub fn silent(&self) -> Silent {
+        self.silent.clone()
     }
 
     /// Also checks the tokens of every answer, as edge clients do.
@@ -99,6 +107,12 @@ impl Dial {
         // Before the call: what happens to the connection right after the answer must not be missed.
         self.follower.follow(target, &asked.id);
         let result = self.exchange(cx, target, &hop, &asked, request).await;
+        match &result {
+            Err(error) if error.hop.is_none() && error.code == Code::DeadlineExceeded => {
+                self.silent.note(target)
+            }
+            _ => self.silent.answered(target),
+        }
         // Whoever answered may have made something, also when the answer was lost or is of no use: it undoes that when
         // it is told to close. What stood there before this request is not ours to decide about.
         let made =
@@ -186,15 +200,14 @@ impl Element for Dial {
             // is not about this connection any more.
             self.follower.leave(&old.target, &old.conn.id);
             let (from, id) = (old.target.clone(), old.conn.id.clone());
-            let close = async move { old.release(&Release::now(Reason::Reselect)).await };
-            self.parting.begin(&from, id, close);
+            self.parting.begin(&from, id, old.close(&Release::now(Reason::Reselect)));
         }
         match cx.scope.get_mut::<Dialed>() {
             Some(dialed) => (dialed.conn, dialed.theirs) = (answer.clone(), theirs),
             None => {
                 let (pool, follower) = (self.pool.clone(), Arc::clone(&self.follower));
-                let (conn, dial_timeout) = (answer.clone(), self.dial_timeout);
-                cx.scope.lease(Dialed { pool, follower, target, conn, theirs, dial_timeout });
+                let (parting, conn, dial_timeout) = (self.parting.clone(), answer.clone(), self.dial_timeout);
+                cx.scope.lease(Dialed { pool, follower, parting, target, conn, theirs, dial_timeout });
             }
         }
         Ok(answer)
@@ -312,6 +325,7 @@ pub fn dialed(scope: &Scope) -> Option<&NextHop> {
 struct Dialed {
     pool: Pool,
     follower: Arc<Follower>,
+    parting: Parting,
     target: NextHop,
     /// As the next hop answered: own index and id.
     conn: Connection,
@@ -332,14 +346,25 @@ impl Lease for Dialed {
             // Each hop has its own clock, and an expired path is refused anyway (section 18, defect 8).
             return Ok(());
         }
-        let mut conn = self.conn;
+        let (parting, from, id) = (self.parting.clone(), self.target.clone(), self.conn.id.clone());
+        parting.see_off(&from, id, self.close(cx)).await
+    }
+}
+
+impl Dialed {
+    /// Tells the next hop.
+    fn close(self, cx: &Release) -> impl Future<Output = Result<()>> + Send + use<> {
+        let Self { pool, target, mut conn, theirs, dial_timeout, .. } = self;
         if let Some(fresh) = &cx.close {
             freshen(&mut conn, fresh);
         }
-        let hop = reach(&self.pool, &self.target, self.dial_timeout, cx.deadline)
-            .await
-            .map_err(|e| Error::unavailable(format!("{} cannot be told to close: {e}", self.target)))?;
-        hop.close(conn, self.theirs, cx.deadline).await
+        let deadline = cx.deadline;
+        async move {
+            let hop = reach(&pool, &target, dial_timeout, deadline)
+                .await
+                .map_err(|e| Error::unavailable(format!("{target} cannot be told to close: {e}")))?;
+            hop.close(conn, theirs, deadline).await
+        }
     }
 }
 
@@ -374,8 +399,11 @@ fn freshen(conn: &mut Connection, fresh: &Connection) {
 
 /// Closes at hops that a connection has left, for which nobody waits, until it is asked for there again: a Close that
 /// comes late would end what was just established.
-#[derive(Debug, Clone, Default)]
-struct Parting(Arc<Mutex<HashMap<Left, JoinHandle<()>>>>);
+#[derive(Debug, Clone)]
+struct Parting {
+    left: Arc<Mutex<HashMap<Left, JoinHandle<()>>>>,
+    silent: Silent,
+}
 
 /// A hop, and our id of the connection that has left it.
 type Left = (NextHop, String);
@@ -384,16 +412,42 @@ type Left = (NextHop, String);
 /// taken back from one that does not answer.
 const LONGEST_PARTING: std::time::Duration = std::time::Duration::from_secs(1);
 
+/// How long a Close is waited for: whoever goes on to another hop shall not wait for a node that is gone. What lives has
+/// closed by then, and what is slow is told all the same.
+const FAREWELL: std::time::Duration = std::time::Duration::from_millis(150);
+
 impl Parting {
+    /// Closes, and waits a moment for it.
+    async fn see_off(
+        &self,
+        from: &NextHop,
+        id: String,
+        close: impl Future<Output = Result<()>> + Send + 'static,
+    ) -> Result<()> {
+        let mut close = Box::pin(close);
+        match tokio::time::timeout(FAREWELL, &mut close).await {
+            Ok(closed) => closed,
+            Err(_) => {
+                tracing::debug!(%from, connection = id, "it is slow to close; nobody waits for that");
+                self.silent.note(from);
+                self.begin(from, id, close);
+                Ok(())
+            }
+        }
+    }
+
     fn begin(&self, from: &NextHop, id: String, close: impl Future<Output = Result<()>> + Send + 'static) {
         let (this, key) = (self.clone(), (from.clone(), id));
-        let mut partings = self.0.lock();
+        let mut partings = self.left.lock();
         let done = key.clone();
         let task = tokio::spawn(async move {
-            if let Err(error) = close.await {
-                tracing::debug!(from = %done.0, connection = done.1, %error, "not closed there");
+            match close.await {
+                Ok(()) => this.silent.answered(&done.0),
+                Err(error) => {
+                    tracing::debug!(from = %done.0, connection = done.1, %error, "not closed there");
+                }
             }
-            let mut partings = this.0.lock();
+            let mut partings = this.left.lock();
             if partings.get(&done).is_some_and(|task| task.id() == tokio::task::id()) {
                 partings.remove(&done);
             }
@@ -404,7 +458,7 @@ impl Parting {
     /// Waits until the connection is closed there, if it is being closed.
     async fn over(&self, at: &NextHop, id: &str, deadline: Instant) {
         let task = {
-            let mut partings = self.0.lock();
+            let mut partings = self.left.lock();
             if partings.is_empty() { None } else { partings.remove(&(at.clone(), id.to_owned())) }
         };
         let Some(mut task) = task else { return };
@@ -412,6 +466,48 @@ impl Parting {
         if tokio::time::timeout_at(until, &mut task).await.is_err() {
             task.abort();
         }
+    }
+}
+
+/// Neighbours that did not answer a moment ago: a node that is cut off says nothing at all, and whoever asks it first
+/// waits long.
+#[derive(Debug, Clone, Default)]
+pub struct Silent(Arc<Mutex<HashMap<NextHop, Instant>>>);
+
+/// How long it is remembered that a neighbour did not answer, if nobody asks it meanwhile.
+const SILENT: std::time::Duration = std::time::Duration::from_secs(10);
+/// So many are remembered.
+const MAX_SILENT: usize = 1024;
+
+impl Silent {
+    fn note(&self, hop: &NextHop) {
+        let mut hops = self.0.lock();
+        let now = Instant::now();
+        if hops.len() >= MAX_SILENT {
+            hops.retain(|_, until| *until > now);
+        }
+        if hops.len() < MAX_SILENT {
+            hops.insert(hop.clone(), now + SILENT);
+        }
+    }
+
+    fn answered(&self, hop: &NextHop) {
+        let mut hops = self.0.lock();
+        if !hops.is_empty() {
+            hops.remove(hop);
+        }
+    }
+
+    /// Whether all neighbours have answered.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.lock().is_empty()
+    }
+
+    /// Whether this neighbour did not answer a moment ago.
+    #[must_use]
+    pub fn is_silent(&self, hop: &NextHop) -> bool {
+        self.0.lock().get(hop).is_some_and(|until| *until > Instant::now())
     }
 }
 

@@ -659,6 +659,20 @@ async fn a_connection_that_comes_back_is_not_ended_by_the_close_of_when_it_left(
     }
 }
 
+/// Who wants another endpoint because a node is gone would otherwise wait for that node first.
+#[tokio::test]
+async fn nobody_waits_for_a_hop_that_is_slow_to_close_and_it_is_told_all_the_same() {
+    let mesh = Mesh::start().await;
+    let answer = mesh.ask(request()).await.unwrap();
+    let closing = mesh.next.closing.lock().await;
+    NetworkServiceClient::new(mesh.channel().await).close(answer).await.unwrap();
+    assert_eq!(*mesh.next.calls.lock(), ["request", "close"]);
+    drop(closing);
+    while *mesh.next.calls.lock() != ["request", "close", "closed"] {
+        tokio::task::yield_now().await;
+    }
+}
+
 #[tokio::test]
 async fn what_falls_before_its_answer_is_there_is_down() {
     let mesh = Mesh::start().await;

@@ -385,14 +385,15 @@ async fn keep(
     let mut give_up = GiveUp::default();
     let mut dead = false;
     let mut fell = false;
+    // How long the far end took to answer at most, since the wire is up.
+    let mut slowest = None;
     let (mut up_since, mut falls) = (Instant::now(), 0);
     let mut others = client.wanted.subscribe();
     loop {
         if attempt == 0 {
             let conn = tell.borrow().clone();
             let wait = refresh::wait(&conn, SystemTime::now()).unwrap_or(Duration::from_secs(10));
-            // Whether the far end has answered since the wire is up.
-            let mut answered = false;
+            slowest = None;
             let woke = tokio::select! {
                 () = tokio::time::sleep(wait) => Woke::Refresh,
                 why = wants_a_request(&client.hub, &selector, &id, &mut events) => {
@@ -403,7 +404,7 @@ async fn keep(
                 }
                 () = another_is_wanted(&mut others, &id) => Woke::Refresh,
                 () = now.notified() => Woke::Refresh,
-                why = dies(client.config.liveness, &conn, &mut answered) => Woke::Dead(why),
+                why = dies(client.config.liveness, &conn, &mut slowest) => Woke::Dead(why),
             };
             let pause;
             match woke {
@@ -411,12 +412,12 @@ async fn keep(
                 Woke::Down => {
                     fell = true;
                     (pause, falls) = after_fall(up_since.elapsed(), falls, rand::random());
-                    if let Some(liveness) = &client.config.liveness {
-                        dead = matches!(liveness.check(&conn).await, Verdict::Dead(_));
+                    if let Some(liveness) = client.config.liveness {
+                        dead = matches!(liveness.hurried(slowest).check(&conn).await, Verdict::Dead(_));
                     }
                 }
                 Woke::Dead(why) => {
-                    let lasted = if answered { SETTLED } else { Duration::ZERO };
+                    let lasted = if slowest.is_some() { SETTLED } else { Duration::ZERO };
                     (pause, falls) = after_fall(lasted, falls, rand::random());
                     dead = true;
                     tracing::warn!(connection = %id, endpoint = conn.network_service_endpoint_name, %why,
@@ -429,6 +430,14 @@ async fn keep(
             }
         } else {
             tokio::time::sleep(refresh::backoff(attempt - 1, rand::random())).await;
+            // It is asked for as it was for as long as packets pass; they may have stopped only now.
+            if fell
+                && !dead
+                && let Some(liveness) = client.config.liveness
+            {
+                let conn = tell.borrow().clone();
+                dead = matches!(liveness.hurried(slowest).check(&conn).await, Verdict::Dead(_));
+            }
         }
         let mut request = first.clone();
         let mut conn = tell.borrow().clone();
@@ -477,13 +486,14 @@ fn reselect(conn: &mut Connection) {
 }
 
 /// Returns when packets do not pass any more, and why.
-async fn dies(liveness: Option<Liveness>, conn: &Connection, answered: &mut bool) -> String {
+async fn dies(liveness: Option<Liveness>, conn: &Connection, slowest: &mut Option<Duration>) -> String {
     let Some(liveness) = liveness else { return std::future::pending().await };
     let mut told = false;
     loop {
         tokio::time::sleep(liveness.interval).await;
+        let began = Instant::now();
         match liveness.check(conn).await {
-            Verdict::Alive => *answered = true,
+            Verdict::Alive => *slowest = (*slowest).max(Some(began.elapsed())),
             Verdict::Dead(why) => return why,
             Verdict::Unknown(why) if !told => {
                 told = true;

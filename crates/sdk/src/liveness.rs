@@ -38,11 +38,17 @@ pub struct Liveness {
 }
 
 impl Default for Liveness {
-    /// As `nsm client` probes: a check every 200 ms, answered within a second.
+    /// As `nsm client` probes: a check every 200 ms, answered within half a second. Upstream waits for a second; with half
+    /// of that a node that is cut off is noticed, and another found, within one.
     fn default() -> Self {
-        Self { interval: Duration::from_millis(200), timeout: Duration::from_secs(1) }
+        Self { interval: Duration::from_millis(200), timeout: Duration::from_millis(500) }
     }
 }
+
+/// What answers once is expected to answer again within so many times of that.
+const HURRY: u32 = 10;
+/// But has at least so long: a busy machine answers late.
+const LEAST: Duration = Duration::from_millis(30);
 
 /// What a check has found.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,6 +62,13 @@ pub enum Verdict {
 }
 
 impl Liveness {
+    /// For a wire that is said to be down: time to find out counts then. `slowest` is how long an answer took so far.
+    #[must_use]
+    pub fn hurried(self, slowest: Option<Duration>) -> Self {
+        let enough = slowest.map_or(self.timeout, |slowest| (slowest * HURRY).max(LEAST));
+        Self { timeout: self.timeout.min(enough), ..self }
+    }
+
     /// Asks once. Dropping the future ends the check.
     pub async fn check(&self, conn: &Connection) -> Verdict {
         let asked = pairs(conn).into_iter().map(|(from, to)| self.echo(from, to));
@@ -178,6 +191,16 @@ mod tests {
             context: Some(ConnectionContext { ip_context: Some(ip), ..ConnectionContext::default() }),
             ..Connection::default()
         }
+    }
+
+    #[test]
+    fn a_wire_that_is_said_to_be_down_is_found_out_about_as_fast_as_it_has_answered() {
+        let liveness = Liveness::default();
+        let within = |slowest: Option<u64>| liveness.hurried(slowest.map(Duration::from_micros)).timeout;
+        assert_eq!(within(None), liveness.timeout, "it has never answered");
+        assert_eq!(within(Some(80)), LEAST);
+        assert_eq!(within(Some(20_000)), Duration::from_millis(200));
+        assert_eq!(within(Some(400_000)), liveness.timeout, "never longer than otherwise");
     }
 
     #[test]

@@ -39,7 +39,6 @@ mod deadline;
 mod delivery;
 mod fd;
 mod guard;
-pub mod https;
 mod peer;
 mod pool;
 mod reflection;

@@ -25,6 +25,7 @@
 //! ```
 
 pub mod annotation;
+pub mod authority;
 pub mod cluster;
 pub mod configuration;
 pub mod inject;

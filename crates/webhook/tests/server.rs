@@ -3,10 +3,9 @@
 
 use std::{fs, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
-use nsm_transport::https::Shown;
 use nsm_webhook::{
     keeper::{Found, Keeper, Origin},
-    server::{Hook, serve},
+    server::{Hook, Shown, serve},
     settings::Settings,
 };
 use rcgen::{CertificateParams, KeyPair};
