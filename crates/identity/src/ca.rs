@@ -8,52 +8,38 @@
 
 mod attest;
 mod authority;
+pub mod rotation;
+pub mod workload;
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::BTreeSet,
     fs,
     future::Future,
     io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant, SystemTime},
+    sync::Arc,
+    time::{Duration, SystemTime},
 };
 
 use serde::{Deserialize, Deserializer, de};
 use serde_saphyr::Spanned;
 use tokio::{
-    net::UnixStream,
     sync::{mpsc, watch},
     task::JoinSet,
     time::timeout,
 };
-use tokio_stream::{Stream, wrappers::ReceiverStream};
-use tonic::{Request, Response, Status, transport::server::Connected};
+use tonic::Status;
 use tracing::{debug, info, warn};
 
 pub use attest::{Entry, Selectors};
 pub use authority::Authority;
+use workload::{Issued, Issuer, unattested};
 
-use crate::{
-    Error, FileWatch, Seldom, SpiffeId, TrustDomain, UnixPeer, UnixSocket,
-    pb::{
-        self,
-        spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer},
-    },
-    source::SECURITY_HEADER,
-};
+use crate::{Error, FileWatch, SpiffeId, Svid, TrustDomain, UnixPeer, UnixSocket};
 
 /// How often a waiting caller is looked at again: what an entry names may appear without a change of the file.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
-/// Connections of one process, and on one socket: a workload that leaks them does not use up those of all.
-const MAX_OF_ONE: usize = 64;
-const MAX_CONNECTIONS: usize = 4096;
-/// Calls at a time on one connection; a source makes two or three.
-const MAX_STREAMS: u32 = 64;
-/// Bytes of a request, and of its headers: the requests are empty.
-const MAX_MESSAGE: u16 = 16 * 1024;
 const SHORTEST_TTL: Duration = Duration::from_secs(2);
 
 /// The configuration file, YAML.
@@ -316,7 +302,9 @@ impl Ca {
                 source,
             })?;
             info!(node, path = %socket.path().display(), "serving the Workload API");
-            servers.spawn(serve_node(node.clone(), listener, shared.clone(), stopped.clone()));
+            let issuer = Arc::new(Entries { node: node.clone(), shared: shared.clone() });
+            let (node, served) = (node.clone(), workload::serve(listener, issuer, ended(stopped.clone())));
+            servers.spawn(async move { served.await.map_err(|source| CaError::Serve { node, source }) });
         }
         drop(stopped);
         let watch = FileWatch::new(&file);
@@ -346,6 +334,11 @@ impl Ca {
         while servers.join_next().await.is_some() {}
         result.map_err(Into::into)
     }
+}
+
+/// Until the other end is dropped.
+async fn ended(mut stopped: watch::Receiver<()>) {
+    while stopped.changed().await.is_ok() {}
 }
 
 /// Enough of a file's metadata to see that it was written or replaced.
@@ -382,63 +375,20 @@ fn read_again(file: &Path, current: &watch::Sender<Arc<Config>>) {
     }
 }
 
+/// What the entries of the file give callers on a node's socket.
+#[derive(Debug)]
+struct Entries {
+    node: String,
+    shared: Arc<Shared>,
+}
+
 #[derive(Debug)]
 struct Shared {
     authority: Authority,
     config: watch::Receiver<Arc<Config>>,
 }
 
-/// The Workload API of one node.
-struct NodeApi {
-    node: String,
-    shared: Arc<Shared>,
-    stopped: watch::Receiver<()>,
-}
-
-async fn serve_node(
-    node: String,
-    listener: tokio::net::UnixListener,
-    shared: Arc<Shared>,
-    mut stopped: watch::Receiver<()>,
-) -> Result<(), CaError> {
-    let crowd = Crowd::default();
-    let callers = futures::stream::unfold((listener, crowd), |(listener, crowd)| async move {
-        loop {
-            match listener.accept().await {
-                // A caller that has gone already cannot be attested, and needs nothing.
-                Ok((stream, _)) => match UnixPeer::of(&stream) {
-                    Ok(peer) => match crowd.enter(peer.pid()) {
-                        Some(counted) => {
-                            let caller = Caller { stream, peer, _counted: counted };
-                            return Some((Ok::<_, io::Error>(caller), (listener, crowd)));
-                        }
-                        None => {
-                            if let Some(untold) = crowd.told.turn(Instant::now()) {
-                                warn!(%peer, uid = peer.uid(), untold, "too many connections: one is closed");
-                            }
-                        }
-                    },
-                    Err(reason) => debug!(%reason, "a caller without a process"),
-                },
-                Err(reason) => {
-                    // Out of descriptors, most likely: others will close some.
-                    warn!(%reason, "cannot accept");
-                    tokio::time::sleep(Duration::from_millis(50)).await;
-                }
-            }
-        }
-    });
-    let api = NodeApi { node: node.clone(), shared, stopped: stopped.clone() };
-    tonic::transport::Server::builder()
-        .max_concurrent_streams(MAX_STREAMS)
-        .http2_max_header_list_size(u32::from(MAX_MESSAGE))
-        .add_service(SpiffeWorkloadApiServer::new(api).max_decoding_message_size(usize::from(MAX_MESSAGE)))
-        .serve_with_incoming_shutdown(callers, async move { while stopped.changed().await.is_ok() {} })
-        .await
-        .map_err(|source| CaError::Serve { node, source })
-}
-
-impl NodeApi {
+impl Entries {
     /// Waits until an entry fits the caller, for as long as the configuration says.
     async fn attest(&self, peer: &UnixPeer) -> Result<(), Status> {
         let mut config = self.shared.config.clone();
@@ -446,7 +396,7 @@ impl NodeApi {
         let fits = async {
             loop {
                 let now = config.borrow_and_update().clone();
-                if !identities(&self.node, peer, &now)?.is_empty() {
+                if !self.identities(peer, &now)?.is_empty() {
                     return Ok(());
                 }
                 let _ = timeout(LOOK_AGAIN, config.changed()).await;
@@ -454,212 +404,69 @@ impl NodeApi {
         };
         match timeout(wait, fits).await {
             Ok(result) => result,
-            Err(_) => Err(denied(&self.node, peer)),
+            Err(_) => Err(self.denied(peer)),
         }
     }
 
-    /// Answers now and again whenever `answer` may have changed, until the caller leaves or is denied.
-    async fn stream<T: Send + 'static>(
-        &self,
-        request: &Request<impl Sized>,
-        answer: impl Fn(&Shared, &[SpiffeId], &Config) -> Result<T, Error> + Send + 'static,
-    ) -> Result<Response<Answers<T>>, Status> {
-        if request.metadata().get(SECURITY_HEADER).is_none_or(|value| value != "true") {
-            return Err(Status::invalid_argument("the metadata workload.spiffe.io: true is missing"));
-        }
-        let peer = request.extensions().get::<UnixPeer>().cloned();
-        let peer = peer.ok_or_else(|| Status::internal("a caller without a socket"))?;
-        self.attest(&peer).await?;
-        let (node, shared, mut stopped) = (self.node.clone(), self.shared.clone(), self.stopped.clone());
-        let (sender, receiver) = mpsc::channel(1);
-        tokio::spawn(async move {
-            let mut config = shared.config.clone();
-            let mut sent: Option<(Vec<SpiffeId>, tokio::time::Instant)> = None;
-            loop {
-                let now = config.borrow_and_update().clone();
-                let ids = match identities(&node, &peer, &now) {
-                    Ok(ids) if ids.is_empty() => {
-                        let _ = sender.send(Err(denied(&node, &peer))).await;
-                        return;
-                    }
-                    Ok(ids) => ids,
-                    // It has exited, so nobody reads.
-                    Err(_) => return,
-                };
-                let due = tokio::time::Instant::now();
-                if sent.as_ref().is_none_or(|(old, again)| *old != ids || *again <= due) {
-                    let message = answer(&shared, &ids, &now).map_err(|e| {
-                        let reason = crate::explain(&e);
-                        warn!(reason, "cannot issue");
-                        Status::internal(reason)
-                    });
-                    let failed = message.is_err();
-                    if sender.send(message).await.is_err() || failed {
-                        return;
-                    }
-                    debug!(node, %peer, ?ids, "issued");
-                    sent = Some((ids, due + now.svid_ttl / 2));
-                }
-                let again = sent.as_ref().map_or(due, |(_, again)| *again);
-                tokio::select! {
-                    () = tokio::time::sleep_until(again) => {}
-                    changed = config.changed() => if changed.is_err() { return },
-                    () = sender.closed() => return,
-                    _ = stopped.changed() => return,
-                }
+    fn identities(&self, peer: &UnixPeer, config: &Config) -> Result<Vec<SpiffeId>, Status> {
+        let facts = attest::Facts::of(peer, &self.node).map_err(|reason| unattested(peer, &reason))?;
+        Ok(facts.identities(config.entries.iter().map(|entry| &entry.value)))
+    }
+
+    /// What a caller is told that no entry fits, or none any more.
+    fn denied(&self, peer: &UnixPeer) -> Status {
+        match attest::Facts::of(peer, &self.node) {
+            Ok(facts) => {
+                info!(%facts, "no entry fits a caller");
+                Status::permission_denied(format!("no identity issued: no entry fits {facts}"))
             }
-        });
-        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
-    }
-}
-
-/// What a caller is told that no entry fits, or none any more.
-fn denied(node: &str, peer: &UnixPeer) -> Status {
-    match attest::Facts::of(peer, node) {
-        Ok(facts) => {
-            info!(%facts, "no entry fits a caller");
-            Status::permission_denied(format!("no identity issued: no entry fits {facts}"))
+            Err(reason) => unattested(peer, &reason),
         }
-        Err(reason) => unattested(node, peer, &reason),
+    }
+
+    fn issue(&self, ids: &[SpiffeId], ttl: Duration) -> Result<Issued, Error> {
+        let authority = &self.shared.authority;
+        let issue = |id| authority.issue(id, ttl, SystemTime::now());
+        Ok(Issued {
+            svids: ids.iter().map(issue).collect::<Result<_, _>>()?,
+            domain: authority.domain().clone(),
+            roots: vec![authority.certificate().clone()],
+            renew: tokio::time::Instant::now() + ttl / 2,
+        })
     }
 }
-
-/// What a caller is told of whom the kernel says nothing.
-fn unattested(node: &str, peer: &UnixPeer, reason: &io::Error) -> Status {
-    if peer.pid().is_none() {
-        info!(node, uid = peer.uid(), %reason, "a caller cannot be attested");
-    }
-    Status::permission_denied(format!("no identity issued: {reason}"))
-}
-
-fn identities(node: &str, peer: &UnixPeer, config: &Config) -> Result<Vec<SpiffeId>, Status> {
-    let facts = attest::Facts::of(peer, node).map_err(|reason| unattested(node, peer, &reason))?;
-    Ok(facts.identities(config.entries.iter().map(|entry| &entry.value)))
-}
-
-type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 #[tonic::async_trait]
-impl SpiffeWorkloadApi for NodeApi {
-    type FetchX509SVIDStream = Answers<pb::X509svidResponse>;
-    type FetchX509BundlesStream = Answers<pb::X509BundlesResponse>;
-
-    async fn fetch_x509svid(
-        &self,
-        request: Request<pb::X509svidRequest>,
-    ) -> Result<Response<Self::FetchX509SVIDStream>, Status> {
-        self.stream(&request, |shared, ids, config| {
-            let issue = |id: &SpiffeId| {
-                let svid = shared.authority.issue(id, config.svid_ttl, SystemTime::now())?;
-                Ok(pb::X509svid {
-                    spiffe_id: id.to_string(),
-                    x509_svid: svid.chain().iter().flat_map(|c| c.iter().copied()).collect(),
-                    x509_svid_key: svid.key().secret_pkcs8_der().to_vec(),
-                    bundle: shared.authority.certificate().to_vec(),
-                    hint: String::new(),
-                })
-            };
-            let svids = ids.iter().map(issue).collect::<Result<_, Error>>()?;
-            Ok(pb::X509svidResponse { svids, ..Default::default() })
-        })
-        .await
-    }
-
-    async fn fetch_x509_bundles(
-        &self,
-        request: Request<pb::X509BundlesRequest>,
-    ) -> Result<Response<Self::FetchX509BundlesStream>, Status> {
-        self.stream(&request, |shared, _, _| {
-            let authority = &shared.authority;
-            let bundles = [(authority.domain().id().to_string(), authority.certificate().to_vec())];
-            Ok(pb::X509BundlesResponse { crl: Vec::new(), bundles: bundles.into() })
-        })
-        .await
-    }
-}
-
-/// A connection together with the process that made it.
-struct Caller {
-    stream: UnixStream,
-    peer: UnixPeer,
-    _counted: Counted,
-}
-
-/// The connections of a socket, by process; those that are not visible are one.
-#[derive(Debug, Clone, Default)]
-struct Crowd {
-    of: Arc<Mutex<HashMap<Option<u32>, usize>>>,
-    told: Arc<Seldom>,
-}
-
-impl Crowd {
-    /// Counts one for as long as what is returned lives; `None` beyond the bounds.
-    fn enter(&self, pid: Option<u32>) -> Option<Counted> {
-        let mut crowd = self.of.lock().unwrap_or_else(PoisonError::into_inner);
-        let (all, its) = (crowd.values().sum::<usize>(), crowd.get(&pid).copied().unwrap_or_default());
-        if all >= MAX_CONNECTIONS || its >= MAX_OF_ONE {
-            return None;
+impl Issuer for Entries {
+    async fn next(&self, peer: &UnixPeer, given: Option<&Issued>) -> Result<Issued, Status> {
+        if given.is_none() {
+            self.attest(peer).await?;
         }
-        crowd.insert(pid, its + 1);
-        Some(Counted { crowd: self.clone(), pid })
-    }
-}
-
-struct Counted {
-    crowd: Crowd,
-    pid: Option<u32>,
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        let mut crowd = self.crowd.of.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(its) = crowd.get_mut(&self.pid) {
-            *its -= 1;
-            if *its == 0 {
-                crowd.remove(&self.pid);
+        let mut config = self.shared.config.clone();
+        loop {
+            let now = config.borrow_and_update().clone();
+            let ids = self.identities(peer, &now)?;
+            if ids.is_empty() {
+                return Err(self.denied(peer));
+            }
+            let due = given.is_none_or(|given| {
+                given.renew <= tokio::time::Instant::now() || !given.svids.iter().map(Svid::id).eq(&ids)
+            });
+            if due {
+                return self.issue(&ids, now.svid_ttl).map_err(|e| {
+                    let reason = crate::explain(&e);
+                    warn!(reason, "cannot issue");
+                    Status::internal(reason)
+                });
+            }
+            let renew = given.map_or_else(tokio::time::Instant::now, |given| given.renew);
+            tokio::select! {
+                () = tokio::time::sleep_until(renew) => {}
+                changed = config.changed() => if changed.is_err() {
+                    return Err(Status::unavailable("the authority ends"));
+                },
             }
         }
-    }
-}
-
-impl Connected for Caller {
-    type ConnectInfo = UnixPeer;
-    fn connect_info(&self) -> UnixPeer {
-        self.peer.clone()
-    }
-}
-
-impl tokio::io::AsyncRead for Caller {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut std::task::Context<'_>,
-        buf: &mut tokio::io::ReadBuf<'_>,
-    ) -> std::task::Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
-    }
-}
-
-impl tokio::io::AsyncWrite for Caller {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut std::task::Context<'_>,
-        buf: &[u8],
-    ) -> std::task::Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
-    }
-
-    fn poll_flush(
-        mut self: Pin<&mut Self>,
-        cx: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(
-        mut self: Pin<&mut Self>,
-        cx: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
 

@@ -145,6 +145,14 @@ impl UnixPeer {
         Ok(own.ino != PROC_PID_INIT_INO)
     }
 
+    /// What `/proc/PID/cgroup` says of it, as it is seen from here (`cgroups(7)`).
+    ///
+    /// # Errors
+    /// The peer is gone, or not visible here.
+    pub fn control_groups(&self) -> io::Result<String> {
+        self.facts(|_, proc| fs::read_to_string(proc.join("cgroup")))
+    }
+
     fn namespace(&self, which: libc::Ioctl, name: &str) -> io::Result<OwnedFd> {
         match self.pidfd.as_ref().map(|pidfd| peer_pidfd::namespace(pidfd.as_fd(), which)) {
             Some(Err(e)) if e.raw_os_error() == Some(libc::ESRCH) => Err(self.gone()),

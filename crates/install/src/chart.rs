@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::{InstallError, Settings, Store, definitions, objects, yaml};
+use crate::{Identity, InstallError, Settings, Store, definitions, objects, yaml};
 
 /// Files by their paths.
 pub type Files = BTreeMap<String, String>;
@@ -37,7 +37,7 @@ pub fn kustomize(settings: &Settings) -> Result<Files, InstallError> {
 }
 
 /// What a user of the chart chooses besides texts.
-type Choice = (Store, bool, bool);
+type Choice = (Store, Identity, bool, bool);
 
 /// A Helm chart with these settings as its values.
 ///
@@ -55,15 +55,23 @@ pub fn helm(settings: &Settings, version: &str) -> Result<Files, InstallError> {
         Store::Memory => "memory",
         Store::Kubernetes => "kubernetes",
     };
+    let identity = match settings.identity {
+        Identity::Builtin => "builtin",
+        Identity::Spire => "spire",
+    };
     let values = format!(
         "{GENERATED}# What stands before the names of images: REGISTRY/PATH/, or nothing\nimages: {:?}\n# What stands behind them\n\
-         tag: {:?}\n# Always, IfNotPresent or Never\npullPolicy: {:?}\nlogLevel: {:?}\n# Where tunnels between nodes end: a prefix that an address of each node is in; empty: the node's own address\n\
+         tag: {:?}\n# Always, IfNotPresent or Never\npullPolicy: {:?}\n# Identities are spiffe://TRUSTDOMAIN/...\ntrustDomain: {:?}\n\
+         # Who says who is who: builtin, or spire, which is there already\nidentity: {identity:?}\n\
+         # The socket on each node where that is said\nidentitySocket: {:?}\nlogLevel: {:?}\n# Where tunnels between nodes end: a prefix that an address of each node is in; empty: the node's own address\n\
          underlay: {:?}\n# What keeps registrations: memory or kubernetes\n\
          store: {store:?}\n# Whether annotated pods are given their wires\nwebhook: {}\n# Whether only those ports are open that are meant to be\n\
          networkPolicies: {}\n# Where everything lives\nnamespace: {:?}\n",
         settings.images,
         settings.tag,
         settings.pull_policy,
+        settings.trust_domain,
+        format!("{}/{}", settings.identity_socket.0, settings.identity_socket.1),
         settings.log_level,
         settings.underlay,
         settings.webhook,
@@ -86,20 +94,29 @@ pub fn helm(settings: &Settings, version: &str) -> Result<Files, InstallError> {
 fn templates() -> Result<String, InstallError> {
     let choices: Vec<Choice> = [Store::Memory, Store::Kubernetes]
         .into_iter()
-        .flat_map(|store| [false, true].map(|webhook| (store, webhook)))
-        .flat_map(|(store, webhook)| [false, true].map(|policies| (store, webhook, policies)))
+        .flat_map(|store| [Identity::Spire, Identity::Builtin].map(|identity| (store, identity)))
+        .flat_map(|(store, identity)| [false, true].map(|webhook| (store, identity, webhook)))
+        .flat_map(|(store, identity, webhook)| {
+            [false, true].map(|policies| (store, identity, webhook, policies))
+        })
         .collect();
     // Of each object what it looks like, by choices; in the order of the richest one.
     let mut order = Vec::new();
     let mut forms: BTreeMap<String, BTreeMap<String, Vec<Choice>>> = BTreeMap::new();
     for choice in choices.iter().rev() {
-        let (store, webhook, network_policies) = *choice;
+        let (store, identity, webhook, network_policies) = *choice;
         let value = |name: &str| format!("{{{{ .Values.{name} }}}}");
         let settings = Settings {
             namespace: value("namespace"),
             images: value("images"),
             tag: value("tag"),
             pull_policy: value("pullPolicy"),
+            trust_domain: value("trustDomain"),
+            identity,
+            identity_socket: (
+                "{{ dir .Values.identitySocket }}".into(),
+                "{{ base .Values.identitySocket }}".into(),
+            ),
             log_level: value("logLevel"),
             underlay: "{{ .Values.underlay | default `$(NODE_IP)` }}".into(),
             store,
@@ -141,17 +158,16 @@ fn condition(when: &[Choice], all: &[Choice]) -> Option<String> {
         Store::Memory => "eq .Values.store \"memory\"".into(),
         Store::Kubernetes => "ne .Values.store \"memory\"".into(),
     });
+    let identity = same(|(_, identity, ..)| match identity {
+        Identity::Spire => "eq .Values.identity \"spire\"".into(),
+        Identity::Builtin => "ne .Values.identity \"spire\"".into(),
+    });
     let flag =
         |name: &str, on: bool| if on { format!(".Values.{name}") } else { format!("not .Values.{name}") };
-    let webhook = same(|(_, on, _)| on.to_string()).map(|on| flag("webhook", on == "true"));
+    let webhook = same(|(_, _, on, _)| on.to_string()).map(|on| flag("webhook", on == "true"));
     let policies = same(|(.., on)| on.to_string()).map(|on| flag("networkPolicies", on == "true"));
-    let conditions: Vec<_> = [store, webhook, policies].into_iter().flatten().collect();
-    let of = |(store, webhook, policies): &Choice| (*store == Store::Memory, *webhook, *policies);
-    debug_assert!(
-        when.len() << conditions.len() == all.len(),
-        "not a matter of single values: {:?}",
-        when.iter().map(of).collect::<Vec<_>>()
-    );
+    let conditions: Vec<_> = [store, identity, webhook, policies].into_iter().flatten().collect();
+    debug_assert!(when.len() << conditions.len() == all.len(), "not a matter of single values: {when:?}");
     match &conditions[..] {
         [] => None,
         [one] => Some(one.clone()),

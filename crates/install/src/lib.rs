@@ -13,6 +13,7 @@
 pub mod chart;
 pub mod objects;
 
+use nsm_webhook::settings::SocketPath;
 use serde_json::Value;
 
 /// What an installation is to be.
@@ -26,6 +27,12 @@ pub struct Settings {
     pub tag: String,
     /// `Always`, `IfNotPresent` or `Never`.
     pub pull_policy: String,
+    /// Identities are `spiffe://TRUST_DOMAIN/…`.
+    pub trust_domain: String,
+    /// Who says who is who.
+    pub identity: Identity,
+    /// The directory and the name of the socket on each node where that is said (the SPIFFE Workload API).
+    pub identity_socket: (String, String),
     /// What processes log.
     pub log_level: String,
     /// Where tunnels between nodes end: a prefix that an address of each node is in; empty: the node's own address.
@@ -38,6 +45,15 @@ pub struct Settings {
     pub network_policies: bool,
     /// Whether the resources of `networkservicemesh.io` are defined too.
     pub crds: bool,
+}
+
+/// Who tells processes who they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Identity {
+    /// An agent of ours on each node, and a signer.
+    Builtin,
+    /// SPIRE, or whatever else serves the socket: not part of the installation.
+    Spire,
 }
 
 /// What keeps registrations.
@@ -56,6 +72,9 @@ impl Default for Settings {
             images: String::new(),
             tag: "dev".into(),
             pull_policy: "IfNotPresent".into(),
+            trust_domain: "k8s.nsm".into(),
+            identity: Identity::Builtin,
+            identity_socket: ("/run/spire/sockets".into(), "agent.sock".into()),
             log_level: "info".into(),
             underlay: String::new(),
             store: Store::Kubernetes,
@@ -82,6 +101,12 @@ pub enum InstallError {
     /// Not a tag.
     #[error("{0:?} is no tag of an image; expected at most 128 letters, digits, '_', '.' and '-'")]
     Tag(String),
+    /// Not a trust domain.
+    #[error(transparent)]
+    TrustDomain(#[from] nsm_identity::InvalidId),
+    /// No socket can be there.
+    #[error(transparent)]
+    Socket(#[from] nsm_webhook::settings::BadSetting),
     /// Not a prefix.
     #[error(
         "{0:?} is no prefix; expected ADDRESS/LENGTH that an address of each node is in, for example 10.0.0.0/24"
@@ -111,6 +136,9 @@ impl Settings {
         if !good {
             return Err(InstallError::Images(self.images.clone()));
         }
+        let _valid: nsm_identity::TrustDomain = self.trust_domain.parse()?;
+        let (directory, file) = &self.identity_socket;
+        let _valid: SocketPath = format!("{directory}/{file}").parse()?;
         if !self.underlay.is_empty() && self.underlay.parse::<ipnet::IpNet>().is_err() {
             return Err(InstallError::Underlay(self.underlay.clone()));
         }

@@ -8,7 +8,7 @@ use nsm_webhook::{
 };
 use serde_json::{Value, json};
 
-use crate::{Settings, Store};
+use crate::{Identity, Settings, Store};
 
 /// The registry's Service: upstream's name, which its programs and users know.
 const REGISTRY: &str = "registry";
@@ -16,8 +16,12 @@ const REGISTRY: &str = "registry";
 const WEBHOOK: (&str, &str) = ("admission-webhook-svc", "nsm-mutating-webhook");
 /// Where workloads find the manager of their node.
 const SOCKETS: &str = "/var/lib/networkservicemesh";
-/// Where SPIRE's agent serves identities.
+/// Where processes find who they are.
 const IDENTITY: &str = "/run/spire/sockets";
+/// Who has the keys of the trust domain: the Service, the Secret with the keys, the ConfigMap that says whom to trust.
+const SIGNER: (&str, &str, &str) = ("nsm-identity", "nsm-identity-authorities", "nsm-identity-roots");
+/// Where the agent of a node has the token for it.
+const TOKEN: &str = "/run/secrets/nsm-identity";
 /// Plans of wires, and sockets to look at processes.
 const RUN: &str = "/run/nsm";
 
@@ -25,6 +29,9 @@ const RUN: &str = "/run/nsm";
 #[must_use]
 pub fn objects(settings: &Settings) -> Vec<Value> {
     let mut objects = vec![namespace(settings), priority(settings)];
+    if settings.identity == Identity::Builtin {
+        objects.extend(signer(settings));
+    }
     objects.extend(registry(settings));
     objects.extend(node(settings));
     if settings.webhook {
@@ -58,6 +65,102 @@ fn priority_name(settings: &Settings) -> String {
     settings.namespace.clone()
 }
 
+/// Who has the keys of the trust domain.
+fn signer(settings: &Settings) -> Vec<Value> {
+    let env = json!([
+        { "name": "NSM_LOG_LEVEL", "value": settings.log_level },
+        { "name": "NSM_TRUST_DOMAIN", "value": settings.trust_domain },
+        { "name": "NSM_NAMESPACE", "valueFrom": field("metadata.namespace") },
+        { "name": "NSM_SERVICE_NAME", "value": SIGNER.0 },
+        { "name": "NSM_LISTEN_ON", "value": ":8443" },
+        { "name": "NSM_INTROSPECT_DIR", "value": "" },
+    ]);
+    let container = json!({
+        "name": "identity",
+        "image": settings.image("nsm"),
+        "imagePullPolicy": settings.pull_policy,
+        "args": ["identity", "signer"],
+        "env": env,
+        "ports": [{ "name": "https", "containerPort": 8443 }],
+        "securityContext": harmless(),
+        "readinessProbe": https_probe(),
+        "livenessProbe": { "tcpSocket": { "port": "https" }, "periodSeconds": 20 },
+        "resources": resources("10m", "16Mi", "128Mi"),
+    });
+    let mut pod = pod(settings, "identity", &container, vec![]);
+    pod["automountServiceAccountToken"] = json!(true);
+    let everywhere =
+        [rule("", "pods", &["list"]), rule("authentication.k8s.io", "tokenreviews", &["create"])];
+    let here = [
+        rule("", "secrets", &["create"]),
+        named(rule("", "secrets", &["get", "update"]), SIGNER.1),
+        rule("", "configmaps", &["create"]),
+        named(rule("", "configmaps", &["get", "update"]), SIGNER.2),
+    ];
+    let mut objects = vec![account(settings, "identity")];
+    objects.extend(cluster_role(settings, "identity", &everywhere));
+    objects.extend(role(settings, "identity", &here));
+    objects.extend([
+        service(settings, SIGNER.0, "identity", &[("https", 443, "https")]),
+        deployment(settings, "identity", 2, &pod),
+        disruption(settings, "identity"),
+    ]);
+    if settings.network_policies {
+        objects.push(network_policy(settings, "identity", "https"));
+    }
+    objects
+}
+
+/// Tells the pods of a node who they are. Its tokens are mounted into this container only.
+fn agent(settings: &Settings) -> Value {
+    let env = json!([
+        { "name": "NSM_LOG_LEVEL", "value": settings.log_level },
+        { "name": "NSM_NAMESPACE", "valueFrom": field("metadata.namespace") },
+        { "name": "POD_UID", "valueFrom": field("metadata.uid") },
+        { "name": "NSM_IDENTITY_SIGNER", "value": format!("{}.{}.svc:443", SIGNER.0, settings.namespace) },
+        { "name": "NSM_IDENTITY_SOCKET", "value": format!("{IDENTITY}/{}", settings.identity_socket.1) },
+        { "name": "NSM_INTROSPECT_DIR", "value": "" },
+    ]);
+    json!({
+        "name": "identity",
+        "image": settings.image("nsm"),
+        "imagePullPolicy": settings.pull_policy,
+        "args": ["identity", "agent"],
+        "env": env,
+        // Makes a socket in a directory of root's, and reads what everybody may.
+        "securityContext": {
+            "allowPrivilegeEscalation": false,
+            "capabilities": { "drop": ["ALL"] },
+            "readOnlyRootFilesystem": true,
+            "runAsUser": 0,
+            "seccompProfile": { "type": "RuntimeDefault" },
+        },
+        "resources": resources("10m", "16Mi", "128Mi"),
+        "volumeMounts": [
+            mount("identity", IDENTITY, false),
+            mount("identity-token", TOKEN, true),
+            mount("api", "/var/run/secrets/kubernetes.io/serviceaccount", true),
+        ],
+    })
+}
+
+fn agent_volumes() -> [Value; 2] {
+    // Bound to the pod, and by it to the node.
+    let token = |audience: Option<&str>| {
+        let mut token = json!({ "path": "token", "expirationSeconds": 3600 });
+        if let Some(audience) = audience {
+            token["audience"] = json!(audience);
+        }
+        json!({ "serviceAccountToken": token })
+    };
+    let trust = json!({ "configMap": { "name": "kube-root-ca.crt", "items": [{ "key": "ca.crt", "path": "ca.crt" }] } });
+    let namespace = json!({ "downwardAPI": { "items": [{ "path": "namespace", "fieldRef": { "fieldPath": "metadata.namespace" } }] } });
+    [
+        json!({ "name": "identity-token", "projected": { "sources": [token(Some("nsm-identity"))] } }),
+        json!({ "name": "api", "projected": { "sources": [token(None), trust, namespace] } }),
+    ]
+}
+
 /// The directory.
 fn registry(settings: &Settings) -> Vec<Value> {
     let (store, replicas) = match settings.store {
@@ -86,7 +189,7 @@ fn registry(settings: &Settings) -> Vec<Value> {
         "volumeMounts": [mount("identity", IDENTITY, true)],
     });
     let needs_api = settings.store == Store::Kubernetes;
-    let mut pod = pod(settings, "registry", &container, vec![host("identity", IDENTITY, "Directory")]);
+    let mut pod = pod(settings, "registry", &container, vec![identity_volume(settings)]);
     pod["automountServiceAccountToken"] = json!(needs_api);
     let mut objects = vec![account(settings, "registry")];
     if needs_api {
@@ -147,12 +250,21 @@ fn node(settings: &Settings) -> Vec<Value> {
             mount("run", RUN, false),
         ],
     });
-    let volumes = vec![
-        host("identity", IDENTITY, "Directory"),
+    let mut volumes = vec![
+        identity_volume(settings),
         host("sockets", SOCKETS, "DirectoryOrCreate"),
         host("run", RUN, "DirectoryOrCreate"),
     ];
+    let mut objects = vec![account(settings, "node")];
+    let builtin = settings.identity == Identity::Builtin;
+    if builtin {
+        volumes.extend(agent_volumes());
+        objects.extend(role(settings, "node", &[named(rule("", "configmaps", &["get"]), SIGNER.2)]));
+    }
     let mut pod = pod(settings, "node", &container, volumes);
+    if builtin {
+        pod["containers"] = json!([container, agent(settings)]);
+    }
     // Tunnels end at the node's address; workloads are told apart by their processes.
     pod["hostNetwork"] = json!(true);
     pod["hostPID"] = json!(true);
@@ -170,7 +282,8 @@ fn node(settings: &Settings) -> Vec<Value> {
             "updateStrategy": { "type": "RollingUpdate", "rollingUpdate": { "maxUnavailable": "25%" } },
         },
     });
-    vec![account(settings, "node"), daemons]
+    objects.push(daemons);
+    objects
 }
 
 /// What annotated pods are looked at by.
@@ -185,13 +298,13 @@ fn webhook(settings: &Settings) -> Vec<Value> {
         value("NSM_LISTEN_ON", ":8443"),
         value("NSM_INTROSPECT_DIR", ""),
         value("NSM_LABELS", "spiffe.io/spiffe-id:true"),
+        value("NSM_IDENTITY_SOCKET", &format!("{}/{}", settings.identity_socket.0, settings.identity_socket.1)),
         value("NSM_INIT_CONTAINER_IMAGES", &settings.image("cmd-nsc-init")),
         value("NSM_CONTAINER_IMAGES", &settings.image("cmd-nsc")),
         value("NSM_SIDECAR_REQUESTS_CPU", "10m"),
         value("NSM_SIDECAR_REQUESTS_MEMORY", "16Mi"),
         value("NSM_SIDECAR_LIMITS_MEMORY", "64Mi"),
     ]);
-    let ready = json!({ "path": "/ready", "port": "https", "scheme": "HTTPS" });
     let container = json!({
         "name": "webhook",
         "image": settings.image("nsm"),
@@ -200,7 +313,7 @@ fn webhook(settings: &Settings) -> Vec<Value> {
         "env": env,
         "ports": [{ "name": "https", "containerPort": 8443 }],
         "securityContext": harmless(),
-        "readinessProbe": { "httpGet": ready, "periodSeconds": 2 },
+        "readinessProbe": https_probe(),
         "livenessProbe": { "tcpSocket": { "port": "https" }, "periodSeconds": 20 },
         // API servers learn a moment late that it is gone.
         "lifecycle": { "preStop": { "sleep": { "seconds": 3 } } },
@@ -208,11 +321,6 @@ fn webhook(settings: &Settings) -> Vec<Value> {
     });
     let mut pod = pod(settings, "webhook", &container, vec![]);
     pod["automountServiceAccountToken"] = json!(true);
-    let rule = |group: &str, resource: &str, verbs: &[&str]| json!({ "apiGroups": [group], "resources": [resource], "verbs": verbs });
-    let named = |mut rule: Value, name: &str| {
-        rule["resourceNames"] = json!([name]);
-        rule
-    };
     let (group, kind) = ("admissionregistration.k8s.io", "mutatingwebhookconfigurations");
     let everywhere = [
         rule("", "namespaces", &["get", "list"]),
@@ -250,6 +358,26 @@ fn webhook(settings: &Settings) -> Vec<Value> {
     objects
 }
 
+fn rule(group: &str, resource: &str, verbs: &[&str]) -> Value {
+    json!({ "apiGroups": [group], "resources": [resource], "verbs": verbs })
+}
+
+/// For the one object of this name only.
+fn named(mut rule: Value, name: &str) -> Value {
+    rule["resourceNames"] = json!([name]);
+    rule
+}
+
+fn https_probe() -> Value {
+    json!({ "httpGet": { "path": "/ready", "port": "https", "scheme": "HTTPS" }, "periodSeconds": 2 })
+}
+
+/// Where identities come from, on the node. Where that is not ours, pods wait until it is there.
+fn identity_volume(settings: &Settings) -> Value {
+    let kind = if settings.identity == Identity::Builtin { "DirectoryOrCreate" } else { "Directory" };
+    host("identity", &settings.identity_socket.0, kind)
+}
+
 /// Labels by which the pods of a part are found.
 fn labels(part: &str) -> Value {
     json!({ "app.kubernetes.io/name": "nsm", "app.kubernetes.io/component": part })
@@ -274,7 +402,7 @@ fn host(name: &str, path: &str, kind: &str) -> Value {
 fn identity_env(settings: &Settings) -> Vec<Value> {
     vec![
         json!({ "name": "NSM_LOG_LEVEL", "value": settings.log_level }),
-        json!({ "name": "SPIFFE_ENDPOINT_SOCKET", "value": format!("unix://{IDENTITY}/agent.sock") }),
+        json!({ "name": "SPIFFE_ENDPOINT_SOCKET", "value": format!("unix://{IDENTITY}/{}", settings.identity_socket.1) }),
         json!({ "name": "POD_NAME", "valueFrom": field("metadata.name") }),
     ]
 }

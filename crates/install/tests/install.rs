@@ -10,7 +10,7 @@ use std::{
 };
 
 use nsm_cluster::api_server;
-use nsm_install::{InstallError, Settings, Store, chart, manifest, objects::objects, removal};
+use nsm_install::{Identity, InstallError, Settings, Store, chart, manifest, objects::objects, removal};
 use serde_json::Value;
 
 fn until(what: &str, mut holds: impl FnMut() -> bool) {
@@ -24,8 +24,10 @@ fn until(what: &str, mut holds: impl FnMut() -> bool) {
 fn every_choice() -> Vec<Settings> {
     let mut all = Vec::new();
     for store in [Store::Memory, Store::Kubernetes] {
-        for (webhook, network_policies) in [(false, false), (false, true), (true, false), (true, true)] {
-            all.push(Settings { store, webhook, network_policies, ..Settings::default() });
+        for identity in [Identity::Spire, Identity::Builtin] {
+            for (webhook, network_policies) in [(false, false), (false, true), (true, false), (true, true)] {
+                all.push(Settings { store, identity, webhook, network_policies, ..Settings::default() });
+            }
         }
     }
     all
@@ -56,6 +58,7 @@ fn each_flag_does_what_it_says() {
         "Namespace nsm-system",
         "PriorityClass nsm-system",
         "DaemonSet nsm-node",
+        "Deployment nsm-identity",
         "Deployment nsm-registry",
         "Deployment nsm-webhook",
         "MutatingWebhookConfiguration nsm-mutating-webhook",
@@ -73,6 +76,12 @@ fn each_flag_does_what_it_says() {
     };
     assert!(!without(|s| s.webhook = false).keys().any(|key| key.contains("webhook")));
     assert!(!without(|s| s.network_policies = false).keys().any(|key| key.contains("NetworkPolicy")));
+    let spire = without(|s| s.identity = Identity::Spire);
+    assert!(!spire.keys().any(|key| key.contains("identity")) && !has(&spire, "Role nsm-node"));
+    assert_eq!(
+        spire["DaemonSet nsm-node"]["spec"]["template"]["spec"]["containers"].as_array().unwrap().len(),
+        1
+    );
     let memory = without(|s| s.store = Store::Memory);
     assert_eq!(memory["Deployment nsm-registry"]["spec"]["replicas"], 1);
     assert!(!has(&memory, "ClusterRole nsm-system-registry"), "it talks to no API server");
@@ -84,6 +93,8 @@ fn each_flag_does_what_it_says() {
         tag: "v1".into(),
         pull_policy: "Never".into(),
         log_level: "debug".into(),
+        trust_domain: "mesh.example".into(),
+        identity_socket: ("/run/other".into(), "api.sock".into()),
         ..Settings::default()
     })
     .unwrap();
@@ -91,11 +102,17 @@ fn each_flag_does_what_it_says() {
         !told.contains("nsm-system") && !told.contains(":dev") && !told.contains("IfNotPresent"),
         "{told}"
     );
-    assert_eq!(told.matches("image: registry.example/a/nsm:v1").count(), 3);
+    assert_eq!(told.matches("image: registry.example/a/nsm:v1").count(), 5);
     assert!(
         told.contains("registry.example/a/cmd-nsc-init:v1") && told.contains("tcp://registry.mesh.svc:5002")
     );
-    assert_eq!(told.matches("value: debug").count(), 3);
+    assert_eq!(told.matches("value: debug").count(), 5);
+    assert!(told.contains("value: mesh.example") && told.contains("nsm-identity.mesh.svc:443"));
+    // On the node it is elsewhere, in pods where it always is.
+    assert_eq!(told.matches("path: /run/other\n").count(), 2);
+    assert!(
+        told.contains("unix:///run/spire/sockets/api.sock") && told.contains("value: /run/other/api.sock")
+    );
     let tunnels = |underlay: &str| {
         let all = by_key(&Settings { underlay: underlay.into(), ..Settings::default() });
         let env = all["DaemonSet nsm-node"]["spec"]["template"]["spec"]["containers"][0]["env"].clone();
@@ -110,7 +127,9 @@ fn each_flag_does_what_it_says() {
 #[test]
 fn what_no_cluster_takes_is_refused() {
     type Change = fn(&mut Settings);
-    let cases: [(Change, &str); 7] = [
+    let cases: [(Change, &str); 9] = [
+        (|s| s.trust_domain = "K8s".into(), "a trust domain has only lower-case letters"),
+        (|s| s.identity_socket.0 = "run".into(), "\"run/agent.sock\" is no path of a socket"),
         (|s| s.underlay = "eth0".into(), "\"eth0\" is no prefix; expected ADDRESS/LENGTH"),
         (|s| s.namespace = "Mesh".into(), "\"Mesh\" is no namespace; expected at most 63 lower-case"),
         (|s| s.namespace = String::new(), "\"\" is no namespace"),
@@ -142,18 +161,21 @@ fn nothing_refers_to_what_is_not_there() {
             let named = |kind: &str, name: &Value| format!("{kind} {}", name.as_str().unwrap());
             assert!(all.contains_key(&named("ServiceAccount", &pod["spec"]["serviceAccountName"])), "{key}");
             assert!(all.contains_key(&named("PriorityClass", &pod["spec"]["priorityClassName"])), "{key}");
-            let container = &pod["spec"]["containers"][0];
-            for wanted in [&container["resources"]["requests"]["memory"], &container["readinessProbe"]] {
-                assert!(!wanted.is_null(), "{key}");
-            }
             let volumes = pod["spec"]["volumes"].as_array().unwrap();
-            for mount in container["volumeMounts"].as_array().into_iter().flatten() {
-                assert!(volumes.iter().any(|volume| volume["name"] == mount["name"]), "{key} {mount}");
+            let containers = pod["spec"]["containers"].as_array().unwrap();
+            assert!(!containers[0]["readinessProbe"].is_null(), "{key}");
+            for container in containers {
+                assert!(!container["resources"]["requests"]["memory"].is_null(), "{key}");
+                for mount in container["volumeMounts"].as_array().into_iter().flatten() {
+                    assert!(volumes.iter().any(|volume| volume["name"] == mount["name"]), "{key} {mount}");
+                }
+                // Only what enters other pods may more than talk.
+                let security = &container["securityContext"];
+                let makes_wires = key == "DaemonSet nsm-node" && container["name"] == "node";
+                assert_eq!(security["privileged"] == true, makes_wires);
+                assert_eq!(security["capabilities"]["drop"][0] == "ALL", !makes_wires);
+                assert_eq!(security["readOnlyRootFilesystem"], true);
             }
-            // Only what enters other pods may more than talk.
-            let privileged = container["securityContext"]["privileged"] == true;
-            assert_eq!(privileged, key == "DaemonSet nsm-node");
-            assert_eq!(container["securityContext"]["readOnlyRootFilesystem"], true);
         }
         for (key, object) in &all {
             let selector = match object["kind"].as_str().unwrap() {
@@ -212,7 +234,10 @@ fn render(template: &str, values: &BTreeMap<&str, String>) -> String {
         } else if shown {
             let underlay =
                 Some(values["underlay"].as_str()).filter(|text| !text.is_empty()).unwrap_or("$(NODE_IP)");
+            let (directory, file) = values["identitySocket"].rsplit_once('/').unwrap();
             let line = line.replace("{{ .Values.underlay | default `$(NODE_IP)` }}", underlay);
+            let line = line.replace("{{ dir .Values.identitySocket }}", directory);
+            let line = line.replace("{{ base .Values.identitySocket }}", file);
             let replaced = values
                 .iter()
                 .fold(line, |line, (name, value)| line.replace(&format!("{{{{ .Values.{name} }}}}"), value));
@@ -235,6 +260,9 @@ fn chart_and_base_are_the_manifest() {
             ("images", settings.images.clone()),
             ("tag", settings.tag.clone()),
             ("pullPolicy", settings.pull_policy.clone()),
+            ("trustDomain", settings.trust_domain.clone()),
+            ("identity", if settings.identity == Identity::Spire { "spire" } else { "builtin" }.to_owned()),
+            ("identitySocket", format!("{}/{}", settings.identity_socket.0, settings.identity_socket.1)),
             ("logLevel", settings.log_level.clone()),
             ("underlay", settings.underlay.clone()),
             ("store", store.to_owned()),
@@ -250,6 +278,7 @@ fn chart_and_base_are_the_manifest() {
     // The values that it comes with are the settings that it was made of.
     let values: Value = serde_saphyr::from_str(&chart["values.yaml"]).unwrap();
     assert_eq!((&values["namespace"], &values["tag"]), (&"nsm-system".into(), &"dev".into()));
+    assert_eq!((&values["identity"], &values["trustDomain"]), (&"builtin".into(), &"k8s.nsm".into()));
     assert_eq!((&values["store"], &values["webhook"]), (&"kubernetes".into(), &true.into()));
 }
 

@@ -2,9 +2,10 @@
 //!
 //! [`crd`] are the two resources of `networkservicemesh.io/v1` as they are installed, [`resource`] what stands in them
 //! and what it means in the protocol's terms. [`cluster`] is the API server, [`objects`] the same for those who take
-//! objects as they are, and [`keeper`] keeps in these resources what is registered: any number of registries may do so
+//! objects as they are, [`authorities`] what signs certificates and is kept there, and [`keeper`] keeps in these resources what is registered: any number of registries may do so
 //! side by side, upstream's among them.
 
+pub mod authorities;
 pub mod cluster;
 pub mod convert;
 pub mod crd;

@@ -1,20 +1,26 @@
 //! An API server, asked for objects as they are: JSON. For whoever needs few fields of them and shall keep the rest.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use http::{Method, Request};
-use kube::Client;
+use kube::{
+    Client,
+    config::{KubeConfigOptions, Kubeconfig},
+};
 use serde_json::Value;
 use tokio::time::timeout;
+use tracing::info;
 
 /// How long one question may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What the API server did not do.
 #[derive(Debug, thiserror::Error)]
-#[error("the API server did not {what}: {source}")]
+#[error("the API server did not {what}: {source}{}", self.rule())]
 pub struct ApiError {
     what: String,
+    /// Of RBAC, that lets us.
+    rule: String,
     source: Failed,
 }
 
@@ -25,6 +31,8 @@ enum Failed {
     Api(#[from] Box<kube::Error>),
     #[error("no answer in {} s", PATIENCE.as_secs())]
     Late,
+    #[error("others changed it each time it was to be written")]
+    Contended,
 }
 
 impl ApiError {
@@ -36,7 +44,14 @@ impl ApiError {
                 kube::Error::Api(status) => Some(status.code),
                 _ => None,
             },
-            Failed::Late => None,
+            Failed::Late | Failed::Contended => None,
+        }
+    }
+
+    fn rule(&self) -> String {
+        match self.code() {
+            Some(403) => format!("; its role needs the rule {}", self.rule),
+            _ => String::new(),
         }
     }
 
@@ -74,12 +89,36 @@ impl Objects {
         Client::try_from(config).map(Self).map_err(|e| NoCluster(e.to_string()))
     }
 
+    /// The one of this kubeconfig.
+    ///
+    /// # Errors
+    /// It cannot be used.
+    pub async fn of(kubeconfig: &Path) -> Result<Self, NoCluster> {
+        let config = async {
+            let read = Kubeconfig::read_from(kubeconfig).map_err(|e| NoCluster(e.to_string()))?;
+            let config = kube::Config::from_custom_kubeconfig(read, &KubeConfigOptions::default()).await;
+            config.map_err(|e| NoCluster(e.to_string()))
+        };
+        Client::try_from(config.await?).map(Self).map_err(|e| NoCluster(e.to_string()))
+    }
+
     /// What stands at a path. `what` is for errors: "the API server did not tell of …".
     ///
     /// # Errors
     /// It is not there, or not told.
     pub async fn get(&self, what: &str, path: &str) -> Result<Value, ApiError> {
         self.ask(format!("tell of {what}"), Method::GET, path, None).await
+    }
+
+    /// The metadata of the objects at a path, without the rest of them.
+    ///
+    /// # Errors
+    /// They are not told.
+    pub async fn metadata(&self, what: &str, path: &str) -> Result<Vec<Value>, ApiError> {
+        let accept = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1";
+        let request = Request::builder().method(Method::GET).uri(path).header("accept", accept);
+        let mut list = self.send(format!("tell of {what}"), request, Vec::new()).await?;
+        Ok(list["items"].as_array_mut().map(std::mem::take).unwrap_or_default())
     }
 
     /// What stands at a path, if something does.
@@ -110,6 +149,42 @@ impl Objects {
         self.ask(format!("change {what}"), Method::PUT, path, Some(object)).await
     }
 
+    /// Sees to it that the object of this name in the collection at a path is as it should be. `wanted` says what shall
+    /// stand in the place of what is there (`None`: what is there is as it should be), and is asked again where somebody
+    /// else was faster: of several who keep the same, none undoes what another did.
+    ///
+    /// # Errors
+    /// The API server does not let us, or others write all the time; what `wanted` says.
+    pub async fn keep<T, E: From<ApiError>>(
+        &self,
+        what: &str,
+        collection: &str,
+        name: &str,
+        mut wanted: impl FnMut(Option<Value>) -> Result<(T, Option<Value>), E>,
+    ) -> Result<T, E> {
+        let path = format!("{collection}/{name}");
+        for _ in 0..5 {
+            let found = self.find(what, &path).await?;
+            let there = found.is_some();
+            let (kept, object) = wanted(found)?;
+            let Some(object) = object else { return Ok(kept) };
+            let wrote = match there {
+                true => self.replace(what, &path, &object).await,
+                false => self.create(what, collection, &object).await,
+            };
+            match wrote {
+                Ok(_) => {
+                    info!(what, "written");
+                    return Ok(kept);
+                }
+                Err(error) if error.is_conflict() => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let what = format!("keep {what}");
+        Err(ApiError { what, rule: String::new(), source: Failed::Contended }.into())
+    }
+
     async fn ask(
         &self,
         what: String,
@@ -117,12 +192,25 @@ impl Objects {
         path: &str,
         body: Option<&Value>,
     ) -> Result<Value, ApiError> {
-        let failed = |source| ApiError { what, source };
         let mut request = Request::builder().method(method).uri(path);
         if body.is_some() {
             request = request.header("content-type", "application/json");
         }
         let body = body.map(|body| body.to_string().into_bytes()).unwrap_or_default();
+        self.send(what, request, body).await
+    }
+
+    async fn send(
+        &self,
+        what: String,
+        request: http::request::Builder,
+        body: Vec<u8>,
+    ) -> Result<Value, ApiError> {
+        let rule = match (request.method_ref(), request.uri_ref()) {
+            (Some(method), Some(uri)) => rule(method, uri.path()),
+            _ => String::new(),
+        };
+        let failed = |source| ApiError { what, rule, source };
         let request = match request.body(body) {
             Ok(request) => request,
             Err(error) => return Err(failed(Box::new(kube::Error::HttpError(error)).into())),
@@ -133,6 +221,30 @@ impl Objects {
             Err(_) => Err(failed(Failed::Late)),
         }
     }
+}
+
+/// The rule of RBAC that allows a call.
+fn rule(method: &Method, path: &str) -> String {
+    let mut parts = path.trim_matches('/').split('/');
+    let group = match parts.next() {
+        Some("apis") => parts.next().unwrap_or_default(),
+        _ => "",
+    };
+    let mut parts = parts.skip(1).peekable();
+    // What is below a namespace; the namespace itself is a resource, too.
+    let (resource, named) = match (parts.next().unwrap_or_default(), parts.next()) {
+        ("namespaces", Some(_)) if parts.peek().is_some() => {
+            (parts.next().unwrap_or_default(), parts.next().is_some())
+        }
+        (resource, name) => (resource, name.is_some()),
+    };
+    let verb = match (method.as_str(), named) {
+        ("GET", true) => "get",
+        ("GET", false) => "list",
+        ("POST", _) => "create",
+        _ => "update",
+    };
+    format!("{{apiGroups: [{group:?}], resources: [{resource}], verbs: [{verb}]}}")
 }
 
 /// A name as it stands in a path or a query.
@@ -147,6 +259,40 @@ pub fn escaped(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_rule_that_allows_a_call_is_known() {
+        for (method, path, says) in [
+            (
+                Method::GET,
+                "/api/v1/namespaces/a/secrets/b",
+                r#"{apiGroups: [""], resources: [secrets], verbs: [get]}"#,
+            ),
+            (
+                Method::POST,
+                "/api/v1/namespaces/a/secrets",
+                r#"{apiGroups: [""], resources: [secrets], verbs: [create]}"#,
+            ),
+            (Method::GET, "/api/v1/pods", r#"{apiGroups: [""], resources: [pods], verbs: [list]}"#),
+            (
+                Method::GET,
+                "/api/v1/namespaces/a",
+                r#"{apiGroups: [""], resources: [namespaces], verbs: [get]}"#,
+            ),
+            (
+                Method::PUT,
+                "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations/x",
+                r#"{apiGroups: ["admissionregistration.k8s.io"], resources: [mutatingwebhookconfigurations], verbs: [update]}"#,
+            ),
+            (
+                Method::POST,
+                "/apis/authentication.k8s.io/v1/tokenreviews",
+                r#"{apiGroups: ["authentication.k8s.io"], resources: [tokenreviews], verbs: [create]}"#,
+            ),
+        ] {
+            assert_eq!(rule(&method, path), says);
+        }
+    }
 
     #[test]
     fn names_are_names_in_paths() {

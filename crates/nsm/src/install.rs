@@ -8,11 +8,13 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use clap::{Args, ValueEnum};
-use nsm_install::{Settings, Store, chart, manifest, removal};
+use nsm_install::{Identity, Settings, Store, chart, manifest, removal};
+use nsm_webhook::settings::SocketPath;
 
 /// Prints what makes a Kubernetes cluster a mesh: nsm install | kubectl apply -f -
 ///
-/// Identities come from SPIRE, whose agent serves them at /run/spire/sockets/agent.sock of each node.
+/// Identities are the mesh's own: a signer in the cluster has the key, an agent on each node tells pods who they are. With
+/// --identity spire they come from SPIRE, which is there already.
 ///
 /// Example: nsm install --images registry.example/mesh/ --tag v0.1.0 | kubectl apply -f -
 #[derive(Debug, Args)]
@@ -52,6 +54,14 @@ enum Kept {
     Kubernetes,
 }
 
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Who {
+    /// An agent on each node and a signer, which are installed
+    Builtin,
+    /// SPIRE, or whatever else serves --identity-socket on each node
+    Spire,
+}
+
 #[derive(Debug, Args)]
 struct What {
     /// Where everything lives
@@ -66,6 +76,15 @@ struct What {
     /// When nodes pull images
     #[arg(long, default_value = "IfNotPresent", value_parser = ["Always", "IfNotPresent", "Never"])]
     pull_policy: String,
+    /// Identities are spiffe://TRUST_DOMAIN/ns/NAMESPACE/pod/NAME; for SPIRE it is its own that counts
+    #[arg(long, default_value = "k8s.nsm")]
+    trust_domain: String,
+    /// Who tells processes who they are
+    #[arg(long, value_enum, default_value = "builtin")]
+    identity: Who,
+    /// The socket on each node where that is said (SPIFFE Workload API)
+    #[arg(long, default_value = "/run/spire/sockets/agent.sock", value_name = "FILE")]
+    identity_socket: SocketPath,
     /// What processes log: off, error, warn, info, debug or trace
     #[arg(long = "mesh-log-level", default_value = "info", value_name = "LEVEL")]
     log_level: String,
@@ -93,6 +112,12 @@ impl What {
             images: self.images,
             tag: self.tag,
             pull_policy: self.pull_policy,
+            trust_domain: self.trust_domain,
+            identity: match self.identity {
+                Who::Builtin => Identity::Builtin,
+                Who::Spire => Identity::Spire,
+            },
+            identity_socket: (self.identity_socket.directory, self.identity_socket.file),
             log_level: self.log_level,
             underlay: self.underlay,
             store: match self.store {

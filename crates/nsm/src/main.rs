@@ -5,6 +5,7 @@ mod bench;
 mod common;
 mod convert;
 mod guard;
+mod identity;
 mod install;
 mod lab;
 mod operate;
@@ -50,7 +51,7 @@ enum Nsm {
     Firewall(roles::Firewall),
     Passthrough(roles::Passthrough),
     Ipam(roles::Ipam),
-    Identity(roles::Identity),
+    Identity(identity::Identity),
     Webhook(webhook::Webhook),
     Probe(probe::Probe),
     Install(install::Install),
@@ -84,7 +85,7 @@ fn main() -> ExitCode {
             common::run(&role.common.clone(), "passthrough", &role.name(), role.serve())
         }
         Nsm::Ipam(role) => common::run(&role.common.clone(), "ipam", &role.name(), role.serve()),
-        Nsm::Identity(role) => common::run(&role.common.clone(), "identity", &role.name(), role.serve()),
+        Nsm::Identity(role) => common::run(&role.common().clone(), "identity", &role.name(), role.serve()),
         Nsm::Webhook(role) => common::run(&role.common.clone(), "webhook", &role.name(), role.serve()),
         Nsm::Probe(probe) => probe.run(),
         Nsm::Install(install) => install.run(),

@@ -24,7 +24,6 @@ use nsm_sdk::{
     provides::{DnsConfigs, PolicyRoutes},
 };
 use nsm_transport::{DialUrl, ListenUrl, Pool, PoolConfig};
-use tokio::signal::unix::{SignalKind, signal};
 
 use crate::common::{
     Common, Measured, Process, Shutdown, Tokens, address_or_prefix, duration, label, positive_duration,
@@ -853,50 +852,6 @@ impl Passthrough {
             shutdown.wait(),
         )
         .await?;
-        Ok(())
-    }
-}
-
-/// A small certificate authority: tells every process who it is (SPIFFE Workload API)
-///
-/// Callers are attested by what the kernel says of them: network namespace, user, executable, cgroup, process. The
-/// configuration maps that to SPIFFE IDs; it is read again when it changes.
-#[derive(Debug, Args)]
-#[command(after_long_help = "Example configuration:
-
-  trustDomain: example.org
-  sockets:
-  - {path: /run/nsm/identity.sock, node: node1}
-  entries:
-  - spiffeId: spiffe://example.org/client
-    selectors: {netns: client, uid: 1000}")]
-pub(crate) struct Identity {
-    /// YAML: trustDomain, svidTtl, stateDir, sockets (path, node), entries (spiffeId, node, selectors)
-    #[arg(long, env = "NSM_IDENTITY_CONFIG", value_name = "FILE")]
-    config: PathBuf,
-    #[command(flatten)]
-    pub(crate) common: Common,
-}
-
-impl Identity {
-    #[expect(clippy::unused_self, reason = "as the other roles")]
-    pub(crate) fn name(&self) -> String {
-        "identity".into()
-    }
-
-    pub(crate) async fn serve(self) -> Result<()> {
-        let process = self.common.process();
-        let shutdown = Shutdown::on([SignalKind::interrupt(), SignalKind::terminate(), SignalKind::quit()])?;
-        let mut hangups = signal(SignalKind::hangup()).context("signals cannot be caught")?;
-        let ca = nsm_identity::ca::Ca::start(&self.config)?;
-        let reloader = ca.reloader();
-        tokio::spawn(async move {
-            while hangups.recv().await.is_some() {
-                reloader.reload();
-            }
-        });
-        process.ready();
-        ca.serve(shutdown.wait()).await?;
         Ok(())
     }
 }

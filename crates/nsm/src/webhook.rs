@@ -4,12 +4,13 @@ use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
+use nsm_transport::https::Shown;
 use nsm_webhook::{
     cluster::Cluster,
     configuration::{Configuration, Reach},
     keeper::{Found, Keeper, Origin},
-    server::{Hook, Shown, serve},
-    settings::{Annotation, Program, Quantity, Resources, Settings, Variable},
+    server::{Hook, serve},
+    settings::{Annotation, Program, Quantity, Resources, Settings, SocketPath, Variable},
 };
 use tokio::{net::TcpListener, time::sleep};
 
@@ -55,6 +56,14 @@ pub(crate) struct Webhook {
     /// What runs beside them
     #[arg(long, env = "NSM_CONTAINER_IMAGES", value_delimiter = ',', value_name = "[NAME=]IMAGE")]
     container_images: Vec<Program>,
+    /// Where nodes have the socket of the SPIFFE Workload API; pods see it in /run/spire/sockets
+    #[arg(
+        long,
+        env = "NSM_IDENTITY_SOCKET",
+        default_value = "/run/spire/sockets/agent.sock",
+        value_name = "FILE"
+    )]
+    identity_socket: SocketPath,
     /// Further variables of these containers, NAME=VALUE, several separated by commas
     #[arg(long, env = "NSM_ENVS", value_delimiter = ',', value_name = "NAME=VALUE")]
     envs: Vec<Variable>,
@@ -196,6 +205,7 @@ impl Webhook {
             },
             native_sidecars: self.native_sidecars == "true",
             reject_malformed: self.reject_malformed,
+            identity_socket: self.identity_socket.clone(),
         }
     }
 

@@ -266,7 +266,7 @@ fn every_server_has_bounds() {
         servers,
         [
             "forwarder/src/serve.rs",
-            "identity/src/ca.rs",
+            "identity/src/ca/workload.rs",
             "manager/src/lib.rs",
             "mesh/src/inspect.rs",
             "registry/src/server.rs",

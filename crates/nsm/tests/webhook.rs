@@ -13,7 +13,7 @@ use std::{
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use nsm_cluster::{ApiServer, api_server};
-use nsm_webhook::authority::Authorities;
+use nsm_identity::ca::rotation::Authorities;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -341,7 +341,7 @@ fn an_expired_authority_is_replaced() {
     };
     let renewed = kept(&ring);
     assert!(!renewed.contains(&expired.bundle()), "what has ended is not trusted any more");
-    assert!(ring.log().contains("the authorities of the webhook were renewed"), "{}", ring.log());
+    assert!(ring.log().contains("the Secret nsm-system/nsm-webhook-authorities"), "{}", ring.log());
 
     // What is damaged too, while it runs.
     ring.server.apply(&secret("nonsense"));

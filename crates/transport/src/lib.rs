@@ -39,6 +39,7 @@ mod deadline;
 mod delivery;
 mod fd;
 mod guard;
+pub mod https;
 mod peer;
 mod pool;
 mod reflection;

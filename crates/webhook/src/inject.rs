@@ -11,7 +11,7 @@ use crate::{
     settings::{Program, Settings},
 };
 
-/// Where the SPIFFE Workload API is, on nodes and in pods.
+/// Where the SPIFFE Workload API is in pods.
 const IDENTITY: (&str, &str) = ("spire-agent-socket", "/run/spire/sockets");
 /// Where the manager of the node is, on nodes and in pods.
 const MANAGER: (&str, &str) = ("nsm-socket", "/var/lib/networkservicemesh");
@@ -257,7 +257,7 @@ impl Subject<'_> {
             return Verdict::Patched(vec![self.merge(&["metadata", "annotations"], ours)]);
         }
 
-        let (volumes, mounts, added) = volumes(existing("volumes"), security);
+        let (volumes, mounts, added) = volumes(settings, existing("volumes"), security);
         let env = self.environment(settings, wanted, unique);
         let container = |program: &Program| {
             let mut container = json!({
@@ -327,7 +327,7 @@ impl Subject<'_> {
         let metadata = &self.object["metadata"];
         let generated = metadata["generateName"].as_str().is_some_and(|name| !name.is_empty());
         let name = if generated { "$(POD_NAME)".into() } else { format!("$(POD_NAME)-{unique}") };
-        let endpoint = format!("unix://{}/agent.sock", IDENTITY.1);
+        let endpoint = format!("unix://{}/{}", IDENTITY.1, settings.identity_socket.file);
         let mut env: Vec<_> = settings.envs.iter().map(|given| variable(&given.name, &given.value)).collect();
         env.extend([
             variable("SPIFFE_ENDPOINT_SOCKET", &endpoint),
@@ -364,16 +364,17 @@ impl Subject<'_> {
 
 /// All volumes, where ours are mounted, and how many are new. A volume that is the same is used as it is; one that only
 /// has the name keeps it.
-fn volumes(mut all: Vec<Value>, security: Security) -> (Vec<Value>, Vec<Value>, usize) {
+fn volumes(settings: &Settings, mut all: Vec<Value>, security: Security) -> (Vec<Value>, Vec<Value>, usize) {
     let before = all.len();
     let mut mounts = Vec::new();
-    for (((name, path), driver), read_only) in
-        [IDENTITY, MANAGER].into_iter().zip(["csi.spiffe.io", "csi.networkservicemesh.io"]).zip([true, true])
-    {
+    for ((name, path), on_node, driver) in [
+        (IDENTITY, settings.identity_socket.directory.as_str(), "csi.spiffe.io"),
+        (MANAGER, MANAGER.1, "csi.networkservicemesh.io"),
+    ] {
         let source = match security {
-            Security::Privileged => ("hostPath", json!({ "path": path, "type": "Directory" })),
+            Security::Privileged => ("hostPath", json!({ "path": on_node, "type": "Directory" })),
             Security::Baseline | Security::Restricted => {
-                ("csi", json!({ "driver": driver, "readOnly": read_only }))
+                ("csi", json!({ "driver": driver, "readOnly": true }))
             }
         };
         let volume = |name: &str| json!({ "name": name, source.0: source.1 });
@@ -382,7 +383,7 @@ fn volumes(mut all: Vec<Value>, security: Security) -> (Vec<Value>, Vec<Value>, 
         let mut names = std::iter::once(name.to_owned()).chain(others);
         let same = |name: &String| all.contains(&volume(name));
         let Some(name) = names.find(|name| same(name) || free(name)) else { continue };
-        mounts.push(json!({ "name": name, "mountPath": path, "readOnly": read_only }));
+        mounts.push(json!({ "name": name, "mountPath": path, "readOnly": true }));
         if free(&name) {
             let volume = volume(&name);
             all.push(volume);

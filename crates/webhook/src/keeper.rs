@@ -11,30 +11,28 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use nsm_k8s::objects::ApiError;
+use nsm_identity::ca::rotation::{Authorities, AuthorityError};
+use nsm_k8s::{
+    authorities::{self, KeptError},
+    objects::ApiError,
+};
+use nsm_transport::https::Shown;
 use parking_lot::Mutex;
 use rustls::{crypto::aws_lc_rs, sign::CertifiedKey};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::{
     sync::Notify,
     time::{sleep, timeout},
 };
 use tracing::{info, warn};
 
-use crate::{
-    authority::{Authorities, AuthorityError},
-    cluster::Cluster,
-    configuration::Configuration,
-    server::Shown,
-};
+use crate::{cluster::Cluster, configuration::Configuration};
 
 /// How often all of it is looked at.
 const LOOK: Duration = Duration::from_secs(10);
 /// After a failure.
 const AGAIN: Duration = Duration::from_secs(1);
-/// The Secret's only key.
-const KEY: &str = "authorities.pem";
 const CONFIGURATIONS: &str = "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations";
 
 /// Why something is not as it should be.
@@ -64,9 +62,9 @@ pub enum KeepError {
         /// What should be in it.
         expected: &'static str,
     },
-    /// Others change the same all the time.
-    #[error("{0} was changed by others each time it was to be written")]
-    Contended(String),
+    /// The Secret.
+    #[error(transparent)]
+    Kept(#[from] KeptError),
 }
 
 /// Where certificates come from.
@@ -162,7 +160,10 @@ impl Keeper {
         self.find_owner().await?;
         match &self.origin {
             Origin::Secret { namespace, name } => {
-                let authorities = self.authorities(namespace, name, now).await?;
+                let authorities = match &self.cluster {
+                    Some(cluster) => authorities::keep(&cluster.0, namespace, name, None, now).await?,
+                    None => Authorities::new(now)?,
+                };
                 let bundle = authorities.bundle();
                 self.register(&bundle).await?;
                 if now >= *renew || bundle != *known {
@@ -186,59 +187,6 @@ impl Keeper {
             }
         }
         Ok(())
-    }
-
-    /// The authorities of the Secret, renewed and written back where that is due.
-    async fn authorities(
-        &self,
-        namespace: &str,
-        name: &str,
-        now: SystemTime,
-    ) -> Result<Authorities, KeepError> {
-        let Some(cluster) = &self.cluster else { return Ok(Authorities::new(now)?) };
-        let (what, all) =
-            (format!("the Secret {namespace}/{name}"), format!("/api/v1/namespaces/{namespace}/secrets"));
-        let path = format!("{all}/{name}");
-        for _ in 0..5 {
-            let found = cluster.0.find(&what, &path).await?;
-            let kept = found.as_ref().and_then(|secret| text(&secret["data"][KEY]));
-            let authorities = match kept.as_deref().map(Authorities::parse) {
-                Some(Ok(kept)) => match kept.renewed(now)? {
-                    None => return Ok(kept),
-                    Some(next) => next,
-                },
-                Some(Err(error)) => {
-                    warn!(%error, secret = what, "it is replaced");
-                    Authorities::new(now)?
-                }
-                None => Authorities::new(now)?,
-            };
-            let wrote = match found {
-                Some(mut secret) => {
-                    secret["data"] = json!({ KEY: base64(&authorities.pem()) });
-                    cluster.0.replace(&what, &path, &secret).await
-                }
-                None => {
-                    let secret = json!({
-                        "apiVersion": "v1",
-                        "kind": "Secret",
-                        "metadata": { "name": name, "namespace": namespace },
-                        "type": "Opaque",
-                        "data": { KEY: base64(&authorities.pem()) },
-                    });
-                    cluster.0.create(&what, &all, &secret).await
-                }
-            };
-            match wrote {
-                Ok(_) => {
-                    info!(secret = what, "the authorities of the webhook were renewed");
-                    return Ok(authorities);
-                }
-                Err(error) if error.is_conflict() => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Err(KeepError::Contended(what))
     }
 
     /// Whoever removes the namespace removes the configuration: nothing is left that would keep pods out.
@@ -266,29 +214,13 @@ impl Keeper {
         let wanted =
             Configuration { bundle: bundle.into(), annotated: annotated.clone(), ..configuration.clone() };
         let what = format!("the MutatingWebhookConfiguration {}", wanted.name);
-        let path = format!("{CONFIGURATIONS}/{}", wanted.name);
-        for _ in 0..5 {
-            let wrote = match cluster.0.find(&what, &path).await? {
-                Some(found) => match wanted.instead_of(&found) {
-                    Some(next) => cluster.0.replace(&what, &path, &next).await,
-                    None => {
-                        self.found.know(annotated);
-                        return Ok(());
-                    }
-                },
-                None => cluster.0.create(&what, CONFIGURATIONS, &wanted.object()).await,
-            };
-            match wrote {
-                Ok(_) => {
-                    info!(configuration = wanted.name, "the API server is told when to ask the webhook");
-                    self.found.know(annotated);
-                    return Ok(());
-                }
-                Err(error) if error.is_conflict() => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Err(KeepError::Contended(what))
+        let keep = |found: Option<Value>| {
+            let next = found.map_or_else(|| Some(wanted.object()), |found| wanted.instead_of(&found));
+            Ok::<_, ApiError>(((), next))
+        };
+        cluster.0.keep(&what, CONFIGURATIONS, &wanted.name, keep).await?;
+        self.found.know(annotated);
+        Ok(())
     }
 }
 
@@ -309,14 +241,4 @@ fn pair(certificate: &PathBuf, chain: &str, key: &PathBuf, key_pem: &str) -> Res
         .map_err(|e| bad(key, "the certificate's private key", e.to_string()))?;
     CertifiedKey::from_der(certificates, private, &aws_lc_rs::default_provider())
         .map_err(|e| bad(key, "the certificate's private key", e.to_string()))
-}
-
-fn text(value: &Value) -> Option<String> {
-    use base64::{Engine as _, prelude::BASE64_STANDARD};
-    String::from_utf8(BASE64_STANDARD.decode(value.as_str()?).ok()?).ok()
-}
-
-fn base64(text: &str) -> String {
-    use base64::{Engine as _, prelude::BASE64_STANDARD};
-    BASE64_STANDARD.encode(text)
 }

@@ -25,7 +25,6 @@
 //! ```
 
 pub mod annotation;
-pub mod authority;
 pub mod cluster;
 pub mod configuration;
 pub mod inject;

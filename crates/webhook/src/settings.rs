@@ -38,6 +38,11 @@ pub enum BadSetting {
          and ends with a letter or digit, for example networkservicemesh.io"
     )]
     Annotation(String),
+    /// Not where a socket can be.
+    #[error(
+        "{0:?} is no path of a socket (NSM_IDENTITY_SOCKET); expected for example /run/spire/sockets/agent.sock"
+    )]
+    Socket(String),
 }
 
 /// What pods are given.
@@ -61,6 +66,8 @@ pub struct Settings {
     pub native_sidecars: bool,
     /// A value that cannot be understood keeps its pod out, instead of a warning and a pod that does not start.
     pub reject_malformed: bool,
+    /// Where nodes have the socket of the SPIFFE Workload API.
+    pub identity_socket: SocketPath,
 }
 
 impl Default for Settings {
@@ -75,6 +82,7 @@ impl Default for Settings {
             resources: Resources::default(),
             native_sidecars: false,
             reject_malformed: false,
+            identity_socket: SocketPath::default(),
         }
     }
 }
@@ -104,6 +112,37 @@ pub struct Annotation(String);
 impl Default for Annotation {
     fn default() -> Self {
         Self("networkservicemesh.io".into())
+    }
+}
+
+/// A socket on nodes: its directory is mounted into pods.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SocketPath {
+    /// The directory.
+    pub directory: String,
+    /// The name in it.
+    pub file: String,
+}
+
+impl Default for SocketPath {
+    fn default() -> Self {
+        Self { directory: "/run/spire/sockets".into(), file: "agent.sock".into() }
+    }
+}
+
+impl FromStr for SocketPath {
+    type Err = BadSetting;
+
+    fn from_str(text: &str) -> Result<Self, BadSetting> {
+        let plain = |part: &str| !part.is_empty() && part != "." && part != "..";
+        match text.rsplit_once('/') {
+            Some((directory, file))
+                if directory.starts_with('/') && directory[1..].split('/').chain([file]).all(plain) =>
+            {
+                Ok(Self { directory: directory.into(), file: file.into() })
+            }
+            _ => Err(BadSetting::Socket(text.to_owned())),
+        }
     }
 }
 
@@ -329,6 +368,24 @@ mod tests {
         for bad in ["A", "", "=b"] {
             let error = bad.parse::<Variable>().expect_err(bad).to_string();
             assert!(error.contains("is not NAME=VALUE (NSM_ENVS)"), "{error}");
+        }
+    }
+
+    #[test]
+    fn sockets_are_files_in_directories() {
+        let path = "/run/spire/sockets/agent.sock".parse::<SocketPath>().unwrap();
+        assert_eq!(path, SocketPath::default());
+        for bad in [
+            "",
+            "agent.sock",
+            "/agent.sock",
+            "run/agent.sock",
+            "/run//agent.sock",
+            "/run/../agent.sock",
+            "/run/",
+        ] {
+            let error = bad.parse::<SocketPath>().expect_err(bad).to_string();
+            assert!(error.contains("expected for example /run/spire/sockets/agent.sock"), "{error}");
         }
     }
 

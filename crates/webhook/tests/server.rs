@@ -3,9 +3,10 @@
 
 use std::{fs, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
+use nsm_transport::https::Shown;
 use nsm_webhook::{
     keeper::{Found, Keeper, Origin},
-    server::{Hook, Shown, serve},
+    server::{Hook, serve},
     settings::Settings,
 };
 use rcgen::{CertificateParams, KeyPair};

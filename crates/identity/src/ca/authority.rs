@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// Clocks of a mesh differ; a certificate is valid from this long before it was made.
-const BACKDATE: Duration = Duration::from_secs(5 * 60);
+pub(super) const BACKDATE: Duration = Duration::from_secs(5 * 60);
 /// How long a root is good for. A persisted one is replaced when its last tenth begins.
 const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// Certificate and key in one file, so that one rename replaces both.
@@ -110,12 +110,8 @@ impl Authority {
         }
         let end = now.checked_add(lifetime).unwrap_or(self.not_after).min(self.not_after);
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(CaError::from)?;
-        let mut params = params(id.as_str(), now, end)?;
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages =
-            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        params.use_authority_key_identifier_extension = true;
-        params.is_ca = IsCa::ExplicitNoCa;
+        let mut params = leaf(id, now - BACKDATE).map_err(CaError::from)?;
+        params.not_after = end.into();
         let certificate = params.signed_by(&key, &self.issuer).map_err(CaError::from)?;
         Svid::new(vec![certificate.der().clone()], PrivatePkcs8KeyDer::from(key.serialize_der()))
     }
@@ -133,7 +129,8 @@ impl Authority {
     fn generate(domain: TrustDomain, now: SystemTime) -> Result<(Self, String), CaError> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         let end = now + ROOT_LIFETIME;
-        let mut params = params(domain.id().as_str(), now, end)?;
+        let mut params = params(domain.id().as_str(), now - BACKDATE)?;
+        params.not_after = end.into();
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let certificate = params.self_signed(&key)?;
@@ -169,13 +166,23 @@ impl Authority {
     }
 }
 
-fn params(uri: &str, now: SystemTime, end: SystemTime) -> Result<CertificateParams, CaError> {
+/// What an X.509-SVID says, but for its end.
+pub(super) fn leaf(id: &SpiffeId, begin: SystemTime) -> Result<CertificateParams, rcgen::Error> {
+    let mut params = params(id.as_str(), begin)?;
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    params.extended_key_usages =
+        vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+    params.use_authority_key_identifier_extension = true;
+    params.is_ca = IsCa::ExplicitNoCa;
+    Ok(params)
+}
+
+fn params(uri: &str, begin: SystemTime) -> Result<CertificateParams, rcgen::Error> {
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
     params.distinguished_name.push(DnType::OrganizationName, "nsm");
     params.subject_alt_names = vec![SanType::URI(uri.try_into()?)];
-    params.not_before = (now - BACKDATE).into();
-    params.not_after = end.into();
+    params.not_before = begin.into();
     Ok(params)
 }
 

@@ -1,7 +1,8 @@
-//! The webhook's own certificates: authorities that follow each other, and what they sign.
+//! Authorities that follow each other, and what they sign: SVIDs of a trust domain, or certificates of servers.
 //!
-//! API servers trust what stands in the `caBundle` of the webhook's configuration, and learn of a change a moment late.
-//! So an authority stands in the bundle for a while before it signs, and until it ends:
+//! Whoever shall trust them is given a bundle, and learns of a change late: a workload with its next SVID, an API server
+//! with the configuration of a webhook. So an authority stands in the bundle for a while before it signs, and until it
+//! ends:
 //!
 //! ```text
 //! first     |=========signs=========|--trusted--|
@@ -13,12 +14,20 @@
 use std::time::{Duration, SystemTime};
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256,
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType,
 };
 use rustls::{crypto::aws_lc_rs, sign::CertifiedKey};
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::PemObject};
-use x509_parser::prelude::{FromDer as _, X509Certificate};
+use rustls_pki_types::{
+    CertificateDer, CertificateSigningRequestDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::PemObject,
+};
+use x509_parser::{
+    extensions::GeneralName,
+    prelude::{FromDer as _, X509Certificate},
+};
+
+use super::authority;
+use crate::{SpiffeId, TrustDomain};
 
 /// How long an authority is good for.
 const LIFETIME: Duration = Duration::from_secs(365 * DAY);
@@ -42,9 +51,20 @@ pub enum AuthorityError {
     /// TLS refuses it.
     #[error("the certificate cannot be used: {0}")]
     Use(#[from] rustls::Error),
+    /// An identity that these authorities do not speak for.
+    #[error("{id} is no workload in the trust domain of these authorities ({domain})")]
+    NotOurs {
+        /// Whose.
+        id: SpiffeId,
+        /// What they speak for.
+        domain: String,
+    },
+    /// What shall be signed.
+    #[error("the request for a certificate cannot be used: {0}; expected PKCS#10 with a key of ECDSA P-256")]
+    Request(String),
 }
 
-/// The authorities of a webhook, oldest first; never none.
+/// Authorities of one owner, oldest first; never none.
 #[derive(Debug)]
 pub struct Authorities(Vec<Authority>);
 
@@ -52,6 +72,8 @@ pub struct Authorities(Vec<Authority>);
 struct Authority {
     certificate: CertificateDer<'static>,
     issuer: Issuer<'static, KeyPair>,
+    /// What it speaks for, where that is a trust domain.
+    domain: Option<TrustDomain>,
     pem: String,
     not_before: SystemTime,
     not_after: SystemTime,
@@ -69,12 +91,26 @@ pub struct Certificate {
 }
 
 impl Authorities {
-    /// A first one.
+    /// A first one, for servers.
     ///
     /// # Errors
     /// There is no randomness.
     pub fn new(now: SystemTime) -> Result<Self, AuthorityError> {
-        Ok(Self(vec![Authority::new(now)?]))
+        Ok(Self(vec![Authority::new(None, now)?]))
+    }
+
+    /// A first one of a trust domain.
+    ///
+    /// # Errors
+    /// There is no randomness.
+    pub fn of_domain(domain: TrustDomain, now: SystemTime) -> Result<Self, AuthorityError> {
+        Ok(Self(vec![Authority::new(Some(domain), now)?]))
+    }
+
+    /// The trust domain that the newest speaks for.
+    #[must_use]
+    pub fn domain(&self) -> Option<&TrustDomain> {
+        self.0.last().and_then(|authority| authority.domain.as_ref())
     }
 
     /// Those that [`Authorities::pem`] wrote.
@@ -101,7 +137,13 @@ impl Authorities {
         self.0.iter().map(|authority| authority.pem.as_str()).collect()
     }
 
-    /// The certificates: what API servers shall trust.
+    /// The certificates: whom others shall trust.
+    #[must_use]
+    pub fn roots(&self) -> Vec<CertificateDer<'static>> {
+        self.0.iter().map(|authority| authority.certificate.clone()).collect()
+    }
+
+    /// The same in PEM.
     #[must_use]
     pub fn bundle(&self) -> String {
         let end = "-----END CERTIFICATE-----\n";
@@ -121,20 +163,54 @@ impl Authorities {
         }
         let mut pem: String = live.into_iter().map(|authority| authority.pem.as_str()).collect();
         if due {
-            pem += &Authority::new(now)?.pem;
+            pem += &Authority::new(self.domain().cloned(), now)?.pem;
         }
         Self::parse(&pem).map(Some)
     }
 
-    /// A certificate for a server of these names and addresses, signed by the newest that API servers know by now.
+    /// The newest that others know by now.
+    fn signer(&self, now: SystemTime) -> Result<&Authority, AuthorityError> {
+        let settled = |authority: &&Authority| authority.not_before + BACKDATE + SETTLING <= now;
+        let live = || self.0.iter().filter(|authority| authority.not_after > now);
+        let signer = live().rfind(settled).or(live().next()).or(self.0.last());
+        signer.ok_or_else(|| AuthorityError::Damaged("there is none".into()))
+    }
+
+    /// An X.509-SVID for the key of a request (PKCS#10, DER), whatever else the request asks for.
+    ///
+    /// # Errors
+    /// The identity is of another trust domain, or the request cannot be used.
+    pub fn issue(
+        &self,
+        id: &SpiffeId,
+        request: &[u8],
+        lifetime: Duration,
+        now: SystemTime,
+    ) -> Result<CertificateDer<'static>, AuthorityError> {
+        let signer = self.signer(now)?;
+        let ours = signer.domain.as_ref().is_some_and(|domain| id.is_member_of(domain));
+        if !ours || id.path().is_empty() {
+            let domain = signer.domain.as_ref().map_or_else(|| "none".into(), ToString::to_string);
+            return Err(AuthorityError::NotOurs { id: id.clone(), domain });
+        }
+        let bad = |e: &dyn std::fmt::Display| AuthorityError::Request(e.to_string());
+        let request = CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(request))
+            .map_err(|e| bad(&e))?;
+        if *request.public_key.algorithm() != PKCS_ECDSA_P256_SHA256 {
+            return Err(bad(&"its key is of another kind"));
+        }
+        let mut params = authority::leaf(id, (now - authority::BACKDATE).max(signer.not_before))?;
+        params.not_after = now.checked_add(lifetime).unwrap_or(signer.not_after).min(signer.not_after).into();
+        let certificate = params.signed_by(&request.public_key, &signer.issuer)?;
+        Ok(certificate.der().clone())
+    }
+
+    /// A certificate for a server of these names and addresses.
     ///
     /// # Errors
     /// A name that cannot stand in a certificate.
     pub fn sign(&self, names: &[String], now: SystemTime) -> Result<Certificate, AuthorityError> {
-        let settled = |authority: &&Authority| authority.not_before + BACKDATE + SETTLING <= now;
-        let live = || self.0.iter().filter(|authority| authority.not_after > now);
-        let signer = live().rfind(settled).or(live().next()).or(self.0.last());
-        let signer = signer.ok_or_else(|| AuthorityError::Damaged("there is none".into()))?;
+        let signer = self.signer(now)?;
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         let not_after = (now + SIGNED).min(signer.not_after);
         let mut params = CertificateParams::new(names.to_vec())?;
@@ -158,10 +234,13 @@ impl Authorities {
 }
 
 impl Authority {
-    fn new(now: SystemTime) -> Result<Self, AuthorityError> {
+    fn new(domain: Option<TrustDomain>, now: SystemTime) -> Result<Self, AuthorityError> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         let mut params = CertificateParams::default();
-        params.distinguished_name = named("nsm webhook authority");
+        params.distinguished_name = named("nsm authority");
+        if let Some(domain) = &domain {
+            params.subject_alt_names = vec![SanType::URI(domain.id().as_str().try_into()?)];
+        }
         params.not_before = (now - BACKDATE).into();
         params.not_after = (now + LIFETIME).into();
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
@@ -183,13 +262,20 @@ impl Authority {
         };
         let (not_before, not_after) =
             (time(validity.not_before.timestamp()), time(validity.not_after.timestamp()));
+        let names = parsed.subject_alternative_name().ok().flatten();
+        let domain = names.and_then(|names| {
+            names.value.general_names.iter().find_map(|name| match name {
+                GeneralName::URI(uri) => uri.parse().ok(),
+                _ => None,
+            })
+        });
         let key = KeyPair::try_from(key).map_err(|e| damaged(&e))?;
         if key.public_key_raw() != parsed.public_key().subject_public_key.data.as_ref() {
             return Err(AuthorityError::Damaged("a key is not that of its certificate".into()));
         }
         let pem = format!("{}{}", pem("CERTIFICATE", &certificate), key.serialize_pem());
         let issuer = Issuer::from_ca_cert_der(&certificate, key).map_err(|e| damaged(&e))?;
-        Ok(Self { certificate, issuer, pem, not_before, not_after })
+        Ok(Self { certificate, issuer, domain, pem, not_before, not_after })
     }
 
     fn left(&self, now: SystemTime) -> Duration {
@@ -212,6 +298,7 @@ fn pem(label: &str, der: &[u8]) -> String {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use rustls_pki_types::{ServerName, UnixTime};
     use webpki::{EndEntityCert, anchor_from_trusted_cert};
@@ -290,6 +377,83 @@ mod tests {
         assert_eq!(anew.0.len(), 1);
         let certificate = anew.sign(&names(), later).unwrap();
         assert!(believes(&anew.bundle(), &certificate, NAME, later), "it signs at once: there is no other");
+    }
+
+    #[test]
+    fn svids_are_believed_for_years_by_whoever_got_the_bundle_with_one_of_the_day_before() {
+        let id: SpiffeId = "spiffe://k8s.nsm/ns/default/pod/web-1".parse().unwrap();
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
+        // Whatever the request says of itself does not count.
+        let mut params = CertificateParams::new(vec!["registry.nsm-system.svc".into()]).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let request = params.serialize_request(&key).unwrap();
+        let mut now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000);
+        let end = now + LIFETIME * 4;
+        let mut authorities = Authorities::of_domain("k8s.nsm".parse().unwrap(), now).unwrap();
+        let (mut yesterday, mut signers) = (authorities.roots(), std::collections::BTreeSet::new());
+        let mut old = None;
+        while now < end {
+            if let Some(next) = authorities.renewed(now).unwrap() {
+                authorities = Authorities::parse(&next.pem()).unwrap();
+            }
+            let hour = Duration::from_secs(3600);
+            let svid = authorities.issue(&id, request.der(), hour, now).unwrap();
+            let at = UnixTime::since_unix_epoch(now.duration_since(SystemTime::UNIX_EPOCH).unwrap());
+            for roots in [&yesterday, &authorities.roots()] {
+                let mut bundles = crate::Bundles::default();
+                bundles.insert("k8s.nsm".parse().unwrap(), roots).unwrap();
+                assert_eq!(bundles.verify(&svid, &[], at).unwrap().id(), &id);
+                // One that is older is as good as before, until it ends.
+                if let Some(old) = &old {
+                    bundles.verify(old, &[], at).unwrap();
+                }
+            }
+            let (_, parsed) = X509Certificate::from_der(&svid).unwrap();
+            let _new = signers
+                .insert(format!("{:?}", parsed.extensions().iter().map(|e| e.value).collect::<Vec<_>>()));
+            old = Some(authorities.issue(&id, request.der(), SETTLING * 2, now).unwrap());
+            (yesterday, now) = (authorities.roots(), now + SETTLING);
+        }
+        assert!(signers.len() >= 5, "in four years some six sign: {}", signers.len());
+    }
+
+    #[test]
+    fn identities_are_of_the_domain_and_keys_of_one_kind() {
+        let now = SystemTime::now();
+        let authorities = Authorities::of_domain("k8s.nsm".parse().unwrap(), now).unwrap();
+        assert_eq!(authorities.domain().unwrap().as_str(), "k8s.nsm");
+        let request = |algorithm| {
+            let key = KeyPair::generate_for(algorithm).unwrap();
+            CertificateParams::default().serialize_request(&key).unwrap().der().to_vec()
+        };
+        let (good, ed25519) = (request(&PKCS_ECDSA_P256_SHA256), request(&rcgen::PKCS_ED25519));
+        let mut forged = good.clone();
+        *forged.last_mut().unwrap() ^= 1;
+        let (id, other): (SpiffeId, SpiffeId) =
+            ("spiffe://k8s.nsm/ns/a/pod/b".parse().unwrap(), "spiffe://other/ns/a/pod/b".parse().unwrap());
+        let of_servers = Authorities::new(now).unwrap();
+        for (authorities, id, request, says) in [
+            (
+                &authorities,
+                &other,
+                &good[..],
+                "no workload in the trust domain of these authorities (k8s.nsm)",
+            ),
+            (&of_servers, &id, &good, "trust domain of these authorities (none)"),
+            (&authorities, &"spiffe://k8s.nsm".parse().unwrap(), &good, "no workload in the trust domain"),
+            (
+                &authorities,
+                &id,
+                &ed25519,
+                "its key is of another kind; expected PKCS#10 with a key of ECDSA P-256",
+            ),
+            (&authorities, &id, &forged, "cannot be used"),
+            (&authorities, &id, b"nonsense", "cannot be used"),
+        ] {
+            let error = authorities.issue(id, request, SETTLING, now).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        }
+        assert!(authorities.issue(&id, &good, SETTLING, now).is_ok());
     }
 
     #[test]
