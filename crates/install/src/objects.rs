@@ -186,10 +186,15 @@ fn registry(settings: &Settings) -> Vec<Value> {
         "readinessProbe": probe("tcp://127.0.0.1:5002", 5, 3),
         "livenessProbe": probe("tcp://127.0.0.1:5002", 20, 3),
         "resources": resources("10m", "24Mi", "256Mi"),
-        "volumeMounts": [mount("identity", IDENTITY, true)],
+        "volumeMounts": [mount("identity", IDENTITY, true), mount("run", RUN, false)],
     });
     let needs_api = settings.store == Store::Kubernetes;
-    let mut pod = pod(settings, "registry", &container, vec![identity_volume(settings)]);
+    let mut pod = pod(
+        settings,
+        "registry",
+        &container,
+        vec![identity_volume(settings), json!({ "name": "run", "emptyDir": {} })],
+    );
     pod["automountServiceAccountToken"] = json!(needs_api);
     let mut objects = vec![account(settings, "registry")];
     if needs_api {
@@ -224,7 +229,8 @@ fn node(settings: &Settings) -> Vec<Value> {
     env.extend([
         json!({ "name": "NODE_NAME", "valueFrom": field("spec.nodeName") }),
         json!({ "name": "NODE_IP", "valueFrom": field("status.hostIP") }),
-        json!({ "name": "NSM_NAME", "valueFrom": field("metadata.name") }),
+        // The same for the next pod on this node: it goes on with the wires.
+        json!({ "name": "NSM_NAME", "value": "nsm-node-$(NODE_NAME)" }),
         json!({ "name": "NSM_LISTEN_ON", "value": format!("{socket},tcp://$(NODE_IP):5001") }),
         json!({ "name": "NSM_TUNNEL_IP", "value": if settings.underlay.is_empty() { "$(NODE_IP)" } else { &settings.underlay } }),
         json!({ "name": "NSM_REGISTRY_URL", "value": format!("tcp://{REGISTRY}.{}.svc:5002", settings.namespace) }),

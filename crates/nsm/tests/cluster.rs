@@ -1,10 +1,10 @@
 //! The mesh on a real cluster of two nodes, as somebody installs it: one manifest, one annotation.
-#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test")]
+#![allow(clippy::unwrap_used, clippy::print_stderr, clippy::print_stdout, reason = "a test")]
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    io::Write as _,
+    io::{BufRead as _, BufReader, Write as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     thread::sleep,
@@ -50,15 +50,18 @@ spec:
       - {name: nsm-socket, hostPath: {path: /var/lib/networkservicemesh, type: Directory}}
 ";
 
-/// A workload that asks for a wire by one line.
-fn client(name: &str, node: &str) -> String {
+/// What asks for a wire: one line.
+const ANNOTATION: &str = "annotations: {networkservicemesh.io: kernel://finance/nsm-1}";
+
+/// A workload, with something in its metadata.
+fn client(name: &str, node: &str, metadata: &str) -> String {
     format!(
         "
 apiVersion: apps/v1
 kind: Deployment
 metadata:
   name: {name}
-  annotations: {{networkservicemesh.io: kernel://finance/nsm-1}}
+  {metadata}
 spec:
   selector: {{matchLabels: {{app: {name}}}}}
   template:
@@ -105,7 +108,9 @@ impl Mesh {
         assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     }
 
-    fn install(&self) {
+    /// Installs it, and tells how long it took until all of it was ready.
+    fn install(&self) -> Duration {
+        let began = Instant::now();
         self.nsm_to_kubectl(&["install", "--pull-policy", "Never"], &["apply", "--filename=-"]);
         for what in [
             "deployment/nsm-identity",
@@ -115,6 +120,7 @@ impl Mesh {
         ] {
             self.rolled_out(what, "nsm-system");
         }
+        began.elapsed()
     }
 
     fn rolled_out(&self, what: &str, namespace: &str) {
@@ -141,6 +147,26 @@ impl Mesh {
             .args(program);
         let said = exec.output().unwrap();
         said.status.success().then(|| String::from_utf8_lossy(&said.stdout).into_owned())
+    }
+
+    /// The address at the other end of a client's wire.
+    fn far_end(&self, client: &str) -> Option<String> {
+        let routes = self.exec(client, "app", &["ip", "-oneline", "route", "show", "dev", "nsm-1"])?;
+        Some(routes.split_whitespace().next()?.split('/').next()?.to_owned())
+    }
+
+    fn reaches(&self, client: &str) -> bool {
+        let Some(endpoint) = self.far_end(client) else { return false };
+        self.exec(client, "app", &["ping", "-c", "1", "-W", "5", "-I", "nsm-1", &endpoint]).is_some()
+    }
+
+    /// Pings its endpoint ten times a second, until it is told to end.
+    fn pings(&self, client: &str) -> std::process::Child {
+        let endpoint = self.far_end(client).unwrap();
+        let mut exec = self.cluster.kubectl_command();
+        exec.args(["exec", &format!("deployment/{client}"), "--container", "app", "--"]);
+        exec.args(["ping", "-i", "0.1", "-I", "nsm-1", &endpoint]);
+        exec.stdout(Stdio::piped()).spawn().unwrap()
     }
 
     fn in_node(&self, node: u32, program: &[&str]) -> String {
@@ -177,7 +203,10 @@ impl Mesh {
                 let links = String::from_utf8_lossy(&links.stdout).into_owned();
                 let ours =
                     links.lines().filter(|line| line.contains("altname nsm-") || line.contains("vxlan"));
-                found.extend(ours.map(|line| format!("node {node}: {line}")));
+                found.extend(ours.map(|line| {
+                    let kind = if line.contains("vxlan") { "vxlan" } else { "veth" };
+                    format!("node {node}: {kind} {}", line.split_whitespace().nth(1).unwrap_or_default())
+                }));
             }
             let plans = self.in_node(node, &["find", "/run/nsm/forwarder", "-type", "f"]);
             found.extend(
@@ -188,6 +217,33 @@ impl Mesh {
             );
         }
         found
+    }
+
+    fn no_wires(&self) {
+        let mut left = Vec::new();
+        until("nothing is left of the wires", || {
+            let now = self.wires();
+            if now != left {
+                eprintln!("left: {now:#?}");
+                left = now;
+            }
+            left.is_empty()
+        });
+    }
+
+    /// Kills all that runs in pods, as nobody can prevent, and forgets the pods.
+    fn kill_pods(&self, label: &str) {
+        let args = ["get", "pods", "--selector", label, "--output=jsonpath={.items[*].metadata.uid}"];
+        let uids = self.cluster.kubectl(&args);
+        for node in 1..=self.cluster.nodes() {
+            let groups = uids.split_whitespace().map(|uid| format!("--regexp=pod{uid}")).collect::<Vec<_>>();
+            // Groups have no processes where a pod is on the other node.
+            let mut find = self.cluster.in_node(node, "sh");
+            let script = "grep --files-with-matches --no-messages \"$@\" /proc/[0-9]*/cgroup | cut -d/ -f3 | xargs -r kill -9 2>&1";
+            let _some_had_gone = find.args(["-c", script, "sh"]).args(groups).output().unwrap();
+        }
+        let args = ["delete", "pods", "--selector", label, "--force", "--grace-period=0", "--wait=false"];
+        let _said = self.cluster.kubectl(&args);
     }
 
     fn names(&self, kinds: &str) -> BTreeSet<String> {
@@ -242,6 +298,118 @@ fn image(directory: &Path) -> PathBuf {
     directory.join("nsm.tar")
 }
 
+/// When pods were created and ready, as somebody sees it who watches.
+struct Watch {
+    kubectl: std::process::Child,
+    seen: std::sync::mpsc::Receiver<(String, bool, Instant)>,
+    pods: BTreeMap<String, (Instant, Option<Instant>)>,
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        let _ = self.kubectl.kill();
+        let _ = self.kubectl.wait();
+    }
+}
+
+impl Watch {
+    fn new(mesh: &Mesh) -> Self {
+        let mut kubectl = mesh.cluster.kubectl_command();
+        let columns =
+            r#"--output=custom-columns=:metadata.name,:status.conditions[?(@.type=="Ready")].status"#;
+        kubectl.args(["get", "pods", "--watch", "--no-headers", columns]);
+        let mut kubectl = kubectl.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let lines = BufReader::new(kubectl.stdout.take().unwrap()).lines().map_while(Result::ok);
+        let (sender, seen) = std::sync::mpsc::channel();
+        let _ends_with_kubectl = std::thread::spawn(move || {
+            for line in lines {
+                let mut words = line.split_whitespace();
+                if let Some(name) = words.next() {
+                    let _ = sender.send((name.to_owned(), words.next() == Some("True"), Instant::now()));
+                }
+            }
+        });
+        Self { kubectl, seen, pods: BTreeMap::new() }
+    }
+
+    /// How long after the first of these pods was created the last one was ready.
+    fn ready(&mut self, names: &[String]) -> Duration {
+        let end = Instant::now() + Duration::from_secs(300);
+        while !names.iter().all(|name| self.pods.get(name).is_some_and(|(_, ready)| ready.is_some())) {
+            let left = end.saturating_duration_since(Instant::now());
+            let (name, ready, at) = self.seen.recv_timeout(left).expect("the pods get ready");
+            let pod = self.pods.entry(name).or_insert((at, None));
+            pod.1 = pod.1.or(ready.then_some(at));
+        }
+        let pods: Vec<_> = names.iter().map(|name| self.pods[name]).collect();
+        let first = pods.iter().map(|(created, _)| *created).min().unwrap();
+        pods.iter().filter_map(|(_, ready)| *ready).max().unwrap() - first
+    }
+}
+
+/// Pods that differ in what is before their program: nothing, a program that does nothing, a client and its wire.
+fn pod(kind: &str, name: &str) -> String {
+    let (metadata, init) = match kind {
+        "annotated" => (", annotations: {networkservicemesh.io: 'kernel://finance/nsm-1'}", ""),
+        "init" => (
+            "",
+            "initContainers: [{name: init, image: 'testbed.local/busybox:1', imagePullPolicy: Never, command: ['true']}], ",
+        ),
+        _ => ("", ""),
+    };
+    format!(
+        "{{apiVersion: v1, kind: Pod, metadata: {{name: {name}, labels: {{kind: {kind}}}{metadata}}}, spec: {{{init}\
+         terminationGracePeriodSeconds: 1, containers: [{{name: app, image: 'testbed.local/busybox:1', imagePullPolicy: \
+         Never, command: [sleep, '1000000']}}]}}}}\n---\n"
+    )
+}
+
+/// Figures are printed, and nothing depends on them; that all wires come up and nothing is left does.
+#[test]
+fn ten_pods_at_once_get_their_wires_and_killed_ones_leave_nothing() {
+    let name = "ten_pods_at_once_get_their_wires_and_killed_ones_leave_nothing";
+    let Some(mesh) = Mesh::start(name) else { return };
+    mesh.install();
+    mesh.applied(ENDPOINT);
+    mesh.rolled_out("deployment/gateway", "default");
+    let mut watch = Watch::new(&mesh);
+
+    let kinds = ["plain", "init", "annotated"];
+    let mut took: BTreeMap<&str, Vec<Duration>> = BTreeMap::new();
+    let mut requests = Vec::new();
+    for round in 0..5 {
+        for kind in kinds {
+            let name = format!("{kind}-{round}");
+            mesh.applied(&pod(kind, &name));
+            took.entry(kind).or_default().push(watch.ready(std::slice::from_ref(&name)));
+            if kind == "annotated" {
+                let log = mesh.cluster.kubectl(&["logs", &name, "--container=cmd-nsc-init"]);
+                let request = log.split("took=").nth(1).and_then(|rest| rest.split_whitespace().next());
+                requests.extend(request.map(str::to_owned));
+            }
+            let _said = mesh.cluster.kubectl(&["delete", "pod", &name, "--wait=false"]);
+        }
+    }
+    for kind in kinds {
+        let all = took.get_mut(kind).unwrap();
+        all.sort();
+        println!("{kind} pod, created to ready: p50 {:.2?} of {all:.2?}", all[all.len() / 2]);
+    }
+    println!("the requests themselves, the first without an identity: {requests:?}");
+
+    let ten: Vec<_> = (0..10).map(|i| format!("ten-{i}")).collect();
+    mesh.applied(&ten.iter().map(|name| pod("annotated", name)).collect::<String>());
+    println!("ten annotated pods at once, all ready: {:.1?}", watch.ready(&ten));
+    let wires = mesh.wires();
+    assert_eq!(wires.iter().filter(|wire| wire.contains(" nsm-1@")).count(), 10, "{wires:#?}");
+
+    let killed = Instant::now();
+    mesh.kill_pods("kind=annotated");
+    mesh.no_wires();
+    println!("ten pods killed, nothing left: {:.1?}", killed.elapsed());
+    until("the pods are gone", || !mesh.names("pods").iter().any(|name| name.contains("ten-")));
+}
+
 #[test]
 fn one_manifest_and_one_annotation_make_a_wire_and_nothing_is_left() {
     let name = "one_manifest_and_one_annotation_make_a_wire_and_nothing_is_left";
@@ -249,14 +417,37 @@ fn one_manifest_and_one_annotation_make_a_wire_and_nothing_is_left() {
     let kinds =
         "namespaces,priorityclasses,clusterroles,clusterrolebindings,mutatingwebhookconfigurations,crds";
     let before = mesh.names(kinds);
-    mesh.install();
+    println!("one manifest, applied to all ready: {:.1?}", mesh.install());
+
+    // Only pods are told who they are, not what else runs on a node.
+    let program = env!("CARGO_BIN_EXE_nsm");
+    let mut stranger = mesh.cluster.in_node(1, program);
+    stranger.args(["probe", "--addr", "unix:///var/lib/networkservicemesh/nsm.io.sock"]);
+    let stranger =
+        stranger.env("SPIFFE_ENDPOINT_SOCKET", "unix:///run/spire/sockets/agent.sock").output().unwrap();
+    assert!(!stranger.status.success(), "{stranger:?}");
+    let agents = [
+        "logs",
+        "--namespace=nsm-system",
+        "--selector=app.kubernetes.io/component=node",
+        "--container=identity",
+    ];
+    until("the agent says why", || mesh.cluster.kubectl(&agents).contains("belongs to no pod"));
 
     mesh.applied(ENDPOINT);
-    mesh.applied(&client("near", "node1"));
-    mesh.applied(&client("far", "node2"));
+    mesh.applied(&client("near", "node1", ANNOTATION));
+    // One that is there already, and is annotated as the README says.
+    mesh.applied(&client("far", "node2", "labels: {}"));
+    mesh.rolled_out("deployment/far", "default");
+    assert!(mesh.exec("far", "app", &["ip", "link", "show", "dev", "nsm-1"]).is_none());
+    let patch = r#"{"spec":{"template":{"metadata":{"annotations":{"networkservicemesh.io":"kernel://finance/nsm-1"}}}}}"#;
+    let _said = mesh.cluster.kubectl(&["patch", "deployment", "far", "--patch", patch]);
     for deployment in ["gateway", "near", "far"] {
         mesh.rolled_out(&format!("deployment/{deployment}"), "default");
     }
+    until("the pod without the annotation is gone", || {
+        mesh.names("pods").iter().filter(|name| name.starts_with("pod/far-")).count() == 1
+    });
     for client in ["near", "far"] {
         // Ready: so its wire is there.
         let links = mesh.exec(client, "app", &["ip", "-oneline", "-4", "address", "show", "dev", "nsm-1"]);
@@ -268,9 +459,7 @@ fn one_manifest_and_one_annotation_make_a_wire_and_nothing_is_left() {
         let endpoint = format!("172.16.1.{}", last - 1);
         let theirs = mesh.exec("gateway", "look", &["ip", "-oneline", "-4", "address"]).unwrap();
         assert!(theirs.contains(&format!("{endpoint}/")), "{theirs}");
-        until(&format!("{client} reaches the endpoint"), || {
-            mesh.exec(client, "app", &["ping", "-c", "1", "-W", "5", "-I", "nsm-1", &endpoint]).is_some()
-        });
+        until(&format!("{client} reaches the endpoint"), || mesh.reaches(client));
         until(&format!("the endpoint reaches {client}"), || {
             mesh.exec("gateway", "look", &["ping", "-c", "1", "-W", "5", address]).is_some()
         });
@@ -278,16 +467,32 @@ fn one_manifest_and_one_annotation_make_a_wire_and_nothing_is_left() {
     let wires = mesh.wires();
     assert!(wires.iter().any(|wire| wire.contains("vxlan")), "one wire is between nodes: {wires:#?}");
 
-    let _said = mesh.cluster.kubectl(&["delete", "deployment", "near", "far", "--wait=true"]);
-    let mut left = Vec::new();
-    until("nothing is left of the wires", || {
-        let gone = mesh.wires();
-        if gone != left {
-            eprintln!("{} left: {gone:#?}", gone.len());
-            left = gone;
-        }
-        left.is_empty()
-    });
+    // All of it is replaced, one part after the other, and nobody whose wire stands sees anything of it.
+    let pings = ["near", "far"].map(|client| mesh.pings(client));
+    let parts = [
+        "deployment/nsm-identity",
+        "deployment/nsm-registry",
+        "deployment/nsm-webhook",
+        "daemonset/nsm-node",
+    ];
+    for part in parts {
+        let _said = mesh.cluster.kubectl(&["rollout", "restart", part, "--namespace=nsm-system"]);
+        mesh.rolled_out(part, "nsm-system");
+    }
+    for (client, pings) in ["near", "far"].into_iter().zip(pings) {
+        let stopped = mesh.exec(client, "app", &["killall", "-INT", "ping"]);
+        let said = pings.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&said.stdout).into_owned();
+        let summary = said.lines().find(|line| line.contains("packets transmitted"));
+        // Where the machine is so slow that a wire was made anew, its interface went from under them.
+        let summary = summary.filter(|_| stopped.is_some()).unwrap_or("the wire was made anew");
+        println!("{client}, while every part was restarted: {summary}");
+        until(&format!("{client} reaches its endpoint"), || mesh.reaches(client));
+    }
+    until("the wires are as they were", || mesh.wires().len() == wires.len());
+
+    let _said = mesh.cluster.kubectl(&["delete", "deployment", "near", "far"]);
+    mesh.no_wires();
     let _said = mesh.cluster.kubectl(&["delete", "deployment", "gateway"]);
 
     mesh.nsm_to_kubectl(&["uninstall", "--crds", "true"], &["delete", "--filename=-", "--timeout=300s"]);

@@ -490,6 +490,7 @@ impl<T: Kept> Keeper<T> {
                     self.pauses.next(rand::random())
                 }
             };
+            let mut told = String::new();
             held = loop {
                 let attempt = async {
                     sleep(pause).await;
@@ -506,7 +507,10 @@ impl<T: Kept> Keeper<T> {
                     Ok(held) => break held,
                     Err(error) => {
                         let reason = tonic::Status::from(error).message().to_owned();
-                        warn!(kind = T::KIND, name, reason, "not registered; it is tried again");
+                        match std::mem::replace(&mut told, reason.clone()) == reason {
+                            true => debug!(kind = T::KIND, name, reason, "still not registered"),
+                            false => warn!(kind = T::KIND, name, reason, "not registered; it is tried again"),
+                        }
                         state.send_modify(|state| state.problem = Some(reason));
                     }
                 }

@@ -55,6 +55,9 @@ pub fn endpoint(authorize: Authorize, hub: Arc<Hub>, provides: Provides, namespa
 
 /// How long to wait for the manager at start.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// The longest pause between looks for the manager of the node: a part of what clients wait for an endpoint that is not
+/// found, before they want another.
+const LOOK_FOR_MANAGER: Duration = Duration::from_millis(200);
 
 /// What an endpoint is told from outside.
 #[derive(Debug, Clone)]
@@ -146,7 +149,11 @@ pub async fn serve(
     let serving = server.serve(routes.routes(), &nsm_mesh::server::SERVICES, async {
         let _ = stopped.await;
     });
-    let client_config = ClientConfig { dial_timeout: config.dial_timeout, ..ClientConfig::default() };
+    let mut client_config = ClientConfig { dial_timeout: config.dial_timeout, ..ClientConfig::default() };
+    // To look for the manager of this node costs nothing, and until it knows us again nobody's wire can be refreshed.
+    if matches!(config.connect_to, DialUrl::Unix(_)) {
+        client_config.longest_pause = LOOK_FOR_MANAGER;
+    }
     let manager = Client::new(pool, config.connect_to.clone(), client_config);
     let beside = async {
         let refused = |e: nsm_registry::Error| {

@@ -64,7 +64,7 @@ impl Pods {
             up == 0 || up == 1 && path.starts_with("/../")
         };
         match &self.own {
-            Some(own) if !paths.is_empty() && paths.iter().all(|path| beside(path)) => Ok(own.clone()),
+            Some(own) if !paths.is_empty() && paths.iter().all(beside) => Ok(own.clone()),
             _ => Err(NoPod::Outside(
                 paths.iter().max_by_key(|path| path.len()).unwrap_or(&"unknown").to_string(),
             )),
@@ -135,7 +135,6 @@ impl fmt::Display for PodUid {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -48,8 +48,9 @@ const AGAIN: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long a token that was reviewed is believed, and how many are remembered.
 const REVIEWED: (Duration, usize) = (Duration::from_secs(60), 8192);
-/// Where tokens say which node they are bound to, since Kubernetes 1.30.
+/// Where tokens say which node and which pod they are bound to, since Kubernetes 1.30.
 const NODE: &str = "authentication.kubernetes.io/node-name";
+const POD: &str = "authentication.kubernetes.io/pod-uid";
 
 /// What a signer is told.
 #[derive(Debug, Clone)]
@@ -150,7 +151,15 @@ pub struct Signer {
     api: Objects,
     authorities: ArcSwapOption<Authorities>,
     shown: Arc<Shown>,
-    reviewed: Mutex<HashMap<Vec<u8>, (String, Instant)>>,
+    reviewed: Mutex<HashMap<Vec<u8>, (Bound, Instant)>>,
+}
+
+/// What the token of an agent is bound to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Bound {
+    node: String,
+    /// The agent's own pod.
+    pod: String,
 }
 
 impl Signer {
@@ -257,25 +266,31 @@ impl Signer {
     /// Answers an agent.
     async fn answer(&self, headers: &HeaderMap, body: &[u8]) -> Result<(SpiffeId, Signed), Refusal> {
         let authorities = self.authorities.load_full().ok_or(Refusal::NotReady)?;
-        let node = self.node_of(headers).await?;
+        let bound = self.bound(headers).await?;
         let ask: Ask = serde_json::from_slice(body).map_err(|e| Refusal::Unreadable(e.to_string()))?;
-        let (namespace, name) = self.pod(&node, &ask.pod).await?;
-        let id: SpiffeId = format!("{}/ns/{namespace}/pod/{name}", self.config.trust_domain.id()).parse()?;
+        let (namespace, name) = self.pod(&bound.node, &ask.pod).await?;
+        // What makes wires on a node is that node's, whichever pod it is in: those who follow each other there go on with
+        // each other's connections.
+        let who = match ask.pod.as_str() == bound.pod {
+            true => format!("node/{}", bound.node),
+            false => format!("pod/{name}"),
+        };
+        let id: SpiffeId = format!("{}/ns/{namespace}/{who}", self.config.trust_domain.id()).parse()?;
         let lifetime = self.config.svid_lifetime;
         let leaf = authorities.issue(&id, &ask.request.0, lifetime, SystemTime::now())?;
         let roots = authorities.roots().iter().map(|root| Der(root.to_vec())).collect();
         Ok((id, Signed { chain: vec![Der(leaf.to_vec())], roots }))
     }
 
-    /// The node that the asking agent runs on.
-    async fn node_of(&self, headers: &HeaderMap) -> Result<String, Refusal> {
+    /// What the asking agent's token is bound to.
+    async fn bound(&self, headers: &HeaderMap) -> Result<Bound, Refusal> {
         let given = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
         let token = given.and_then(|given| given.strip_prefix("Bearer "));
         let token = token.ok_or_else(|| Refusal::Stranger("there is none".into()))?;
         let key = digest::digest(&digest::SHA256, token.as_bytes()).as_ref().to_vec();
         let now = Instant::now();
-        if let Some((node, _)) = self.reviewed.lock().get(&key).filter(|(_, until)| *until > now) {
-            return Ok(node.clone());
+        if let Some((bound, _)) = self.reviewed.lock().get(&key).filter(|(_, until)| *until > now) {
+            return Ok(bound.clone());
         }
         let review = json!({
             "apiVersion": "authentication.k8s.io/v1",
@@ -284,15 +299,15 @@ impl Signer {
         });
         let path = "/apis/authentication.k8s.io/v1/tokenreviews";
         let review = self.api.create("a review of an agent's token", path, &review).await?;
-        let node = bound_node(&review["status"], &self.config)?;
+        let bound = bound(&review["status"], &self.config)?;
         let mut reviewed = self.reviewed.lock();
         if reviewed.len() >= REVIEWED.1 {
             reviewed.retain(|_, (_, until)| *until > now);
         }
         if reviewed.len() < REVIEWED.1 {
-            reviewed.insert(key, (node.clone(), now + REVIEWED.0));
+            reviewed.insert(key, (bound.clone(), now + REVIEWED.0));
         }
-        Ok(node)
+        Ok(bound)
     }
 
     /// Namespace and name of a pod on a node.
@@ -313,8 +328,8 @@ impl Signer {
     }
 }
 
-/// The node that a reviewed token is bound to, where it is an agent's.
-fn bound_node(status: &Value, config: &Config) -> Result<String, Refusal> {
+/// What a reviewed token is bound to, where it is an agent's.
+fn bound(status: &Value, config: &Config) -> Result<Bound, Refusal> {
     let ours = status["audiences"].as_array().is_some_and(|all| all.iter().any(|one| one == AUDIENCE));
     if status["authenticated"] != true || !ours {
         let said = status["error"]
@@ -327,10 +342,11 @@ fn bound_node(status: &Value, config: &Config) -> Result<String, Refusal> {
     if who.strip_prefix("system:serviceaccount:") != Some(&agents) {
         return Err(Refusal::NoAgent { who: who.to_owned(), agents: agents.replace(':', "/") });
     }
-    match status["user"]["extra"][NODE].as_array().map(Vec::as_slice) {
-        Some([Value::String(node)]) if !node.is_empty() => Ok(node.clone()),
+    let only = |key: &str| match status["user"]["extra"][key].as_array().map(Vec::as_slice) {
+        Some([Value::String(text)]) if !text.is_empty() => Ok(text.clone()),
         _ => Err(Refusal::NoNode),
-    }
+    };
+    Ok(Bound { node: only(NODE)?, pod: only(POD)? })
 }
 
 async fn sign(State(signer): State<Arc<Signer>>, request: Request) -> Response {
@@ -368,7 +384,6 @@ async fn is_ready(State(signer): State<Arc<Signer>>) -> Response {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
@@ -390,11 +405,9 @@ mod tests {
                 "user": { "username": format!("system:serviceaccount:{account}"), "extra": extra },
             })
         };
-        let node = json!({ NODE: ["node1"] });
-        assert_eq!(
-            bound_node(&status("nsm-system:nsm-node", AUDIENCE, node.clone()), &config).unwrap(),
-            "node1"
-        );
+        let node = json!({ NODE: ["node1"], POD: ["uid"] });
+        let good = bound(&status("nsm-system:nsm-node", AUDIENCE, node.clone()), &config).unwrap();
+        assert_eq!(good, Bound { node: "node1".into(), pod: "uid".into() });
         let mut unknown = status("nsm-system:nsm-node", AUDIENCE, node.clone());
         unknown["authenticated"] = json!(false);
         unknown["error"] = json!("token has expired");
@@ -410,9 +423,12 @@ mod tests {
                 "default:nsm-node may not ask for identities; only agents may, which have the service account nsm-system/nsm-node",
             ),
             (status("nsm-system:nsm-node", AUDIENCE, json!({})), "not bound to a node"),
-            (status("nsm-system:nsm-node", AUDIENCE, json!({ NODE: ["a", "b"] })), "Kubernetes 1.30"),
+            (
+                status("nsm-system:nsm-node", AUDIENCE, json!({ NODE: ["a", "b"], POD: ["uid"] })),
+                "Kubernetes 1.30",
+            ),
         ] {
-            let error = bound_node(&status, &config).unwrap_err().to_string();
+            let error = bound(&status, &config).unwrap_err().to_string();
             assert!(error.contains(says), "{error}");
         }
     }

@@ -45,7 +45,7 @@ impl Drop for Running {
 }
 
 impl Running {
-    async fn is_ready(self) -> Self {
+    async fn get_ready(self) -> Self {
         timeout(PATIENCE, self.ready.notified()).await.expect("the signer is ready");
         self
     }
@@ -165,7 +165,7 @@ async fn an_agent_gets_identities_of_pods_of_its_node_and_no_others() {
     let Some(ring) = Ring::new("an_agent_gets_identities_of_pods_of_its_node_and_no_others") else { return };
     // Two at once, where there is nothing yet: they share what one of them made.
     let (one, two) = tokio::join!(ring.signer(), ring.signer());
-    let (one, two) = (one.is_ready().await, two.is_ready().await);
+    let (one, two) = (one.get_ready().await, two.get_ready().await);
     let (first, second) = (ring.agent_on(&one, "node1").await, ring.agent_on(&two, "node2").await);
     let (web1, web2) = (ring.uid("default", "web-node1"), ring.uid("default", "web-node2"));
 
@@ -173,7 +173,7 @@ async fn an_agent_gets_identities_of_pods_of_its_node_and_no_others() {
     assert_eq!(believed(&of_one, &of_two), "spiffe://k8s.nsm/ns/default/pod/web-node1");
     assert_eq!(believed(&of_two, &of_one), "spiffe://k8s.nsm/ns/default/pod/web-node2");
     let own = first.ask(&ring.uid("nsm-system", "agent-node1")).await.unwrap();
-    assert_eq!(believed(&own, &of_one), "spiffe://k8s.nsm/ns/nsm-system/pod/agent-node1");
+    assert_eq!(believed(&own, &of_one), "spiffe://k8s.nsm/ns/nsm-system/node/node1");
 
     // What a stolen node can do: nothing for pods of others.
     let said = refusal(first.ask(&web2).await);
@@ -207,11 +207,11 @@ async fn an_agent_gets_identities_of_pods_of_its_node_and_no_others() {
 async fn keys_outlive_signers_and_are_never_replaced_unasked() {
     let Some(ring) = Ring::new("keys_outlive_signers_and_are_never_replaced_unasked") else { return };
     let web = ring.uid("default", "web-node1");
-    let signer = ring.signer().await.is_ready().await;
+    let signer = ring.signer().await.get_ready().await;
     let before = ring.agent_on(&signer, "node1").await.ask(&web).await.unwrap();
     let kept = ring.secret();
     drop(signer);
-    let signer = ring.signer().await.is_ready().await;
+    let signer = ring.signer().await.get_ready().await;
     let agent = ring.agent_on(&signer, "node1").await;
     let after = agent.ask(&web).await.unwrap();
     let (_, _) = (believed(&before, &after), believed(&after, &before));
@@ -236,7 +236,7 @@ async fn keys_outlive_signers_and_are_never_replaced_unasked() {
     assert!(timeout(Duration::from_secs(3), signer.ready.notified()).await.is_err());
     let _said =
         ring.server.kubectl(&["delete", "secret", "nsm-identity-authorities", "--namespace=nsm-system"]);
-    let signer = signer.is_ready().await;
+    let signer = signer.get_ready().await;
     let anew = ring.agent_on(&signer, "node1").await.ask(&web).await.unwrap();
     assert_ne!(anew.roots, before.roots);
 }
@@ -246,7 +246,7 @@ async fn a_right_that_is_missing_is_named_and_waited_for() {
     let Some(ring) = Ring::new("a_right_that_is_missing_is_named_and_waited_for") else { return };
     let web = ring.uid("default", "web-node1");
     // An agent that may not read whom to trust.
-    let signer = ring.signer().await.is_ready().await;
+    let signer = ring.signer().await.get_ready().await;
     let _said = ring.server.kubectl(&["delete", "rolebinding", "nsm-node", "--namespace=nsm-system"]);
     let agent = ring.agent_on(&signer, "node1").await;
     let mut said = String::new();
@@ -273,7 +273,7 @@ async fn a_right_that_is_missing_is_named_and_waited_for() {
             .collect::<Vec<_>>()
             .join("---\n"),
     );
-    let signer = ring.signer().await.is_ready().await;
+    let signer = ring.signer().await.get_ready().await;
     let agent = ring.agent_on(&signer, "node1").await;
     let rule =
         r#"the rule {apiGroups: ["authentication.k8s.io"], resources: [tokenreviews], verbs: [create]}"#;

@@ -298,7 +298,6 @@ fn pem(label: &str, der: &[u8]) -> String {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use rustls_pki_types::{ServerName, UnixTime};
     use webpki::{EndEntityCert, anchor_from_trusted_cert};
