@@ -54,6 +54,14 @@ enum Task {
     Image(image::Image),
     /// Write deploy/ anew: the kustomize base and the Helm chart that `nsm install` makes
     Deploy,
+    /// Run whole meshes in virtual time, from seeds: arguments are those of `nsm-sim`
+    Sim {
+        /// Plant each bug, or that of this name, and run seeds until it is found
+        #[arg(long, num_args = 0..=1, default_missing_value = "", value_name = "BUG")]
+        planted: Option<String>,
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
     /// Build nsm and measure: arguments are those of `nsm bench`
     Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -85,6 +93,7 @@ fn main() -> ExitCode {
         Task::Kube(what) => kube(&what),
         Task::Image(image) => image.make(),
         Task::Deploy => deploy(),
+        Task::Sim { planted, args } => sim(planted.as_deref(), &args),
         Task::Bench { args } => bench(&args),
     };
     match done {
@@ -116,6 +125,23 @@ fn bench(args: &[String]) -> Result<()> {
         args.extend(["--upstream".to_owned(), upstream.to_string_lossy().into_owned()]);
     }
     nsm(&[&["bench"], &told[..]].concat(), &args)
+}
+
+/// Bugs are compiled in only where one is to be planted.
+fn sim(planted: Option<&str>, args: &[String]) -> Result<()> {
+    let mut command = cargo(&["run", "--quiet", "--profile", "sim", "--package", "nsm-sim"]);
+    if planted.is_some() {
+        command.args(["--features", "planted"]);
+    }
+    command.arg("--");
+    if let Some(bug) = planted {
+        command.args(["--planted", bug]);
+    }
+    let status = command.args(args).status().context("start cargo")?;
+    if !status.success() {
+        bail!("the simulation ended with {status}");
+    }
+    Ok(())
 }
 
 fn deploy() -> Result<()> {

@@ -32,6 +32,7 @@ pub mod limits;
 pub mod mechanism;
 pub mod nsurl;
 pub mod path;
+pub mod planted;
 pub mod unknown;
 
 /// The descriptors of all services, for gRPC reflection.

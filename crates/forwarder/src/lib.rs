@@ -2,6 +2,7 @@
 
 pub mod cross_connect;
 pub mod discover;
+pub mod machine;
 mod serve;
 mod tell;
 pub mod tunnel;

@@ -9,7 +9,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use ipnet::IpNet;
@@ -19,7 +19,7 @@ use nsm_api::{
 };
 use nsm_identity::{Source, SpiffeId, policy::Policies};
 use nsm_kernel::{
-    Nsid,
+    Nsid, Uplink,
     netns::Namespace,
     plan::vxlan_overhead,
     watch::{Event, Watch},
@@ -40,6 +40,7 @@ use tokio::sync::mpsc;
 use crate::{
     cross_connect::CrossConnect,
     discover::Discover,
+    machine::{Machine, Node},
     tell::{Counted, Told},
     tunnel::TunnelEnd,
     wires::Wires,
@@ -87,7 +88,7 @@ pub struct Forwarder {
     config: Config,
     wires: Arc<Wires>,
     tunnel: TunnelEnd,
-    watch: Watch,
+    events: mpsc::Receiver<Event>,
 }
 
 /// The chain of `nsm forwarder`.
@@ -121,12 +122,26 @@ impl Forwarder {
         };
         let node = Namespace::current().map_err(kernel_says)?;
         let watch = Watch::open(&node).map_err(kernel_says)?;
-        let wires = Arc::new(Wires::open(node, &config.state_dir)?);
+        let node = Node::new(node).map_err(kernel_says)?;
         let within = config.tunnel_ip.map_or_else(|| default_address().map(IpNet::from), Ok)?;
-        let uplink = wires.kernel().uplink(within).map_err(kernel_says)?.ok_or_else(|| {
+        let uplink = node.kernel().uplink(within).map_err(kernel_says)?.ok_or_else(|| {
             Error::invalid(format!("no device of this node has a tunnel address in {within}"))
                 .hint("set NSM_TUNNEL_IP to an address of the node's uplink, or to a prefix that it is in")
         })?;
+        Self::on(config, Arc::new(node), &uplink, watch_events(watch))
+    }
+
+    /// On that machine, with that uplink, which tells its events.
+    ///
+    /// # Errors
+    /// An unusable state directory.
+    pub fn on(
+        config: Config,
+        machine: Arc<dyn Machine>,
+        uplink: &Uplink,
+        events: mpsc::Receiver<Event>,
+    ) -> Result<Self> {
+        let wires = Arc::new(Wires::open(machine, &config.state_dir)?);
         let ip = uplink.ip;
         let tunnel = TunnelEnd {
             ip,
@@ -134,7 +149,7 @@ impl Forwarder {
             mtu: uplink.mtu.saturating_sub(vxlan_overhead(ip)),
         };
         tracing::info!(%tunnel, device = %uplink.ifname, "tunnels end here");
-        Ok(Self { config, wires, tunnel, watch })
+        Ok(Self { config, wires, tunnel, events })
     }
 
     /// Serves until `shutdown` is done, for the manager at `connect_to`. Wires stay: they outlive this process.
@@ -201,7 +216,7 @@ impl Forwarder {
 
     /// Starts without listening anywhere: for a manager in the same process.
     pub fn start(self, only_from: OnlyFrom, directory: Arc<dyn LookUp>, pool: Pool) -> Running {
-        let Self { config, wires, tunnel, watch } = self;
+        let Self { config, wires, tunnel, events } = self;
         let hub = Arc::new(Hub::guarded(&config.guard));
         let dial = Dial::new(pool, &config.name, Arc::clone(&hub), config.dial_timeout)
             .guarding_namespaces(OwnNamespace { allowed: Arc::new(config.namespace_delegates) });
@@ -217,7 +232,7 @@ impl Forwarder {
         config.metrics.register_upstreams(|registry| registry.register_collector(Box::new(counted)));
         config.metrics.inspector().add(Arc::new(Told { wires: Arc::clone(&wires), tunnel }));
         let connections = Connections::serving(&config.name, chain, config.metrics);
-        Running { connections, hub, wires, watch }
+        Running { connections, hub, wires, events }
     }
 
     /// What services choose this forwarder by.
@@ -245,7 +260,7 @@ pub struct Running {
     /// What becomes of them.
     pub hub: Arc<Hub>,
     wires: Arc<Wires>,
-    watch: Watch,
+    events: mpsc::Receiver<Event>,
 }
 
 impl Running {
@@ -255,7 +270,7 @@ impl Running {
     pub async fn look_after(self, shutdown: impl Future<Output = ()> + Send) -> Arc<Wires> {
         tokio::select! {
             () = shutdown => {}
-            () = look_after(Arc::clone(&self.wires), self.connections, self.watch) => {}
+            () = look_after(Arc::clone(&self.wires), self.connections, self.events) => {}
         }
         self.wires
     }
@@ -275,14 +290,13 @@ fn default_address() -> Result<IpAddr> {
     })
 }
 
-async fn look_after(wires: Arc<Wires>, connections: Arc<Connections>, watch: Watch) {
-    let mut events = watch_events(watch);
+async fn look_after(wires: Arc<Wires>, connections: Arc<Connections>, mut events: mpsc::Receiver<Event>) {
     let mut sweep = tokio::time::interval(SWEEP);
     // Nobody told of the pods that died while no process of ours was there.
     end_broken(&wires, &connections, None, "it was not in the kernel any more at our start").await;
     loop {
         tokio::select! {
-            _ = sweep.tick() => wires.sweep(SystemTime::now()),
+            _ = sweep.tick() => wires.sweep(),
             Some(event) = events.recv() => match event {
                 Event::NamespaceGone { nsid } => {
                     let why = "the network namespace of its pod is gone";

@@ -186,7 +186,7 @@ fn wire(
 ) -> Wire {
     let plan = &record.plan;
     let mut differences = Vec::new();
-    let (near, far) = wires.kernel().facts(&plan.id, nsids).unwrap_or_else(|error| {
+    let (near, far) = wires.machine().facts(&plan.id, nsids).unwrap_or_else(|error| {
         differences.push(format!("the kernel cannot be asked: {}", explain(&error)));
         (None, None)
     });
@@ -246,7 +246,7 @@ fn end(plan: &EndPlan, facts: Option<EndFacts>) -> End {
 
 /// What the kernel has otherwise than planned, in words.
 fn departures(wires: &Wires, plan: &WirePlan) -> Vec<String> {
-    let seen = match wires.kernel().snapshot(plan, &[]) {
+    let seen = match wires.machine().snapshot(plan) {
         Ok(seen) => seen,
         Err(error) => return vec![explain(&error)],
     };
@@ -289,11 +289,11 @@ fn arithmetic(plan: &WirePlan, tunnel: &TunnelEnd, mtu: u32) -> Vec<String> {
 /// Links with our mark that no plan names, in the namespaces that the node knows by number.
 fn orphans(wires: &Wires) -> Vec<Wire> {
     let known: BTreeSet<String> = wires.ids().into_iter().collect();
-    let namespaces = wires.kernel().numbered().unwrap_or_default();
+    let namespaces = wires.machine().numbered().unwrap_or_default();
     let mut found = Vec::new();
     for nsid in namespaces {
         // A namespace that has gone meanwhile has nothing any more.
-        for link in wires.kernel().owned(nsid).unwrap_or_default() {
+        for link in wires.machine().owned(nsid).unwrap_or_default() {
             if !known.contains(&link.id) {
                 let end = End { interface: link.ifname, there: true, ..End::default() };
                 let (near, far) = match link.side {

@@ -8,34 +8,36 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    os::fd::AsFd as _,
     path::Path,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, SystemTime},
 };
 
+use ipnet::IpNet;
 use nsm_api::{
-    mechanism::InodeUrl,
     path,
     pb::connection::{Connection, Mechanism},
 };
 use nsm_kernel::{
-    EndFacts, Kernel, Nsid, Nsids,
-    netns::{Namespace, NsId},
+    EndFacts, Nsid, Nsids,
+    netns::NsId,
     plan::{Construction, Side, WirePlan},
     store::{self, Store},
-    travellers::Travellers,
 };
 use nsm_mesh::{Error, Result, error::explain, fds::Fds};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use tokio::{sync::oneshot, task::spawn_blocking};
+use tokio::time::Instant;
 use tonic::Code;
 
-use crate::{tell::Traffic, tunnel::Vnis};
+use crate::{
+    machine::{Machine, on},
+    tell::Traffic,
+    tunnel::Vnis,
+};
 
 /// How long a wire that was found at start may wait for its connection when its record tells no expiry.
 const GRACE: Duration = Duration::from_secs(600);
@@ -64,6 +66,8 @@ struct Held {
     claimed: bool,
     /// When the kernel was last found, or made, as planned.
     whole: Option<Instant>,
+    /// How long it may wait for a connection, if it was found.
+    until: Option<Instant>,
 }
 
 /// What goes onto the disk beside the plan.
@@ -74,6 +78,9 @@ struct Kept {
     far_type: String,
     far_parameters: std::collections::BTreeMap<String, String>,
     expires_unix: u64,
+    /// When this was written; old records do not tell.
+    #[serde(default)]
+    written_unix: Option<u64>,
 }
 
 /// Why a wire was not made.
@@ -97,8 +104,7 @@ pub enum Taken {
 /// See the module.
 #[derive(Debug)]
 pub struct Wires {
-    kernel: Arc<Kernel>,
-    travellers: Travellers,
+    machine: Arc<dyn Machine>,
     store: Store,
     records: Mutex<HashMap<String, Held>>,
     /// Locked after the records.
@@ -164,7 +170,8 @@ impl Record {
             far_class: self.far.cls.clone(),
             far_type: self.far.r#type.clone(),
             far_parameters: self.far.parameters.clone(),
-            expires_unix: self.expires.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+            expires_unix: unix(self.expires),
+            written_unix: Some(unix(SystemTime::now())),
         }
     }
 
@@ -179,13 +186,26 @@ impl Record {
     }
 }
 
+impl Kept {
+    /// How long a wire that was found may wait for its connection: until its client's token expires, and no longer than
+    /// that was to live when this was written. The clock may have gone back since, by hours.
+    fn patience(&self, now: SystemTime) -> Duration {
+        let left = self.expires_unix.saturating_sub(unix(now));
+        let lived = self.written_unix.map_or(GRACE.as_secs(), |at| self.expires_unix.saturating_sub(at));
+        Duration::from_secs(left.min(lived))
+    }
+}
+
+fn unix(time: SystemTime) -> u64 {
+    time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |passed| passed.as_secs())
+}
+
 impl Wires {
     /// The wires that a process before us has left, ready to be claimed by their connections.
     ///
     /// # Errors
-    /// A kernel that refuses us, or a state directory that cannot be used.
-    pub fn open(node: Namespace, state_dir: &Path) -> Result<Self> {
-        let kernel = Kernel::new(node).map_err(|e| internal(&e))?;
+    /// A state directory that cannot be used.
+    pub fn open(machine: Arc<dyn Machine>, state_dir: &Path) -> Result<Self> {
         let store = Store::open(state_dir).map_err(|e| internal(&e))?;
         let found = store.load().map_err(|e| internal(&e))?;
         let mut records = HashMap::new();
@@ -198,23 +218,22 @@ impl Wires {
                     continue;
                 }
             };
+            let until = Some(Instant::now() + kept.patience(SystemTime::now()));
             let record = Record::from_kept(saved.plan, kept);
             if let Some(vni) = record.vni() {
                 vnis.claim(vni, &record.plan.id);
             }
             records.insert(
                 record.plan.id.clone(),
-                Held { record, nsids: saved.nsids, claimed: false, whole: None },
+                Held { record, nsids: saved.nsids, claimed: false, whole: None, until },
             );
         }
         if !records.is_empty() {
             tracing::info!(wires = records.len(), "found wires of an earlier process");
         }
-        clear_leftovers(&kernel, records.values());
-        let home = Namespace::current().map_err(|e| internal(&e))?;
+        clear_leftovers(&*machine, records.values());
         Ok(Self {
-            kernel: Arc::new(kernel),
-            travellers: Travellers::new(home),
+            machine,
             store,
             records: Mutex::new(records),
             vnis: Mutex::new(vnis),
@@ -222,10 +241,10 @@ impl Wires {
         })
     }
 
-    /// The kernel they are in.
+    /// The machine they are on.
     #[must_use]
-    pub fn kernel(&self) -> &Kernel {
-        &self.kernel
+    pub fn machine(&self) -> &dyn Machine {
+        &*self.machine
     }
 
     /// Takes a VNI that is already agreed on; `None`: another connection of this node has it.
@@ -280,9 +299,8 @@ impl Wires {
     ) -> std::result::Result<Option<Traffic>, Taken> {
         let this = Arc::clone(self);
         let fds = fds.clone();
-        let (tell, told) = oneshot::channel();
-        self.travellers.send(move || tell.send(this.apply_now(record, &fds)));
-        told.await.unwrap_or_else(|_| Err(Taken::Other(Error::internal("making the wire panicked"))))
+        let made = on(|work| self.machine.travel(work), move || this.apply_now(record, &fds)).await;
+        made.unwrap_or_else(|| Err(Taken::Other(Error::internal("making the wire panicked"))))
     }
 
     fn apply_now(&self, record: Record, fds: &Fds) -> std::result::Result<Option<Traffic>, Taken> {
@@ -292,6 +310,9 @@ impl Wires {
             held.claimed = true;
             before
         });
+        if before.is_none() {
+            self.take_over(&record.plan);
+        }
         let made = self.make(record, before.as_ref(), fds);
         let mut records = self.records.lock();
         match made {
@@ -317,23 +338,27 @@ impl Wires {
         }
     }
 
+    /// A pair of addresses that the endpoint has given to another connection than the one that was found with it: that one
+    /// is over, and its wire would take the packets of this one.
+    fn take_over(&self, plan: &WirePlan) {
+        let own: Vec<_> = pairs(plan).collect();
+        if own.is_empty() {
+            return;
+        }
+        let same =
+            |held: &Held| !held.claimed && clients(&held.record.plan).any(|client| own.contains(&client));
+        let orphans = self.take(|_, held| same(held));
+        self.count(&orphans, "its address is another connection's now");
+    }
+
     fn make(
         &self,
         record: Record,
         before: Option<&Held>,
         fds: &Fds,
     ) -> std::result::Result<(Held, Option<Traffic>), Taken> {
-        let mut namespaces = Vec::new();
-        for (_, end) in record.plan.ends() {
-            // One that did not come with the request is looked for by the kernel crate.
-            let Some(fd) = fds.get(InodeUrl { dev: end.ns.dev, ino: end.ns.ino }) else { continue };
-            let copy =
-                fd.as_fd().try_clone_to_owned().map_err(|e| Taken::Other(Error::internal(e.to_string())))?;
-            namespaces.push(Namespace::from_fd(copy).map_err(|e| Taken::Other(refused(&e)))?);
-        }
-        let known: Vec<&Namespace> = namespaces.iter().collect();
-        let nsids = self.nsids(&record.plan, &known).map_err(Taken::Other)?;
-        let mut held = Held { record, nsids, claimed: true, whole: None };
+        let nsids = self.nsids(&record.plan, fds).map_err(Taken::Other)?;
+        let mut held = Held { record, nsids, claimed: true, whole: None, until: None };
         if let Some(before) = before {
             held.record.round_expiry(before.record.expires, SystemTime::now());
         }
@@ -348,18 +373,18 @@ impl Wires {
         }
         let plan = &held.record.plan;
         // What still removes an older wire of this connection would take the new file along.
-        self.kernel.settle(&plan.id).map_err(|e| Taken::Other(refused(&e)))?;
+        self.machine.settle(&plan.id).map_err(|e| Taken::Other(refused(&e)))?;
         if let Some(before) = before.filter(|before| moved(&before.record.plan, plan)) {
             // An endpoint that came back in another pod: the old ends are where the new plan does not look, so they
             // go before the record that knows where they are.
-            self.kernel
-                .remove(&before.record.plan, before.nsids, &known)
+            self.machine
+                .remove(&before.record.plan, before.nsids, fds)
                 .map_err(|e| Taken::Other(refused(&e)))?;
         }
         if before.is_none_or(|before| before.record != held.record) {
             self.save(&held).map_err(Taken::Other)?;
         }
-        match self.kernel.apply(plan, &known) {
+        match self.machine.apply(plan, fds) {
             Ok(applied) => {
                 tracing::debug!(wire = %plan.id, created = applied.created, writes = applied.writes, "applied");
                 let traffic = before.and_then(|_| self.traffic(&held));
@@ -384,7 +409,7 @@ impl Wires {
         let lately = before.whole.is_some_and(|at| at.elapsed() < SEEN_WHOLE);
         let same = before.claimed && (&before.record.plan, before.nsids) == (&now.record.plan, now.nsids);
         let (near, far) =
-            (lately && same).then(|| self.kernel.facts(&now.record.plan.id, now.nsids).ok())??;
+            (lately && same).then(|| self.machine.facts(&now.record.plan.id, now.nsids).ok())??;
         let up = |facts: Option<EndFacts>| facts.is_some_and(|facts| facts.up);
         let all = now.record.plan.ends().all(|(side, _)| match side {
             Side::Near => up(near),
@@ -394,21 +419,14 @@ impl Wires {
     }
 
     fn traffic(&self, held: &Held) -> Option<Traffic> {
-        let (near, far) = self.kernel.facts(&held.record.plan.id, held.nsids).ok()?;
+        let (near, far) = self.machine.facts(&held.record.plan.id, held.nsids).ok()?;
         Traffic::of(near, far)
     }
 
-    fn nsids(&self, plan: &WirePlan, known: &[&Namespace]) -> Result<Nsids> {
+    fn nsids(&self, plan: &WirePlan, fds: &Fds) -> Result<Nsids> {
         let mut nsids = Nsids::default();
         for (side, end) in plan.ends() {
-            let of = |ns: &Namespace| self.kernel.nsid(ns);
-            let number = match known.iter().find(|ns| ns.id() == end.ns) {
-                Some(ns) => of(ns),
-                None => Namespace::find(end.ns)
-                    .and_then(|ns| ns.ok_or(nsm_kernel::Error::NamespaceGone(end.ns)))
-                    .and_then(|ns| of(&ns)),
-            };
-            let number = Some(number.map_err(|e| refused(&e))?);
+            let number = Some(self.machine.nsid(end.ns, fds).map_err(|e| refused(&e))?);
             match side {
                 Side::Near => nsids.near = number,
                 Side::Far => nsids.far = number,
@@ -432,8 +450,10 @@ impl Wires {
     }
 
     /// Removes the wires of an earlier process whose time has come and which no connection has claimed.
-    pub fn sweep(&self, now: SystemTime) {
-        let orphans = self.take(|_, held| !held.claimed && held.record.expires <= now);
+    pub fn sweep(&self) {
+        let now = Instant::now();
+        let over = |held: &Held| held.until.is_none_or(|until| until <= now);
+        let orphans = self.take(|_, held| !held.claimed && over(held));
         self.count(&orphans, "its client's token has expired");
     }
 
@@ -461,12 +481,13 @@ impl Wires {
                     self.vnis.lock().release(vni, &id);
                 }
                 let (store, gone) = (self.store.clone(), id.clone());
-                self.kernel.remove_later(&record.plan, nsids, &[], move |removed| {
+                let then = move |removed: nsm_kernel::Result<()>| {
                     // What could not be removed is tried again by the next process.
                     if let Err(error) = removed.and_then(|()| store.remove(&gone)) {
                         tracing::warn!(wire = gone, error = %explain(&error), "not removed in full");
                     }
-                });
+                };
+                self.machine.remove_later(&record.plan, nsids, Box::new(then));
                 id
             })
             .collect()
@@ -476,7 +497,7 @@ impl Wires {
     /// the node numbers so.
     pub async fn broken(self: &Arc<Self>, nsid: Option<Nsid>) -> Vec<String> {
         let this = Arc::clone(self);
-        spawn_blocking(move || {
+        let look = move || {
             let has = |held: &Held| nsid.is_none() || held.nsids.near == nsid || held.nsids.far == nsid;
             let held: Vec<_> = this
                 .records
@@ -485,7 +506,7 @@ impl Wires {
                 .filter(|(_, held)| has(held))
                 .map(|(id, held)| (id.clone(), held.nsids))
                 .collect();
-            let broken = held.into_iter().filter(|(id, nsids)| match this.kernel.facts(id, *nsids) {
+            let broken = held.into_iter().filter(|(id, nsids)| match this.machine.facts(id, *nsids) {
                 Ok((near, far)) => {
                     near.is_some() != nsids.near.is_some() || far.is_some() != nsids.far.is_some()
                 }
@@ -495,28 +516,25 @@ impl Wires {
                 }
             });
             broken.map(|(id, _)| id).collect()
-        })
-        .await
-        .unwrap_or_default()
+        };
+        on(|work| self.machine.wait(work), look).await.unwrap_or_default()
     }
 
     /// Waits until everything that is being removed is gone.
     pub async fn flush(&self) {
-        let kernel = Arc::clone(&self.kernel);
-        if spawn_blocking(move || kernel.flush()).await.is_err() {
+        let machine = Arc::clone(&self.machine);
+        if on(|work| self.machine.wait(work), move || machine.flush()).await.is_none() {
             tracing::warn!("waiting for the last deletions panicked");
         }
     }
 }
 
 /// Removes links that the process before us was killed over before they became wires: their records tell where.
-fn clear_leftovers<'h>(kernel: &Kernel, records: impl Iterator<Item = &'h Held>) {
+fn clear_leftovers<'h>(machine: &dyn Machine, records: impl Iterator<Item = &'h Held>) {
     let namespaces: BTreeSet<NsId> =
         records.flat_map(|held| held.record.plan.ends().map(|(_, end)| end.ns).collect::<Vec<_>>()).collect();
     for id in namespaces {
-        // A pod that is gone has taken everything along.
-        let swept = Namespace::find(id).and_then(|ns| ns.map_or(Ok(0), |ns| kernel.sweep(&ns)));
-        match swept {
+        match machine.sweep(id) {
             Ok(0) => {}
             Ok(things) => tracing::info!(namespace = %id, things, "removed what was never finished"),
             Err(error) => {
@@ -524,6 +542,15 @@ fn clear_leftovers<'h>(kernel: &Kernel, records: impl Iterator<Item = &'h Held>)
             }
         }
     }
+}
+
+/// What each end is called and what it reaches: namespace, own address, address of the other end.
+fn pairs(plan: &WirePlan) -> impl Iterator<Item = (NsId, IpNet, IpNet)> {
+    plan.ends().flat_map(|(_, end)| {
+        let hosts = end.routes.iter().map(|route| route.dst);
+        let hosts = hosts.filter(|dst| dst.prefix_len() == dst.max_prefix_len());
+        hosts.flat_map(|host| end.addresses.iter().map(move |own| (end.ns, *own, host)))
+    })
 }
 
 /// Whether a wire has an end in another namespace than before, or is of another kind.
@@ -563,7 +590,12 @@ fn refused(error: &nsm_kernel::Error) -> Error {
 mod tests {
     use std::process::{Child, Command};
 
-    use nsm_kernel::plan::{EndPlan, Vxlan};
+    use nsm_kernel::{
+        netns::Namespace,
+        plan::{EndPlan, Route, Vxlan},
+    };
+
+    use crate::machine;
 
     use super::*;
 
@@ -615,7 +647,8 @@ mod tests {
 
         /// What a process that starts now knows.
         fn wires(&self) -> Arc<Wires> {
-            Arc::new(Wires::open(self.ns.try_clone().unwrap(), self.state.path()).unwrap())
+            let node = machine::Node::new(self.ns.try_clone().unwrap()).unwrap();
+            Arc::new(Wires::open(Arc::new(node), self.state.path()).unwrap())
         }
 
         fn veth(&self, id: &str) -> Record {
@@ -738,19 +771,67 @@ mod tests {
         let first = node.wires();
         made(&first, &left).await;
         made(&first, &claimed).await;
-        first.sweep(SystemTime::now());
+        first.sweep();
         first.orphan("left", "a test");
         assert_eq!(first.orphans(), 0, "they are claimed, by this process");
         drop(first);
 
         let second = node.wires();
         made(&second, &claimed).await;
-        second.sweep(SystemTime::now());
+        second.sweep();
         second.flush().await;
         assert_eq!(second.orphans(), 1);
         assert!(second.record("left").is_none());
         assert_eq!(second.record("claimed"), Some(claimed));
         assert_eq!((second.broken(None).await, node.files()), (Vec::new(), 1));
+    }
+
+    #[test]
+    fn a_wire_waits_for_its_connection_no_longer_than_its_token_was_to_live() {
+        let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        let mut kept = record(WirePlan::veth("w", end_of("a"), end_of("b"))).kept();
+        (kept.written_unix, kept.expires_unix) = (Some(10_000), 10_060);
+        let patience = |kept: &Kept, now| kept.patience(at(now)).as_secs();
+        assert_eq!((patience(&kept, 10_020), patience(&kept, 20_000)), (40, 0));
+        assert_eq!(patience(&kept, 2_800), 60, "the clock has gone back two hours");
+        kept.written_unix = None;
+        assert_eq!((patience(&kept, 10_020), patience(&kept, 2_800)), (40, 600), "an old record");
+    }
+
+    fn end_of(name: &str) -> EndPlan {
+        EndPlan::new(Side::Near, NsId { dev: 1, ino: 1 }, name, name)
+    }
+
+    /// Its client and its endpoint were killed with the process before us, and the endpoint has come back.
+    #[tokio::test]
+    async fn a_wire_that_nobody_has_claimed_goes_when_its_address_is_given_to_another() {
+        let Some(node) =
+            Node::new("a_wire_that_nobody_has_claimed_goes_when_its_address_is_given_to_another")
+        else {
+            return;
+        };
+        let towards = |id: &str, client: &str| {
+            let mut record = node.veth(id);
+            record.expires = SystemTime::now() + Duration::from_secs(600);
+            let far = record.plan.far.as_mut().unwrap();
+            far.addresses = vec!["10.0.0.1/32".parse().unwrap()];
+            far.routes = vec![Route::to_peer(client.parse().unwrap())];
+            record
+        };
+        let first = node.wires();
+        made(&first, &towards("old", "10.0.0.2/32")).await;
+        made(&first, &towards("other", "10.0.0.4/32")).await;
+        drop(first);
+
+        let second = node.wires();
+        made(&second, &towards("new", "10.0.0.2/32")).await;
+        second.flush().await;
+        assert!(
+            second.record("old").is_none() && second.record("other").is_some(),
+            "only what is in the way"
+        );
+        assert_eq!((second.orphans(), node.files()), (1, 2));
+        assert!(node.endpoint.output("ip route get 10.0.0.2").contains("nsm-new"));
     }
 
     #[tokio::test]
@@ -774,7 +855,582 @@ mod tests {
         second.flush().await;
         assert_eq!((second.orphans(), node.files()), (1, 1));
         let Node { ns, client, endpoint, state } = node;
-        let number = second.kernel.nsid(&endpoint.ns).unwrap();
+        let number = second.machine.nsid(endpoint.ns.id(), &Fds::default()).unwrap();
+        drop(endpoint);
+        // The kernel takes a namespace down on a thread of its own.
+        for _ in 0..500 {
+            if !second.broken(Some(number)).await.is_empty() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert_eq!(second.broken(Some(number)).await, ["whole"]);
+        drop((ns, client, state));
+    }
+
+    #[tokio::test]
+    async fn a_wire_that_moves_leaves_nothing_and_waits_for_no_other() {
+        let Some(node) = Node::new("a_wire_that_moves_leaves_nothing_and_waits_for_no_other") else { return };
+        let wires = node.wires();
+        let before = node.veth("moving");
+        made(&wires, &before).await;
+        let third = Pod::start();
+        let mut after = before.clone();
+        after.plan.far = Some(EndPlan::new(Side::Far, third.ns.id(), "nsm-moving", "moving"));
+        made(&wires, &after).await;
+        assert_eq!(wires.record("moving"), Some(after));
+        assert_eq!(node.endpoint.output("ip -br link").lines().count(), 1);
+        assert_eq!((wires.broken(None).await, node.files()), (Vec::new(), 1));
+    }
+
+    #[tokio::test]
+    async fn a_vni_is_its_records_and_a_claim_ends_with_its_request() {
+        let Some(node) = Node::new("a_vni_is_its_records_and_a_claim_ends_with_its_request") else { return };
+        let alien = "link add alien type vxlan id 72 local 192.0.2.1 remote 192.0.2.9 dstport 4789";
+        let add = || Command::new("ip").args(alien.split(' ')).status();
+        assert!(node.ns.run(add).unwrap().unwrap().success());
+        let wires = node.wires();
+        let free = |wires: &Arc<Wires>, vni| wires.claim(vni, "other").is_some();
+
+        let claim = wires.claim(70, "a").unwrap();
+        assert!(!free(&wires, 70));
+        drop(claim);
+        assert!(free(&wires, 70), "nothing came of it");
+        let claim = wires.claim(70, "a").unwrap();
+        made(&wires, &node.vxlan("a", 70)).await;
+        drop(claim);
+        assert!(!free(&wires, 70));
+
+        // A refresh that fails keeps the old one and gives the new one back.
+        let claim = wires.claim(72, "a").unwrap();
+        let refused = wires.apply(node.vxlan("a", 72), &Fds::default()).await;
+        assert!(matches!(refused, Err(Taken::Vni)), "{refused:?}");
+        drop(claim);
+        assert_eq!((free(&wires, 70), free(&wires, 72)), (false, true));
+
+        let claim = wires.claim(74, "a").unwrap();
+        made(&wires, &node.vxlan("a", 74)).await;
+        drop(claim);
+        assert_eq!((free(&wires, 70), free(&wires, 74)), (true, false));
+
+        let next = node.wires();
+        assert!(!free(&next, 74), "found with its record");
+        next.remove("a");
+        assert!(free(&next, 74));
+        next.flush().await;
+        assert_eq!(node.files(), 0);
+    }
+}        let same = |held: &Held| !held.claimed && pairs(&held.record.plan).any(|pair| own.contains(&pair));
+        let orphans = self.take(|_, held| same(held));
+        self.count(&orphans, "its address is another connection's now");
+    }
+
+    fn make(
+        &self,
+        record: Record,
+        before: Option<&Held>,
+        fds: &Fds,
+    ) -> std::result::Result<(Held, Option<Traffic>), Taken> {
+        let nsids = self.nsids(&record.plan, fds).map_err(Taken::Other)?;
+        let mut held = Held { record, nsids, claimed: true, whole: None, until: None };
+        if let Some(before) = before {
+            held.record.round_expiry(before.record.expires, SystemTime::now());
+        }
+        if let Some(before) = before
+            && let Some(traffic) = self.stands(before, &held)
+        {
+            held.whole = before.whole;
+            if before.record != held.record {
+                self.save(&held).map_err(Taken::Other)?;
+            }
+            return Ok((held, Some(traffic)));
+        }
+        let plan = &held.record.plan;
+        // What still removes an older wire of this connection would take the new file along.
+        self.machine.settle(&plan.id).map_err(|e| Taken::Other(refused(&e)))?;
+        if let Some(before) = before.filter(|before| moved(&before.record.plan, plan)) {
+            // An endpoint that came back in another pod: the old ends are where the new plan does not look, so they
+            // go before the record that knows where they are.
+            self.machine
+                .remove(&before.record.plan, before.nsids, fds)
+                .map_err(|e| Taken::Other(refused(&e)))?;
+        }
+        if before.is_none_or(|before| before.record != held.record) {
+            self.save(&held).map_err(Taken::Other)?;
+        }
+        match self.machine.apply(plan, fds) {
+            Ok(applied) => {
+                tracing::debug!(wire = %plan.id, created = applied.created, writes = applied.writes, "applied");
+                let traffic = before.and_then(|_| self.traffic(&held));
+                held.whole = Some(Instant::now());
+                Ok((held, traffic))
+            }
+            Err(error) => {
+                let restored = match before {
+                    Some(before) => self.save(before),
+                    None => self.store.remove(&plan.id).map(drop).map_err(|e| internal(&e)),
+                };
+                if restored.is_err() {
+                    tracing::warn!(wire = %plan.id, "its record could not be taken back");
+                }
+                Err(taken(error, plan))
+            }
+        }
+    }
+
+    /// What a wire has carried that is as it was wanted a moment ago, and still wanted so.
+    fn stands(&self, before: &Held, now: &Held) -> Option<Traffic> {
+        let lately = before.whole.is_some_and(|at| at.elapsed() < SEEN_WHOLE);
+        let same = before.claimed && (&before.record.plan, before.nsids) == (&now.record.plan, now.nsids);
+        let (near, far) =
+            (lately && same).then(|| self.machine.facts(&now.record.plan.id, now.nsids).ok())??;
+        let up = |facts: Option<EndFacts>| facts.is_some_and(|facts| facts.up);
+        let all = now.record.plan.ends().all(|(side, _)| match side {
+            Side::Near => up(near),
+            Side::Far => up(far),
+        });
+        all.then(|| Traffic::of(near, far))?
+    }
+
+    fn traffic(&self, held: &Held) -> Option<Traffic> {
+        let (near, far) = self.machine.facts(&held.record.plan.id, held.nsids).ok()?;
+        Traffic::of(near, far)
+    }
+
+    fn nsids(&self, plan: &WirePlan, fds: &Fds) -> Result<Nsids> {
+        let mut nsids = Nsids::default();
+        for (side, end) in plan.ends() {
+            let number = Some(self.machine.nsid(end.ns, fds).map_err(|e| refused(&e))?);
+            match side {
+                Side::Near => nsids.near = number,
+                Side::Far => nsids.far = number,
+            }
+        }
+        Ok(nsids)
+    }
+
+    fn save(&self, held: &Held) -> Result<()> {
+        let data = serde_json::to_value(held.record.kept()).map_err(|e| Error::internal(e.to_string()))?;
+        let record = store::Record { plan: held.record.plan.clone(), nsids: held.nsids, data };
+        self.store.put(&record).map_err(|e| {
+            Error::new(Code::ResourceExhausted, explain(&e))
+                .hint("a wire is only made when its plan can be kept; free space in NSM_STATE_DIR")
+        })
+    }
+
+    /// Removes a connection's wire. The kernel takes its time; nobody waits for that.
+    pub fn remove(&self, id: &str) {
+        self.take(|other, _| other == id);
+    }
+
+    /// Removes the wires of an earlier process whose time has come and which no connection has claimed.
+    pub fn sweep(&self) {
+        let now = Instant::now();
+        let over = |held: &Held| held.until.is_none_or(|until| until <= now);
+        let orphans = self.take(|_, held| !held.claimed && over(held));
+        self.count(&orphans, "its client's token has expired");
+    }
+
+    /// Removes a wire that no connection has claimed, and counts it.
+    pub fn orphan(&self, id: &str, why: &str) {
+        let orphans = self.take(|other, held| other == id && !held.claimed);
+        self.count(&orphans, why);
+    }
+
+    fn count(&self, orphans: &[String], why: &str) {
+        for id in orphans {
+            let orphans = self.orphans.fetch_add(1, Ordering::Relaxed) + 1;
+            tracing::info!(wire = id, why, orphans, "removing a wire that nobody wants");
+        }
+    }
+
+    /// Forgets these wires and queues them for deletion, in one step: whoever makes one of them again does so before
+    /// or after both.
+    fn take(&self, chosen: impl Fn(&str, &Held) -> bool) -> Vec<String> {
+        let mut records = self.records.lock();
+        let taken = records.extract_if(|id, held| chosen(id, held));
+        taken
+            .map(|(id, Held { record, nsids, .. })| {
+                if let Some(vni) = record.vni() {
+                    self.vnis.lock().release(vni, &id);
+                }
+                let (store, gone) = (self.store.clone(), id.clone());
+                let then = move |removed: nsm_kernel::Result<()>| {
+                    // What could not be removed is tried again by the next process.
+                    if let Err(error) = removed.and_then(|()| store.remove(&gone)) {
+                        tracing::warn!(wire = gone, error = %explain(&error), "not removed in full");
+                    }
+                };
+                self.machine.remove_later(&record.plan, nsids, Box::new(then));
+                id
+            })
+            .collect()
+    }
+
+    /// The connections whose wire is not in the kernel any more, of all or of those with an end in the namespace that
+    /// the node numbers so.
+    pub async fn broken(self: &Arc<Self>, nsid: Option<Nsid>) -> Vec<String> {
+        let this = Arc::clone(self);
+        let look = move || {
+            let has = |held: &Held| nsid.is_none() || held.nsids.near == nsid || held.nsids.far == nsid;
+            let held: Vec<_> = this
+                .records
+                .lock()
+                .iter()
+                .filter(|(_, held)| has(held))
+                .map(|(id, held)| (id.clone(), held.nsids))
+                .collect();
+            let broken = held.into_iter().filter(|(id, nsids)| match this.machine.facts(id, *nsids) {
+                Ok((near, far)) => {
+                    near.is_some() != nsids.near.is_some() || far.is_some() != nsids.far.is_some()
+                }
+                Err(error) => {
+                    tracing::warn!(wire = id, error = %explain(&error), "cannot be looked at");
+                    false
+                }
+            });
+            broken.map(|(id, _)| id).collect()
+        };
+        on(|work| self.machine.wait(work), look).await.unwrap_or_default()
+    }
+
+    /// Waits until everything that is being removed is gone.
+    pub async fn flush(&self) {
+        let machine = Arc::clone(&self.machine);
+        if on(|work| self.machine.wait(work), move || machine.flush()).await.is_none() {
+            tracing::warn!("waiting for the last deletions panicked");
+        }
+    }
+}
+
+/// Removes links that the process before us was killed over before they became wires: their records tell where.
+fn clear_leftovers<'h>(machine: &dyn Machine, records: impl Iterator<Item = &'h Held>) {
+    let namespaces: BTreeSet<NsId> =
+        records.flat_map(|held| held.record.plan.ends().map(|(_, end)| end.ns).collect::<Vec<_>>()).collect();
+    for id in namespaces {
+        match machine.sweep(id) {
+            Ok(0) => {}
+            Ok(things) => tracing::info!(namespace = %id, things, "removed what was never finished"),
+            Err(error) => {
+                tracing::warn!(namespace = %id, error = %explain(&error), "cannot look for leftovers");
+            }
+        }
+    }
+}
+
+/// The addresses that the endpoint reaches over a wire, each with the endpoint's namespace.
+fn clients(plan: &WirePlan) -> impl Iterator<Item = (NsId, IpNet)> {
+    let hosts = |end: &EndPlan| {
+        let ns = end.ns;
+        let hosts = end.routes.iter().filter(|route| route.dst.prefix_len() == route.dst.max_prefix_len());
+        hosts.map(|route| (ns, route.dst)).collect::<Vec<_>>()
+    };
+    plan.far.iter().flat_map(hosts)
+}
+
+/// Whether a wire has an end in another namespace than before, or is of another kind.
+fn moved(before: &WirePlan, now: &WirePlan) -> bool {
+    let places = |plan: &WirePlan| plan.ends().map(|(side, end)| (side, end.ns)).collect::<Vec<_>>();
+    places(before) != places(now)
+        || std::mem::discriminant(&before.construction) != std::mem::discriminant(&now.construction)
+}
+
+fn taken(error: nsm_kernel::Error, plan: &WirePlan) -> Taken {
+    match error {
+        nsm_kernel::Error::NameTaken { name, ns, by } => {
+            let near =
+                plan.ends().any(|(side, end)| side == Side::Near && end.ns == ns && end.ifname == name);
+            Taken::Name { near, name, by }
+        }
+        nsm_kernel::Error::VniTaken { .. } => Taken::Vni,
+        other => Taken::Other(refused(&other)),
+    }
+}
+
+fn internal(error: &nsm_kernel::Error) -> Error {
+    Error::internal(explain(error))
+}
+
+fn refused(error: &nsm_kernel::Error) -> Error {
+    let code = match error {
+        nsm_kernel::Error::Plan(_) | nsm_kernel::Error::NotANamespace(_) => Code::InvalidArgument,
+        nsm_kernel::Error::NamespaceGone(_) => Code::FailedPrecondition,
+        _ => Code::Internal,
+    };
+    Error::new(code, explain(error))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::print_stdout, reason = "tests")]
+mod tests {
+    use std::process::{Child, Command};
+
+    use nsm_kernel::{
+        netns::Namespace,
+        plan::{EndPlan, Route, Vxlan},
+    };
+
+    use crate::machine;
+
+    use super::*;
+
+    /// A process that lives in a namespace of its own, so that it is found without a descriptor.
+    struct Pod {
+        process: Child,
+        ns: Namespace,
+    }
+
+    impl Pod {
+        fn start() -> Self {
+            let ns = Namespace::unnamed().unwrap();
+            let process = ns.run(|| Command::new("sleep").arg("600").spawn()).unwrap().unwrap();
+            Self { process, ns }
+        }
+
+        fn output(&self, command: &str) -> String {
+            let mut words = command.split_whitespace();
+            let run = || Command::new(words.next().unwrap()).args(words).output();
+            let output = self.ns.run(run).unwrap().unwrap();
+            assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+            String::from_utf8(output.stdout).unwrap()
+        }
+    }
+
+    impl Drop for Pod {
+        fn drop(&mut self) {
+            let _ = self.process.kill();
+            let _ = self.process.wait();
+        }
+    }
+
+    struct Node {
+        ns: Namespace,
+        client: Pod,
+        endpoint: Pod,
+        state: tempfile::TempDir,
+    }
+
+    impl Node {
+        fn new(test: &str) -> Option<Self> {
+            let Ok(ns) = Namespace::unnamed() else {
+                println!("SKIPPED {test}: network namespaces need root");
+                return None;
+            };
+            let state = tempfile::tempdir().unwrap();
+            Some(Self { ns, client: Pod::start(), endpoint: Pod::start(), state })
+        }
+
+        /// What a process that starts now knows.
+        fn wires(&self) -> Arc<Wires> {
+            let node = machine::Node::new(self.ns.try_clone().unwrap()).unwrap();
+            Arc::new(Wires::open(Arc::new(node), self.state.path()).unwrap())
+        }
+
+        fn veth(&self, id: &str) -> Record {
+            let end = |side, pod: &Pod| EndPlan::new(side, pod.ns.id(), format!("nsm-{id}"), id);
+            record(WirePlan::veth(id, end(Side::Near, &self.client), end(Side::Far, &self.endpoint)))
+        }
+
+        fn vxlan(&self, id: &str, vni: u32) -> Record {
+            let local = "192.0.2.1".parse().unwrap();
+            let tunnel =
+                Vxlan { vni, local, remote: "192.0.2.2".parse().unwrap(), port: 4789, remote_port: 4789 };
+            let end = EndPlan::new(Side::Near, self.client.ns.id(), format!("nsm-{id}"), id);
+            record(WirePlan::vxlan(id, tunnel, Side::Near, end))
+        }
+
+        fn files(&self) -> usize {
+            std::fs::read_dir(self.state.path()).unwrap().count()
+        }
+    }
+
+    fn record(plan: WirePlan) -> Record {
+        Record { plan, far: Mechanism::default(), expires: SystemTime::UNIX_EPOCH }
+    }
+
+    async fn made(wires: &Arc<Wires>, record: &Record) {
+        wires.apply(record.clone(), &Fds::default()).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_wire_that_is_asked_for_while_it_goes_stays_with_its_record() {
+        let Some(node) = Node::new("a_wire_that_is_asked_for_while_it_goes_stays_with_its_record") else {
+            return;
+        };
+        let wires = node.wires();
+        let records: Vec<_> = (0..16).map(|n| node.veth(&n.to_string())).collect();
+        for record in &records {
+            made(&wires, record).await;
+        }
+        for record in &records {
+            wires.remove(&record.plan.id);
+        }
+        for record in &records {
+            made(&wires, record).await;
+        }
+        wires.flush().await;
+        assert_eq!(wires.broken(None).await, Vec::<String>::new());
+        assert_eq!(node.files(), 16);
+        for record in &records {
+            wires.remove(&record.plan.id);
+        }
+        wires.flush().await;
+        assert_eq!(node.files(), 0);
+        assert_eq!(node.client.output("ip -br link").lines().count(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_refresh_that_changes_nothing_looks_whether_the_ends_are_up_and_now_and_then_at_everything() {
+        let Some(node) = Node::new(
+            "a_refresh_that_changes_nothing_looks_whether_the_ends_are_up_and_now_and_then_at_everything",
+        ) else {
+            return;
+        };
+        let wires = node.wires();
+        let mut record = node.veth("w");
+        record.plan.near.as_mut().unwrap().addresses = vec!["10.0.0.1/32".parse().unwrap()];
+        assert!(wires.apply(record.clone(), &Fds::default()).await.unwrap().is_none(), "it is new");
+        let addresses = || node.client.output("ip -br addr show dev nsm-w").contains("10.0.0.1/32");
+        assert!(addresses());
+        node.client.output("ip addr flush dev nsm-w");
+        let traffic = wires.apply(record.clone(), &Fds::default()).await.unwrap();
+        assert!(traffic.is_some() && !addresses(), "nobody has listed the addresses");
+        // An end that is down, a change of the plan, and time: each makes it look.
+        node.endpoint.output("ip link set nsm-w down");
+        made(&wires, &record).await;
+        assert!(addresses() && node.endpoint.output("ip link show nsm-w").contains(",UP"));
+        node.client.output("ip addr flush dev nsm-w");
+        record.plan.far.as_mut().unwrap().addresses = vec!["10.0.0.2/32".parse().unwrap()];
+        made(&wires, &record).await;
+        assert!(addresses());
+        node.client.output("ip addr flush dev nsm-w");
+        let long_ago = Instant::now().checked_sub(SEEN_WHOLE);
+        wires.records.lock().get_mut("w").unwrap().whole = long_ago;
+        made(&wires, &record).await;
+        assert!(addresses());
+        // Who restarts knows nothing of what was seen.
+        node.client.output("ip addr flush dev nsm-w");
+        made(&node.wires(), &record).await;
+        assert!(addresses());
+    }
+
+    #[tokio::test]
+    async fn a_little_later_expiry_is_not_written_and_any_other_change_is() {
+        let Some(node) = Node::new("a_little_later_expiry_is_not_written_and_any_other_change_is") else {
+            return;
+        };
+        let wires = node.wires();
+        let mut record = node.veth("w");
+        let mut expires = SystemTime::now() + Duration::from_secs(600);
+        record.expires = expires;
+        made(&wires, &record).await;
+        for (later, written) in [(1, false), (100, false), (250, true), (-30, true), (29, false)] {
+            let before = expires;
+            let step = Duration::from_secs(i64::unsigned_abs(later));
+            record.expires = if later < 0 { before - step } else { before + step };
+            expires = if written { record.expires } else { before };
+            made(&wires, &record).await;
+            assert_eq!(wires.record("w").unwrap().expires, expires, "{later}");
+            let on_disk = node.wires().record("w").unwrap().expires;
+            assert!(expires.duration_since(on_disk).unwrap() < Duration::from_secs(1), "whole seconds");
+        }
+        record.far.set("name", "other");
+        made(&wires, &record).await;
+        assert_eq!(node.wires().record("w").unwrap().far, record.far);
+    }
+
+    #[tokio::test]
+    async fn only_what_no_connection_has_claimed_is_swept() {
+        let Some(node) = Node::new("only_what_no_connection_has_claimed_is_swept") else { return };
+        let (left, claimed) = (node.veth("left"), node.veth("claimed"));
+        let first = node.wires();
+        made(&first, &left).await;
+        made(&first, &claimed).await;
+        first.sweep();
+        first.orphan("left", "a test");
+        assert_eq!(first.orphans(), 0, "they are claimed, by this process");
+        drop(first);
+
+        let second = node.wires();
+        made(&second, &claimed).await;
+        second.sweep();
+        second.flush().await;
+        assert_eq!(second.orphans(), 1);
+        assert!(second.record("left").is_none());
+        assert_eq!(second.record("claimed"), Some(claimed));
+        assert_eq!((second.broken(None).await, node.files()), (Vec::new(), 1));
+    }
+
+    #[test]
+    fn a_wire_waits_for_its_connection_no_longer_than_its_token_was_to_live() {
+        let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        let mut kept = record(WirePlan::veth("w", end_of("a"), end_of("b"))).kept();
+        (kept.written_unix, kept.expires_unix) = (Some(10_000), 10_060);
+        let patience = |kept: &Kept, now| kept.patience(at(now)).as_secs();
+        assert_eq!((patience(&kept, 10_020), patience(&kept, 20_000)), (40, 0));
+        assert_eq!(patience(&kept, 2_800), 60, "the clock has gone back two hours");
+        kept.written_unix = None;
+        assert_eq!((patience(&kept, 10_020), patience(&kept, 2_800)), (40, 600), "an old record");
+    }
+
+    fn end_of(name: &str) -> EndPlan {
+        EndPlan::new(Side::Near, NsId { dev: 1, ino: 1 }, name, name)
+    }
+
+    /// Its client and its endpoint were killed with the process before us, and the endpoint has come back.
+    #[tokio::test]
+    async fn a_wire_that_nobody_has_claimed_goes_when_its_address_is_given_to_another() {
+        let Some(node) =
+            Node::new("a_wire_that_nobody_has_claimed_goes_when_its_address_is_given_to_another")
+        else {
+            return;
+        };
+        let towards = |id: &str, client: &str| {
+            let mut record = node.veth(id);
+            record.expires = SystemTime::now() + Duration::from_secs(600);
+            let far = record.plan.far.as_mut().unwrap();
+            far.addresses = vec!["10.0.0.1/32".parse().unwrap()];
+            far.routes = vec![Route::to_peer(client.parse().unwrap())];
+            record
+        };
+        let first = node.wires();
+        made(&first, &towards("old", "10.0.0.2/32")).await;
+        made(&first, &towards("other", "10.0.0.4/32")).await;
+        drop(first);
+
+        let second = node.wires();
+        made(&second, &towards("new", "10.0.0.2/32")).await;
+        second.flush().await;
+        assert!(
+            second.record("old").is_none() && second.record("other").is_some(),
+            "only what is in the way"
+        );
+        assert_eq!((second.orphans(), node.files()), (1, 2));
+        assert!(node.endpoint.output("ip route get 10.0.0.2").contains("nsm-new"));
+    }
+
+    #[tokio::test]
+    async fn a_start_removes_what_was_never_finished_and_sees_what_is_gone() {
+        let Some(node) = Node::new("a_start_removes_what_was_never_finished_and_sees_what_is_gone") else {
+            return;
+        };
+        let (whole, cut) = (node.veth("whole"), node.veth("cut"));
+        let first = node.wires();
+        made(&first, &whole).await;
+        made(&first, &cut).await;
+        drop(first);
+        node.endpoint.output("ip link del nsm-cut");
+        // As a link is born: down, without an alias, in the group of the unfinished.
+        node.client.output("ip link add half group 7238509 type veth peer name other group 7238509");
+
+        let second = node.wires();
+        assert!(!node.client.output("ip -br link").contains("half"));
+        assert_eq!(second.broken(None).await, ["cut"]);
+        second.orphan("cut", "a test");
+        second.flush().await;
+        assert_eq!((second.orphans(), node.files()), (1, 1));
+        let Node { ns, client, endpoint, state } = node;
+        let number = second.machine.nsid(endpoint.ns.id(), &Fds::default()).unwrap();
         drop(endpoint);
         // The kernel takes a namespace down on a thread of its own.
         for _ in 0..500 {

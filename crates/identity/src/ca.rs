@@ -34,7 +34,7 @@ use tracing::{debug, info, warn};
 
 pub use attest::{Entry, Selectors};
 pub use authority::Authority;
-use workload::{Issued, Issuer, unattested};
+use workload::{Issued, Issuer, Renewal, unattested};
 
 use crate::{Error, FileWatch, SpiffeId, Svid, TrustDomain, UnixPeer, UnixSocket};
 
@@ -431,7 +431,7 @@ impl Entries {
             svids: ids.iter().map(issue).collect::<Result<_, _>>()?,
             domain: authority.domain().clone(),
             roots: vec![authority.certificate().clone()],
-            renew: tokio::time::Instant::now() + ttl / 2,
+            renew: Renewal::after(ttl / 2),
         })
     }
 }
@@ -449,9 +449,8 @@ impl Issuer for Entries {
             if ids.is_empty() {
                 return Err(self.denied(peer));
             }
-            let due = given.is_none_or(|given| {
-                given.renew <= tokio::time::Instant::now() || !given.svids.iter().map(Svid::id).eq(&ids)
-            });
+            let due =
+                given.is_none_or(|given| given.renew.is_due() || !given.svids.iter().map(Svid::id).eq(&ids));
             if due {
                 return self.issue(&ids, now.svid_ttl).map_err(|e| {
                     let reason = crate::explain(&e);
@@ -459,9 +458,9 @@ impl Issuer for Entries {
                     Status::internal(reason)
                 });
             }
-            let renew = given.map_or_else(tokio::time::Instant::now, |given| given.renew);
+            let Some(given) = given else { continue };
             tokio::select! {
-                () = tokio::time::sleep_until(renew) => {}
+                () = given.renew.due() => {}
                 changed = config.changed() => if changed.is_err() {
                     return Err(Status::unavailable("the authority ends"));
                 },

@@ -46,6 +46,9 @@ pub struct UnixPeer {
     gid: u32,
     /// `None` on kernels before 6.5 that show no pid either.
     pidfd: Option<Arc<OwnedFd>>,
+    /// What stands for the network namespace of a simulated process.
+    #[cfg(feature = "sim")]
+    netns: Option<Arc<OwnedFd>>,
 }
 
 /// A namespace, or any file, by the numbers `stat` gives for it.
@@ -81,7 +84,21 @@ impl UnixPeer {
             (Err(e), None) if e.raw_os_error() == Some(libc::ENOPROTOOPT) => None,
             (pidfd, _) => Some(pidfd?),
         };
-        Ok(Self { pid, uid, gid, pidfd: pidfd.map(Arc::new) })
+        Ok(Self {
+            pid,
+            uid,
+            gid,
+            pidfd: pidfd.map(Arc::new),
+            #[cfg(feature = "sim")]
+            netns: None,
+        })
+    }
+
+    /// A process of a simulation, in the network namespace that this file stands for.
+    #[cfg(feature = "sim")]
+    #[must_use]
+    pub fn simulated(pid: u32, netns: Arc<OwnedFd>) -> Self {
+        Self { pid: Some(pid), uid: 0, gid: 0, pidfd: None, netns: Some(netns) }
     }
 
     /// The process id, valid while [`UnixPeer::is_alive`]; `None` for a peer in a PID namespace that is not visible here.
@@ -116,6 +133,10 @@ impl UnixPeer {
     /// # Errors
     /// The peer has exited, or may not be inspected.
     pub fn netns(&self) -> io::Result<OwnedFd> {
+        #[cfg(feature = "sim")]
+        if let Some(netns) = &self.netns {
+            return netns.try_clone();
+        }
         self.namespace(libc::PIDFD_GET_NET_NAMESPACE, "net")
     }
 

@@ -11,10 +11,13 @@ use std::{
 
 use async_trait::async_trait;
 use ipnet::IpNet;
-use nsm_api::pb::{
-    connection::Connection,
-    connectioncontext::{IpContext, Route},
-    networkservice::NetworkServiceRequest,
+use nsm_api::{
+    pb::{
+        connection::Connection,
+        connectioncontext::{IpContext, Route},
+        networkservice::NetworkServiceRequest,
+    },
+    planted,
 };
 use nsm_mesh::{Context, Element, Error, Lease, Next, Release, Result};
 use parking_lot::Mutex;
@@ -242,7 +245,9 @@ impl Lease for Held {
     }
 
     async fn release(self: Box<Self>, _: &Release) -> Result<()> {
-        self.pools.lock().release(&self.id);
+        if !planted::is("ipam keeps addresses") {
+            self.pools.lock().release(&self.id);
+        }
         Ok(())
     }
 }

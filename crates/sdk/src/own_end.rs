@@ -30,7 +30,14 @@ impl OwnNamespace {
     /// # Errors
     /// Without `/proc`.
     pub fn open() -> io::Result<Self> {
-        let file = File::open("/proc/thread-self/ns/net")?;
+        Self::of(File::open("/proc/thread-self/ns/net")?)
+    }
+
+    /// Of an open file of it: for who speaks for another one.
+    ///
+    /// # Errors
+    /// Those of `fstat`.
+    pub fn of(file: File) -> io::Result<Self> {
         let meta = file.metadata()?;
         Ok(Self { url: InodeUrl { dev: meta.dev(), ino: meta.ino() }, fd: Arc::new(file.into()) })
     }

@@ -17,7 +17,7 @@ use http_body_util::{BodyExt as _, Full, Limited};
 use hyper_util::rt::TokioIo;
 use nsm_identity::{
     Svid, UnixPeer,
-    ca::workload::{Issued, Issuer, unattested},
+    ca::workload::{Issued, Issuer, Renewal, unattested},
     explain,
 };
 use nsm_k8s::objects::{ApiError, Objects};
@@ -30,7 +30,7 @@ use rustls_pki_types::{
 };
 use tokio::{
     net::TcpStream,
-    time::{Instant, sleep, sleep_until, timeout},
+    time::{sleep, timeout},
 };
 use tokio_rustls::TlsConnector;
 use tonic::Status;
@@ -176,7 +176,7 @@ impl Agent {
         let place = Arc::clone(self.known.lock().entry(pod.clone()).or_default());
         let mut place = place.lock().await;
         // Who comes late is not kept waiting for a signer that is away: he gets what others have, and renews it.
-        let good = |issued: &&Issued| lives(issued) && (!renew || issued.renew > Instant::now());
+        let good = |issued: &&Issued| lives(issued) && (!renew || !issued.renew.is_due());
         if let Some(issued) = place.as_ref().filter(good) {
             return Ok(issued.clone());
         }
@@ -225,7 +225,7 @@ impl Agent {
             domain: svid.id().trust_domain(),
             svids: vec![svid],
             roots: certificates(signed.roots),
-            renew: Instant::now() + left / 2,
+            renew: Renewal::after(left / 2),
         })
     }
 
@@ -330,7 +330,7 @@ impl Issuer for Agent {
     async fn next(&self, peer: &UnixPeer, given: Option<&Issued>) -> Result<Issued, Status> {
         let mut pause = PAUSES.0;
         if let Some(given) = given {
-            sleep_until(given.renew).await;
+            given.renew.due().await;
         }
         loop {
             // Asked each time: a process that has ended is nobody any more.

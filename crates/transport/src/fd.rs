@@ -221,7 +221,7 @@ impl FdTable {
         }
     }
 
-    fn close(&self) {
+    pub(crate) fn close(&self) {
         let mut state = self.0.lock();
         let (kept, queued) = (std::mem::take(&mut state.kept), std::mem::take(&mut state.queued));
         state.waiting.clear();
@@ -229,6 +229,26 @@ impl FdTable {
         drop(state);
         // Closing may take time; not under the lock.
         drop((kept, queued));
+    }
+
+    /// A table of a connection without a socket.
+    #[cfg(feature = "sim")]
+    pub(crate) fn simulated() -> Self {
+        let table = Self::new();
+        table.trust();
+        table
+    }
+
+    /// What is queued here arrives there.
+    #[cfg(feature = "sim")]
+    pub(crate) fn carry_to(&self, to: &Self) {
+        loop {
+            let (batch, more) = self.next_batch();
+            batch.iter().filter_map(|fd| fd.as_fd().try_clone_to_owned().ok()).for_each(|fd| to.received(fd));
+            if !more {
+                return;
+            }
+        }
     }
 
     /// What the next write takes along, and whether more than that is queued.

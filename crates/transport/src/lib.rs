@@ -44,6 +44,8 @@ mod peer;
 mod pool;
 mod reflection;
 mod server;
+#[cfg(feature = "sim")]
+pub mod sim;
 mod told;
 mod trace;
 mod url;

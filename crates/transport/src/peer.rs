@@ -118,6 +118,19 @@ impl Peer {
         }))
     }
 
+    /// Who presented this, where no TLS says so.
+    #[cfg(feature = "sim")]
+    pub(crate) fn simulated(
+        presented: &nsm_identity::Svid,
+        identity: Arc<Identity>,
+        address: String,
+        unix: Option<(UnixPeer, FdTable)>,
+    ) -> Self {
+        let (leaf, chain) = (presented.leaf().clone(), presented.chain().to_vec());
+        let (minter, told) = (Minter::default(), Told::default());
+        Self(Arc::new(Inner { leaf, chain, identity, address, unix, minter, told }))
+    }
+
     /// Reads the peer of an established TLS connection.
     pub(crate) fn new(
         connection: &rustls::CommonState,

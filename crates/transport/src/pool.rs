@@ -101,6 +101,8 @@ struct Inner {
     slots: Mutex<HashMap<Key, Slot>>,
     dials: AtomicU64,
     handshakes: AtomicU64,
+    #[cfg(feature = "sim")]
+    here: Option<Arc<dyn crate::sim::Process>>,
 }
 
 /// What makes two targets the same peer. A socket file is known by what it is, not by its name: the names below
@@ -134,7 +136,7 @@ pub struct Connection(Arc<Link>);
 
 struct Link {
     peer: Peer,
-    sender: http2::SendRequest<tonic::body::Body>,
+    sender: Sender,
     authority: Authority,
     policies: Arc<Policies>,
     max_token_lifetime: Duration,
@@ -145,6 +147,12 @@ struct Link {
     used: Mutex<Instant>,
     /// Why the connection ended.
     end: Arc<OnceLock<String>>,
+}
+
+enum Sender {
+    Http2(http2::SendRequest<tonic::body::Body>),
+    #[cfg(feature = "sim")]
+    Simulated(Arc<dyn crate::sim::Link>),
 }
 
 /// Why there is no connection. Cheap to clone: all who waited for one handshake get the same answer.
@@ -214,6 +222,8 @@ impl Pool {
             slots: Mutex::default(),
             dials: AtomicU64::default(),
             handshakes: AtomicU64::default(),
+            #[cfg(feature = "sim")]
+            here: crate::sim::here(),
         }));
         tokio::spawn(tidy(Arc::downgrade(&pool.0), source, tidying));
         pool
@@ -327,8 +337,19 @@ impl Pool {
         let pool = Arc::downgrade(&self.0);
         let config = self.0.config.clone();
         let url = target.to_string();
+        #[cfg(feature = "sim")]
+        let here = self.0.here.clone();
         let task = tokio::spawn(async move {
-            let result = match timeout(config.dial, open(&target, identity, &config)).await {
+            #[cfg(feature = "sim")]
+            let opening = async {
+                match &here {
+                    Some(here) => open_simulated(&**here, &target, identity, &config).await,
+                    None => open(&target, identity, &config).await,
+                }
+            };
+            #[cfg(not(feature = "sim"))]
+            let opening = open(&target, identity, &config);
+            let result = match timeout(config.dial, opening).await {
                 Ok(result) => result,
                 Err(_) => Err(DialError::Timeout { url: target.to_string() }),
             };
@@ -390,6 +411,28 @@ async fn tidy(pool: Weak<Inner>, source: Source, config: PoolConfig) {
 }
 
 impl Connection {
+    fn new(
+        peer: Peer,
+        sender: Sender,
+        authority: &str,
+        end: Arc<OnceLock<String>>,
+        config: &PoolConfig,
+    ) -> Self {
+        let now = SystemTime::now();
+        let left = peer.leaf().not_after().duration_since(now).unwrap_or_default();
+        Self(Arc::new(Link {
+            authority: authority.parse().unwrap_or_else(|_| Authority::from_static("localhost")),
+            sender,
+            max_token_lifetime: config.max_token_lifetime,
+            policies: config.policies.clone(),
+            retire: now + left / 2,
+            descriptors: config.descriptors.max(1),
+            used: Mutex::new(Instant::now()),
+            end,
+            peer,
+        }))
+    }
+
     /// Who is at the other end.
     pub fn peer(&self) -> &Peer {
         &self.0.peer
@@ -414,7 +457,12 @@ impl Connection {
 
     /// Has the connection ended?
     pub fn is_closed(&self) -> bool {
-        self.0.sender.is_closed() || self.0.end.get().is_some()
+        let closed = match &self.0.sender {
+            Sender::Http2(sender) => sender.is_closed(),
+            #[cfg(feature = "sim")]
+            Sender::Simulated(link) => link.end().is_some(),
+        };
+        closed || self.0.end.get().is_some()
     }
 
     fn takes_new_calls(&self, identity: &Arc<Identity>) -> bool {
@@ -448,8 +496,8 @@ impl Connection {
         Ok(())
     }
 
-    fn broken(&self, error: &hyper::Error) -> Status {
-        let mut text = format!("the connection to {} broke: {}", self.0.peer.address(), explain(error));
+    fn broken(&self, why: &str) -> Status {
+        let mut text = format!("the connection to {} broke: {why}", self.0.peer.address());
         if let Some(end) = self.0.end.get() {
             text.push_str(": ");
             text.push_str(end);
@@ -476,14 +524,14 @@ impl Service<Request<tonic::body::Body>> for Connection {
         let method = request.uri().path().to_owned();
         let span = trace::of_call(&method, request.headers_mut());
         *self.0.used.lock() = Instant::now();
-        let response = self.0.sender.clone().send_request(request);
+        let response = self.0.sender.send(request);
         async move {
             let response = match deadline {
                 None => response.await,
                 // Dropping the call resets its stream, which tells the server.
                 Some(Deadline(at)) => timeout_at(at, response).await.map_err(|_| exceeded("client"))?,
             };
-            let response = response.map_err(|e| connection.broken(&e))?;
+            let response = response.map_err(|why| connection.broken(&why))?;
             Ok(response.map(|inner| ResponseBody {
                 inner,
                 expiry: deadline.map(|Deadline(at)| Box::pin(sleep_until(at))),
@@ -495,9 +543,46 @@ impl Service<Request<tonic::body::Body>> for Connection {
     }
 }
 
+impl Sender {
+    /// The error says how the connection broke.
+    fn send(
+        &self,
+        request: Request<tonic::body::Body>,
+    ) -> impl Future<Output = Result<Response<Answer>, String>> + Send + 'static {
+        #[cfg(feature = "sim")]
+        let sending = match self {
+            Self::Http2(sender) => futures::future::Either::Left(sender.clone().send_request(request)),
+            Self::Simulated(link) => futures::future::Either::Right(link.call(request)),
+        };
+        #[cfg(not(feature = "sim"))]
+        let sending = {
+            let Self::Http2(sender) = self;
+            sender.clone().send_request(request)
+        };
+        async move {
+            #[cfg(feature = "sim")]
+            let sending = match sending {
+                futures::future::Either::Left(sending) => sending,
+                futures::future::Either::Right(call) => {
+                    return call.await.map(|answer| answer.map(Answer::Simulated));
+                }
+            };
+            let answer = sending.await.map_err(|e| explain(&e))?;
+            Ok(answer.map(Answer::Http2))
+        }
+    }
+}
+
+/// What comes back.
+enum Answer {
+    Http2(Incoming),
+    #[cfg(feature = "sim")]
+    Simulated(tonic::body::Body),
+}
+
 /// A response: fails with DEADLINE_EXCEEDED when the call's deadline passes, and keeps its connection.
 pub struct ResponseBody {
-    inner: Incoming,
+    inner: Answer,
     expiry: Option<Pin<Box<Sleep>>>,
     connection: Connection,
 }
@@ -510,8 +595,19 @@ impl Body for ResponseBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        if let Poll::Ready(frame) = Pin::new(&mut self.inner).poll_frame(cx) {
-            return Poll::Ready(frame.map(|frame| frame.map_err(|e| self.connection.broken(&e))));
+        let frame = match &mut self.inner {
+            Answer::Http2(inner) => {
+                let frame = Pin::new(inner).poll_frame(cx);
+                frame.map(|frame| frame.map(|frame| frame.map_err(|e| self.connection.broken(&explain(&e)))))
+            }
+            #[cfg(feature = "sim")]
+            Answer::Simulated(inner) => {
+                let frame = Pin::new(inner).poll_frame(cx);
+                frame.map(|frame| frame.map(|frame| frame.map_err(|e| self.connection.broken(e.message()))))
+            }
+        };
+        if frame.is_ready() {
+            return frame;
         }
         let Some(expiry) = &mut self.expiry else { return Poll::Pending };
         ready!(expiry.as_mut().poll(cx));
@@ -519,11 +615,19 @@ impl Body for ResponseBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
+        match &self.inner {
+            Answer::Http2(inner) => inner.is_end_stream(),
+            #[cfg(feature = "sim")]
+            Answer::Simulated(inner) => inner.is_end_stream(),
+        }
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.inner.size_hint()
+        match &self.inner {
+            Answer::Http2(inner) => inner.size_hint(),
+            #[cfg(feature = "sim")]
+            Answer::Simulated(inner) => inner.size_hint(),
+        }
     }
 }
 
@@ -592,20 +696,28 @@ async fn open(
         let _ = driver.await;
         return Err(refused(end.get().cloned().unwrap_or_default()));
     }
-    let now = SystemTime::now();
-    let left = peer.leaf().not_after().duration_since(now).unwrap_or_default();
     debug!(url, peer = %peer.id(), "connected");
-    Ok(Connection(Arc::new(Link {
-        authority: authority.parse().unwrap_or_else(|_| Authority::from_static("localhost")),
-        sender,
-        max_token_lifetime: config.max_token_lifetime,
-        policies: config.policies.clone(),
-        retire: now + left / 2,
-        descriptors: config.descriptors.max(1),
-        used: Mutex::new(Instant::now()),
-        end,
-        peer,
-    })))
+    Ok(Connection::new(peer, Sender::Http2(sender), authority, end, config))
+}
+
+/// As [`open`], in a simulated process.
+#[cfg(feature = "sim")]
+async fn open_simulated(
+    here: &dyn crate::sim::Process,
+    target: &DialTarget,
+    identity: Arc<Identity>,
+    config: &PoolConfig,
+) -> Result<Connection, DialError> {
+    use crate::sim::Refused;
+    let url = target.to_string();
+    let (peer, link) = here.connect(target, identity).await.map_err(|refused| match refused {
+        Refused::Nobody => {
+            let source = Arc::new(io::ErrorKind::ConnectionRefused.into());
+            DialError::Connect { url: url.clone(), source }
+        }
+        Refused::Untrusted(reason) => DialError::Refused { url: url.clone(), reason: reason.to_string() },
+    })?;
+    Ok(Connection::new(peer, Sender::Simulated(link), "localhost", Arc::default(), config))
 }
 
 /// The client's TLS stream: says when the server has said something, which it does only after it has accepted our

@@ -88,6 +88,9 @@ pub struct Server {
 enum Listener {
     Unix(UnixListener, UnixSocket),
     Tcp(TcpListener, SocketAddr),
+    /// Of a simulated process: the file of a Unix socket is real, as its descriptor is what is handed on.
+    #[cfg(feature = "sim")]
+    Simulated(ListenUrl, Option<UnixSocket>),
 }
 
 impl Server {
@@ -99,6 +102,15 @@ impl Server {
         let mut listeners = Vec::with_capacity(urls.len());
         for url in urls {
             let failed = |source| Error::Listen { url: url.to_string(), source };
+            #[cfg(feature = "sim")]
+            if crate::sim::here().is_some() {
+                let socket = match url {
+                    ListenUrl::Unix(path) => Some(UnixSocket::bind(path)?),
+                    ListenUrl::Tcp(_) => None,
+                };
+                listeners.push(Listener::Simulated(url.clone(), socket));
+                continue;
+            }
             listeners.push(match url {
                 ListenUrl::Unix(path) => {
                     let socket = UnixSocket::bind(path)?;
@@ -145,6 +157,8 @@ impl Server {
             .map(|listener| match listener {
                 Listener::Unix(_, socket) => ListenUrl::Unix(socket.path().into()),
                 Listener::Tcp(_, address) => ListenUrl::Tcp(address.to_string()),
+                #[cfg(feature = "sim")]
+                Listener::Simulated(url, _) => url.clone(),
             })
             .collect()
     }
@@ -163,6 +177,8 @@ impl Server {
         let (stop, stopped) = watch::channel(());
         let mut accepting = JoinSet::new();
         let mut files = Vec::new();
+        #[cfg(feature = "sim")]
+        let mut simulated = Vec::new();
         for listener in self.listeners {
             let acceptor = Acceptor {
                 source: self.source.clone(),
@@ -186,12 +202,24 @@ impl Server {
                     info!(url = %ListenUrl::Tcp(address.to_string()), "listening");
                     accepting.spawn(acceptor.run(Socket::Tcp(listener)));
                 }
+                #[cfg(feature = "sim")]
+                Listener::Simulated(url, socket) => {
+                    let served = crate::sim::Served {
+                        routes: routes.clone(),
+                        source: self.source.clone(),
+                        refusals: self.refusals.clone(),
+                    };
+                    simulated.extend(crate::sim::here().map(|here| here.listen(&url, Arc::new(served))));
+                    files.extend(socket);
+                }
             }
         }
         drop(stopped);
         shutdown.await;
         // New callers find nobody from here on.
         drop(files);
+        #[cfg(feature = "sim")]
+        drop(simulated);
         drop(stop);
         while let Some(ended) = accepting.join_next().await {
             if let Err(reason) = ended {
@@ -386,7 +414,7 @@ async fn connection(
 }
 
 /// Counts what is refused, and says to whom: a peer that means harm is found by it, and one that is only broken too.
-fn tell_refusal(answer: &Response<Body>, peer: &Peer, refusals: &Refusals) {
+pub(crate) fn tell_refusal(answer: &Response<Body>, peer: &Peer, refusals: &Refusals) {
     let Some(code) = answer.headers().get(Status::GRPC_STATUS) else { return };
     let code = Code::from_bytes(code.as_bytes());
     if code == Code::Ok {
@@ -400,11 +428,14 @@ fn tell_refusal(answer: &Response<Body>, peer: &Peer, refusals: &Refusals) {
 }
 
 /// One call: its peer and deadline, its handler, and what becomes of a panic.
-async fn call(
+pub(crate) async fn call<B>(
     mut routes: Routes,
     peer: Peer,
-    mut request: Request<Metered<Incoming>>,
-) -> Result<Response<Body>, Infallible> {
+    mut request: Request<B>,
+) -> Result<Response<Body>, Infallible>
+where
+    B: http_body::Body<Data = bytes::Bytes, Error = Status> + Send + 'static,
+{
     let deadline = Deadline::from_headers(request.headers());
     request.extensions_mut().insert(peer);
     if let Some(deadline) = deadline {

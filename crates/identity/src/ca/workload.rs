@@ -8,7 +8,7 @@ use std::{
     io,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use rustls_pki_types::CertificateDer;
@@ -47,7 +47,51 @@ pub struct Issued {
     /// Whom to trust for that.
     pub roots: Vec<CertificateDer<'static>>,
     /// When there shall be others.
-    pub renew: tokio::time::Instant,
+    pub renew: Renewal,
+}
+
+/// When somebody is given another SVID: after a time, and when the clock has jumped. What is valid is valid by the clock:
+/// what was issued before a jump may be out of date after it, or not valid yet.
+#[derive(Debug, Clone, Copy)]
+pub struct Renewal {
+    set: tokio::time::Instant,
+    by_the_clock: SystemTime,
+    after: Duration,
+}
+
+/// How often the clock is looked at.
+const LOOK: Duration = Duration::from_secs(5);
+/// By how much the clock may be off what has passed. Certificates are issued as if some minutes ago, and a clock that is
+/// slewed is off by less than a thousandth.
+const JUMP: Duration = Duration::from_secs(60);
+
+impl Renewal {
+    /// In so long from now.
+    #[must_use]
+    pub fn after(time: Duration) -> Self {
+        Self { set: tokio::time::Instant::now(), by_the_clock: SystemTime::now(), after: time }
+    }
+
+    /// Whether it is time.
+    #[must_use]
+    pub fn is_due(&self) -> bool {
+        let passed = self.set.elapsed();
+        passed >= self.after || jumped(self.by_the_clock, passed, SystemTime::now())
+    }
+
+    /// Returns when it is.
+    pub async fn due(&self) {
+        while !self.is_due() {
+            let left = self.after.saturating_sub(self.set.elapsed());
+            tokio::time::sleep(left.min(LOOK)).await;
+        }
+    }
+}
+
+/// Whether the clock tells another time than follows from what has passed.
+fn jumped(then: SystemTime, passed: Duration, now: SystemTime) -> bool {
+    let expected = then + passed;
+    now.duration_since(expected).unwrap_or_else(|earlier| earlier.duration()) > JUMP
 }
 
 /// Decides what callers are given.
@@ -280,5 +324,24 @@ impl tokio::io::AsyncWrite for Caller {
         cx: &mut std::task::Context<'_>,
     ) -> std::task::Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_that_jumps_is_noticed_and_one_that_is_slewed_is_not() {
+        let (then, hours) =
+            (SystemTime::UNIX_EPOCH + Duration::from_secs(1 << 30), Duration::from_secs(36_000));
+        assert!(!jumped(then, hours, then + hours));
+        assert!(
+            !jumped(then, hours, then + hours + hours / 2000)
+                && !jumped(then, hours, then + hours - hours / 2000)
+        );
+        for jump in [Duration::from_secs(61), Duration::from_secs(7200)] {
+            assert!(jumped(then, hours, then + hours + jump) && jumped(then, hours, then + hours - jump));
+        }
     }
 }

@@ -1,0 +1,175 @@
+//! Whole meshes in one process, in virtual time, from a seed.
+//!
+//! A seed is a mesh (nodes, endpoints, clients, how long tokens live) and what is done to it. The programs are ours as
+//! they are: registry, managers, forwarders, endpoints and clients are started by what `nsm` starts them with, on one
+//! thread of a runtime whose clock only goes on when all of them wait.
+//!
+//! | Real | Modelled |
+//! |---|---|
+//! | every chain and element, the runner, leases, monitors, dialling, refresh, heal, expiry | the network ([`network`]): messages instead of sockets, TLS and HTTP/2 |
+//! | paths, tokens, certificates, policies; tonic's services, encoding, deadlines, cancellation | the CA's daemon: identities are issued by its library, and renewed at half their life |
+//! | pools of connections, descriptors beside messages | what a handshake decides: the same verifier, no TLS |
+//! | the registry's store, its watches, caches and expiry | the kernel ([`kernel`]): interfaces, VNIs, namespaces; no packets, so no probes |
+//! | the plans of wires on disk | the death of a process: it reaches nobody any more, and what it holds is dropped |
+//!
+//! Randomness and the time of day come from [`ambient`], so a seed is the same run each time: `trace` hashes what
+//! happens, and two runs have the same hash. A run is a process of its own, because programs have global state.
+
+mod ambient;
+mod chance;
+mod check;
+mod faults;
+mod kernel;
+mod network;
+mod trace;
+mod world;
+
+use std::{fmt, time::Duration};
+
+use anyhow::{Context as _, Result};
+use tokio::time::{Instant, sleep};
+
+pub use trace::Violation;
+
+use crate::{
+    chance::Chance,
+    check::Checker,
+    faults::Faults,
+    trace::Trace,
+    world::{CAPACITY, Shape, What, World, only},
+};
+
+/// How a seed is run.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Options {
+    /// Whether nothing goes wrong.
+    pub calm: bool,
+    /// Whether what happens is written to the standard error.
+    pub trace: bool,
+}
+
+/// What came of a seed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outcome {
+    /// The seed.
+    pub seed: u64,
+    /// Of everything that happened.
+    pub hash: u64,
+    /// How much happened.
+    pub events: u64,
+    /// How long it took in there.
+    pub simulated: Duration,
+    /// What did not hold.
+    pub violations: Vec<Violation>,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { seed, hash, events, simulated, violations } = self;
+        write!(f, "seed {seed} hash {hash:016x} events {events} simulated {} ms", simulated.as_millis())?;
+        violations.iter().try_for_each(|violation| write!(f, "\n  {violation}"))
+    }
+}
+
+/// How often everything is looked at.
+const LOOK: Duration = Duration::from_millis(500);
+/// How long things go wrong.
+const TROUBLE: Duration = Duration::from_secs(90);
+/// How long a mesh may take to be well when nothing goes wrong any more; each check has its own bound within.
+const LONGEST: Duration = Duration::from_secs(400);
+
+/// Runs a seed on a thread of its own.
+///
+/// # Errors
+/// What has nothing to do with the seed: no directory, no thread.
+pub fn run(seed: u64, options: Options) -> Result<Outcome> {
+    let thread = std::thread::Builder::new().name(format!("seed {seed}")).stack_size(16 << 20);
+    let running = thread.spawn(move || {
+        ambient::seed(seed);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
+        runtime.context("a runtime")?.block_on(async {
+            ambient::start_clock();
+            live(seed, options).await
+        })
+    });
+    running?.join().map_err(|_| anyhow::anyhow!("seed {seed}: the simulation itself panicked"))?
+}
+
+async fn live(seed: u64, options: Options) -> Result<Outcome> {
+    let trace = Trace::new(options.trace);
+    let mut chance = Chance::new(seed, 1);
+    let shape = Shape::draw(&mut chance);
+    trace.note(format_args!("{shape:?}"));
+    let mut world = World::new(shape, seed, trace.clone())?;
+    world.supervise()?;
+    let mut checker = Checker::default();
+    let mut faults = Faults::new(Chance::new(seed, 5));
+    let end = Instant::now() + TROUBLE;
+    let mut calm = Some(Instant::now());
+    while Instant::now() < end && !trace.is_violated() {
+        sleep(LOOK).await;
+        if !options.calm {
+            faults.step(&mut world)?;
+        }
+        world.supervise()?;
+        calm = if faults.is_calm() { calm.or(Some(Instant::now())) } else { None };
+        checker.look(&world, calm);
+    }
+    faults.end(&mut world)?;
+    let calm = Instant::now();
+    settle(&mut world, &mut checker, calm).await?;
+    if !trace.is_violated() {
+        audit(&mut world, &mut checker).await?;
+    }
+    let (hash, events, violations) = trace.end();
+    Ok(Outcome { seed, hash, events, simulated: ambient::elapsed(), violations })
+}
+
+/// Waits until the mesh is well, or something does not hold.
+async fn settle(world: &mut World, checker: &mut Checker, calm: Instant) -> Result<()> {
+    let latest = calm + LONGEST;
+    loop {
+        sleep(LOOK).await;
+        world.supervise()?;
+        checker.look(world, Some(calm));
+        if world.trace.is_violated() || checker.is_well() {
+            return Ok(());
+        }
+        if Instant::now() > latest {
+            world.trace.violated("the mesh is well in the end", checker.complaints().join("; "));
+            return Ok(());
+        }
+    }
+}
+
+/// Nothing is left when all clients have closed, and all that was lent can be lent again.
+async fn audit(world: &mut World, checker: &mut Checker) -> Result<()> {
+    world.trace.note(format_args!("everybody closes"));
+    let everybody = world.all(|what| matches!(what, What::Client { .. }));
+    everybody.iter().for_each(|client| world.stop(*client));
+    settle(world, checker, Instant::now()).await?;
+    everybody.iter().for_each(|client| world.kill(*client));
+    let plans = world.plans();
+    if let [plan, ..] = &plans[..] {
+        world.trace.violated("nothing is left on disk", format!("{} plans, such as {plan}", plans.len()));
+    }
+    if world.trace.is_violated() {
+        return Ok(());
+    }
+    world.trace.note(format_args!("everything is asked for"));
+    for endpoint in world.all(|what| matches!(what, What::Endpoint { .. })) {
+        let (name, node) = (world.slots[endpoint].name.clone(), world.slots[endpoint].node);
+        let mut asking = Vec::new();
+        for number in 0..CAPACITY {
+            let what = What::Client { patient: true, service: only(&name) };
+            let client = world.add(what, format!("auditor{number}-{name}"), node)?;
+            world.start(client)?;
+            asking.push(client);
+        }
+        settle(world, checker, Instant::now()).await?;
+        asking.iter().for_each(|client| world.stop(*client));
+        settle(world, checker, Instant::now()).await?;
+        asking.iter().for_each(|client| world.kill(*client));
+    }
+    Ok(())
+}
