@@ -15,7 +15,7 @@ use anyhow::{Context as _, Result, anyhow};
 use nsm_api::{nsurl::NsUrl, pb::registry::NetworkService};
 use nsm_identity::{
     Identity, Source, SpiffeId,
-    ca::{Authority, Renewal},
+    ca::{Authority, workload::Renewal},
 };
 use nsm_kernel::{Uplink, netns::NsId};
 use nsm_manager::ExcludedPrefixes;
