@@ -24,7 +24,7 @@ use nsm_kernel::{
     netns::NsId,
     plan::{ContextPolicy, ContextRoute, EndPlan, IpContext, Side, Vxlan, WirePlan},
 };
-use nsm_mesh::{Context, Element, Error, Lease, Next, NextHop, Release, Result, fds::Fds};
+use nsm_mesh::{Context, Element, Error, Lease, Next, NextHop, Release, Result, dial::dialed, fds::Fds};
 
 use crate::{
     tell::Traffic,
@@ -266,7 +266,9 @@ impl Element for CrossConnect {
         let conn = request.connection.get_or_insert_default();
         let id = conn.id.clone();
         let class = if local { LOCAL } else { REMOTE };
-        conn.mechanism = self.remembered(&id).filter(|m| m.cls == class);
+        // What was agreed with another endpoint is nothing to this one.
+        let moves = dialed(cx.scope).is_some_and(|old| !old.is_called(&conn.network_service_endpoint_name));
+        conn.mechanism = self.remembered(&id).filter(|m| m.cls == class && !moves);
         request.mechanism_preferences = self.offers(local);
 
         let name_is_ours = near.r#type == kind::KERNEL && near.get(key::NAME).is_none();

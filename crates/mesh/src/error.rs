@@ -91,6 +91,16 @@ impl Error {
         self.hop.get_or_insert_with(|| hop.into());
         self
     }
+
+    /// Whether it happened at this hop: what came from a neighbour says so at the beginning of its text, if it does.
+    #[must_use]
+    pub fn is_of(&self, hop: &str) -> bool {
+        match self.hop.as_deref() {
+            Some("") => self.text.strip_prefix(hop).is_some_and(|rest| rest.starts_with(": ")),
+            Some(own) => own == hop,
+            None => false,
+        }
+    }
 }
 
 impl fmt::Display for Error {
@@ -168,7 +178,10 @@ mod tests {
         let e =
             Error::not_found("no endpoint of service \"x\" matches").hint("start one").at("fwd").at("mgr");
         assert_eq!(e.to_string(), "fwd: no endpoint of service \"x\" matches (hint: start one)");
-        let across: Error = Status::from(e).into();
+        let across: Error = Status::from(e.clone()).into();
+        for error in [&e, &across] {
+            assert!(error.is_of("fwd") && !error.is_of("fw") && !error.is_of("mgr"), "{error:?}");
+        }
         assert_eq!(
             (across.code, across.at("mgr").to_string().as_str()),
             (Code::NotFound, "fwd: no endpoint of service \"x\" matches (hint: start one)")

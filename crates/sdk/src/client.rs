@@ -44,6 +44,8 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(5);
 /// As above, when the endpoint is not found. It may be gone, or a registry has just come back and has not heard of it.
 const UNFOUND: Duration = Duration::from_secs(1);
+/// As above, when the hop beside the endpoint does not reach it: its process is gone, and the time is for a new one.
+const UNREACHED: Duration = Duration::from_millis(500);
 /// A wire that goes down sooner than this after it was asked for has not come up in truth.
 const SETTLED: Duration = Duration::from_secs(1);
 
@@ -177,7 +179,7 @@ impl Client {
             match self.request_with(&id, url, left).await {
                 Ok(wire) => return wire,
                 Err(error) => {
-                    give_up.after(&error);
+                    give_up.after(&error, &Connection::default());
                     failures.add(error);
                     failed(&failures);
                 }
@@ -239,6 +241,27 @@ impl Client {
             reselect(&mut conn);
         }
         Some(conn)
+    }
+
+    /// Whether it is known that packets do not pass through a wire that the mesh calls down; answers took `slowest` at
+    /// most so far.
+    async fn is_dead(&self, conn: &Connection, slowest: Option<Duration>) -> bool {
+        let Some(liveness) = self.config.liveness else { return false };
+        let (id, endpoint) = (&conn.id, &conn.network_service_endpoint_name);
+        match liveness.hurried(slowest).check(conn).await {
+            Verdict::Dead(why) => {
+                tracing::info!(connection = id, endpoint, %why, "the mesh says that the wire is down; asking for another endpoint");
+                true
+            }
+            Verdict::Alive | Verdict::Unknown(_) => {
+                tracing::info!(
+                    connection = id,
+                    endpoint,
+                    "the mesh says that the wire is down, but packets pass; asking for it as it is"
+                );
+                false
+            }
+        }
     }
 
     /// Whether it is known that packets pass.
@@ -345,13 +368,21 @@ impl Drop for Wire {
 struct GiveUp(Option<Instant>);
 
 impl GiveUp {
-    fn after(&mut self, error: &Error) {
+    /// A try for this connection has failed.
+    fn after(&mut self, error: &Error, conn: &Connection) {
         // Who does not get as far as the manager has asked nobody, and the wire may be as it was.
         let unasked = error.code == tonic::Code::Unavailable && error.hop.as_deref() != Some("");
         if unasked {
             return;
         }
-        let patience = if error.code == tonic::Code::NotFound { UNFOUND } else { PATIENCE };
+        let patience = match error.code {
+            tonic::Code::NotFound => UNFOUND,
+            // The hop before the endpoint is beside it, and does not reach it.
+            tonic::Code::Unavailable if beside_endpoint(conn).is_some_and(|hop| error.is_of(hop)) => {
+                UNREACHED
+            }
+            _ => PATIENCE,
+        };
         let at = Instant::now() + patience;
         self.0 = Some(self.0.map_or(at, |earlier| at.min(earlier)));
     }
@@ -412,9 +443,7 @@ async fn keep(
                 Woke::Down => {
                     fell = true;
                     (pause, falls) = after_fall(up_since.elapsed(), falls, rand::random());
-                    if let Some(liveness) = client.config.liveness {
-                        dead = matches!(liveness.hurried(slowest).check(&conn).await, Verdict::Dead(_));
-                    }
+                    dead = client.is_dead(&conn, slowest).await;
                 }
                 Woke::Dead(why) => {
                     let lasted = if slowest.is_some() { SETTLED } else { Duration::ZERO };
@@ -441,16 +470,25 @@ async fn keep(
         }
         let mut request = first.clone();
         let mut conn = tell.borrow().clone();
+        let mut elsewhere = None;
         if !dead && give_up.is_due() {
-            // Where nobody has said that the wire is down, whoever cannot be asked has not taken it away.
-            dead = fell || !client.passes_packets(&conn).await;
+            dead = !client.passes_packets(&conn).await;
+            // Where nobody has said that the wire is down, whoever cannot be asked has not taken it away. And where it is
+            // down, but packets pass, nothing is closed for the sake of an endpoint that may not be there.
+            elsewhere = (fell && !dead).then(|| anybodys(conn.clone()));
         }
         if dead {
             // Once it is closed hop by hop there is nothing left to go on with.
             reselect(&mut conn);
         }
         request.connection = Some(conn);
-        match client.ask(request).await {
+        let mut asked = client.ask(request).await;
+        if asked.is_err() && elsewhere.is_some() {
+            tracing::info!(connection = %id, "its endpoint does not come back; asking for any");
+            let request = NetworkServiceRequest { connection: elsewhere, ..first.clone() };
+            asked = client.ask(request).await;
+        }
+        match asked {
             Ok(answer) => {
                 if attempt > 0 || dead {
                     let endpoint = &answer.connection.network_service_endpoint_name;
@@ -469,20 +507,31 @@ async fn keep(
                     tracing::warn!(connection = %id, %error, "the wire cannot be refreshed; trying again");
                 }
                 attempt = attempt.saturating_add(1);
-                give_up.after(&error);
+                give_up.after(&error, &tell.borrow());
             }
         }
     }
 }
 
-/// Asks for another endpoint, without what the last one gave.
-fn reselect(conn: &mut Connection) {
+/// The name of the last hop before the endpoint.
+fn beside_endpoint(conn: &Connection) -> Option<&str> {
+    nsm_api::path::segments(conn).iter().rev().nth(1).map(|segment| segment.name.as_str())
+}
+
+/// Asks for any endpoint, without what the last one gave; what there is stays until another has answered.
+fn anybodys(mut conn: Connection) -> Connection {
     conn.mechanism = None;
     conn.network_service_endpoint_name.clear();
-    conn.set_state(State::ReselectRequested);
     if let Some(dns) = conn.context.as_mut().and_then(|context| context.dns_context.as_mut()) {
         dns.configs.clear();
     }
+    conn
+}
+
+/// Asks for another endpoint, once this wire is closed.
+fn reselect(conn: &mut Connection) {
+    *conn = anybodys(std::mem::take(conn));
+    conn.set_state(State::ReselectRequested);
 }
 
 /// Returns when packets do not pass any more, and why.
@@ -594,16 +643,25 @@ mod tests {
     /// A registry that has just come back has not heard of its endpoints, and packets pass meanwhile.
     #[tokio::test(start_paused = true)]
     async fn an_endpoint_that_is_not_found_may_come_back() {
+        let segment = |name: &str| PathSegment { name: name.into(), ..PathSegment::default() };
+        let path_segments = ["nsc", "manager", "forwarder", "nse"].map(segment).into();
+        let path = Some(Path { unknown: None, index: 0, path_segments });
+        let conn = Connection { path, ..Connection::default() };
         let mut give_up = GiveUp::default();
-        give_up.after(&Error::unavailable("the manager cannot be reached"));
+        let unreached = Error::unavailable("the endpoint cannot be reached").at("forwarder");
+        give_up.after(&tonic::Status::from(unreached).into(), &conn);
+        tokio::time::advance(UNREACHED).await;
+        assert!(give_up.is_due(), "its process is gone");
+        let mut give_up = GiveUp::default();
+        give_up.after(&Error::unavailable("the manager cannot be reached"), &conn);
         tokio::time::advance(PATIENCE * 2).await;
         assert!(!give_up.is_due(), "nobody was asked");
         let broke = nsm_transport::Unanswered.mark(tonic::Status::unavailable("the connection broke"));
-        give_up.after(&broke.into());
+        give_up.after(&broke.into(), &conn);
         tokio::time::advance(PATIENCE * 2).await;
         assert!(!give_up.is_due(), "nobody has answered");
-        give_up.after(&Error::unavailable("a hop behind it cannot be reached").at("manager"));
-        give_up.after(&Error::not_found("the endpoint").at("forwarder"));
+        give_up.after(&Error::unavailable("a hop behind it cannot be reached").at("manager"), &conn);
+        give_up.after(&Error::not_found("the endpoint").at("forwarder"), &conn);
         assert!(!give_up.is_due());
         tokio::time::advance(UNFOUND).await;
         assert!(give_up.is_due(), "it is gone, and others may serve");
