@@ -172,7 +172,10 @@ impl Agent {
     }
 
     /// What a pod has, asked for where it has nothing, or where whoever has it wants the next.
-    async fn issued(&self, pod: &PodUid, renew: bool) -> Result<Issued, AgentError> {
+    ///
+    /// # Errors
+    /// It has nothing that is still good, and the signer refuses or cannot be asked.
+    pub async fn issued(&self, pod: &PodUid, renew: bool) -> Result<Issued, AgentError> {
         let place = Arc::clone(self.known.lock().entry(pod.clone()).or_default());
         let mut place = place.lock().await;
         // Who comes late is not kept waiting for a signer that is away: he gets what others have, and renews it.

@@ -75,11 +75,15 @@ impl Ring {
     }
 
     async fn signer_of(&self, domain: &str, kubeconfig: &Path) -> Running {
+        self.signer_for(domain, kubeconfig, Duration::from_secs(3600)).await
+    }
+
+    async fn signer_for(&self, domain: &str, kubeconfig: &Path, svid_lifetime: Duration) -> Running {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let config = Config {
             trust_domain: domain.parse().unwrap(),
-            svid_lifetime: Duration::from_secs(3600),
+            svid_lifetime,
             namespace: "nsm-system".into(),
             secret: "nsm-identity-authorities".into(),
             roots: "nsm-identity-roots".into(),
@@ -201,6 +205,40 @@ async fn an_agent_gets_identities_of_pods_of_its_node_and_no_others() {
     // Whoever is deleted has no identity any more.
     let _said = ring.server.kubectl(&["delete", "pod", "web-node1", "--force", "--grace-period=0"]);
     assert!(refusal(first.ask(&web1).await).contains("no pod with the UID"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn all_of_a_pod_have_the_same_and_it_goes_on_without_a_signer_until_it_ends() {
+    let name = "all_of_a_pod_have_the_same_and_it_goes_on_without_a_signer_until_it_ends";
+    let Some(ring) = Ring::new(name) else { return };
+    let web = ring.uid("default", "web-node1");
+    let leaf = |issued: &Issued| issued.svids[0].leaf().clone();
+    // Long enough for a slow machine to get to its second half in good time.
+    let signer = ring.signer_for("k8s.nsm", &ring.signer, Duration::from_secs(20)).await.get_ready().await;
+    let agent = ring.agent_on(&signer, "node1").await;
+    let (one, other) = tokio::join!(agent.issued(&web, false), agent.issued(&web, false));
+    let (one, other) = (one.unwrap(), other.unwrap());
+    assert_eq!(leaf(&one), leaf(&other));
+    one.renew.due().await;
+    let next = agent.issued(&web, true).await.unwrap();
+    assert_ne!(leaf(&next), leaf(&one), "after half of its life there is another");
+    drop(signer);
+    next.renew.due().await;
+    let said = agent.issued(&web, true).await.unwrap_err().to_string();
+    assert!(said.contains("does not answer"), "{said}");
+    // Whoever starts now has what the others have, for as long as it is good.
+    loop {
+        let began = SystemTime::now();
+        match agent.issued(&web, false).await {
+            Ok(issued) => assert_eq!(leaf(&issued), leaf(&next)),
+            Err(error) => {
+                assert!(SystemTime::now() >= next.svids[0].not_after(), "{error}");
+                break;
+            }
+        }
+        assert!(began < next.svids[0].not_after(), "what has ended is nobody's");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
