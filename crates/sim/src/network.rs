@@ -23,7 +23,7 @@ use nsm_identity::{FileId, Identity, UnixPeer};
 use nsm_mesh::inspect::Follow;
 use nsm_transport::{
     DialTarget, DialUrl, ListenUrl, Peer,
-    sim::{self, Link, Process, Refused, Served},
+    sim::{self, Connected, Link, Process, Refused, Served},
 };
 use parking_lot::Mutex;
 use tokio::{
@@ -274,11 +274,7 @@ impl Follow for Seen {
 }
 
 impl Process for Proc {
-    fn connect(
-        &self,
-        target: &DialTarget,
-        identity: Arc<Identity>,
-    ) -> BoxFuture<'static, Result<(Peer, Arc<dyn Link>), Refused>> {
+    fn connect(&self, target: &DialTarget, identity: Arc<Identity>) -> BoxFuture<'static, Connected> {
         let key = match target {
             DialTarget::Url(DialUrl::Tcp(host_port)) => Some(Key::Tcp(host_port.clone())),
             DialTarget::Url(DialUrl::Unix(path)) => FileId::of_path(path).ok().map(Key::Unix),

@@ -35,15 +35,14 @@ tokio::task_local! {
 /// What a simulated process has instead of sockets.
 pub trait Process: Send + Sync {
     /// Connects and shakes hands; the URL is the target's, for errors.
-    fn connect(
-        &self,
-        target: &DialTarget,
-        identity: Arc<Identity>,
-    ) -> BoxFuture<'static, Result<(Peer, Arc<dyn Link>), Refused>>;
+    fn connect(&self, target: &DialTarget, identity: Arc<Identity>) -> BoxFuture<'static, Connected>;
 
     /// Lets others call these routes at this URL until what is returned is dropped.
     fn listen(&self, url: &ListenUrl, served: Arc<Served>) -> Box<dyn Send>;
 }
+
+/// Who is at the other end, and the connection.
+pub type Connected = Result<(Peer, Arc<dyn Link>), Refused>;
 
 /// Why there is no connection.
 #[derive(Debug)]
