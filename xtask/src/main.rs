@@ -57,7 +57,7 @@ enum Task {
     /// Run whole meshes in virtual time, from seeds: arguments are those of `nsm-sim`
     Sim {
         /// Plant each bug, or that of this name, and run seeds until it is found
-        #[arg(long, num_args = 0..=1, default_missing_value = "", value_name = "BUG")]
+        #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "", value_name = "BUG")]
         planted: Option<String>,
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
