@@ -13,7 +13,24 @@
 //! Without the feature that is never so, and nothing of it is in a program.
 
 /// What can be planted, in a few words that say what goes wrong.
-pub const BUGS: &[&str] = &["ipam keeps addresses", "nothing expires"];
+pub const BUGS: &[&str] = &[
+    "a broken stream tells nobody",
+    "a close is not handed on",
+    "a failed request keeps what it took",
+    "a reselection keeps the endpoint",
+    "an address is given twice",
+    "events of a former life count",
+    "ipam keeps addresses",
+    "nobody refreshes",
+    "nobody undoes what its caller has left",
+    "nobody waits for a late close",
+    "nothing expires",
+    "orphans stay",
+    "plans are forgotten",
+    "registrations do not expire",
+    "the forwarder keeps its wires",
+    "VNIs are not given back",
+];
 
 /// Whether this bug is planted now.
 #[cfg(not(feature = "planted"))]

@@ -20,6 +20,7 @@ use ipnet::IpNet;
 use nsm_api::{
     path,
     pb::connection::{Connection, Mechanism},
+    planted,
 };
 use nsm_kernel::{
     EndFacts, Nsid, Nsids,
@@ -210,7 +211,7 @@ impl Wires {
         let found = store.load().map_err(|e| internal(&e))?;
         let mut records = HashMap::new();
         let mut vnis = Vnis::default();
-        for saved in found.records {
+        for saved in found.records.into_iter().filter(|_| !planted::is("plans are forgotten")) {
             let kept: Kept = match serde_json::from_value(saved.data) {
                 Ok(kept) => kept,
                 Err(error) => {
@@ -452,7 +453,7 @@ impl Wires {
     pub fn sweep(&self) {
         let now = Instant::now();
         let over = |held: &Held| held.until.is_none_or(|until| until <= now);
-        let orphans = self.take(|_, held| !held.claimed && over(held));
+        let orphans = self.take(|_, held| !held.claimed && over(held) && !planted::is("orphans stay"));
         self.count(&orphans, "its client's token has expired");
     }
 
@@ -476,7 +477,9 @@ impl Wires {
         let taken = records.extract_if(|id, held| chosen(id, held));
         taken
             .map(|(id, Held { record, nsids, .. })| {
-                if let Some(vni) = record.vni() {
+                if let Some(vni) = record.vni()
+                    && !planted::is("VNIs are not given back")
+                {
                     self.vnis.lock().release(vni, &id);
                 }
                 let (store, gone) = (self.store.clone(), id.clone());

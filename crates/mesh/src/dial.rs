@@ -20,6 +20,7 @@ use nsm_api::{
         },
         networkservice::{NetworkServiceRequest, network_service_client::NetworkServiceClient},
     },
+    planted,
 };
 use nsm_identity::policy::Check;
 use nsm_transport::{Connection as Channel, FileId, Peer, Pool};
@@ -342,7 +343,7 @@ impl Lease for Dialed {
 
     async fn release(self: Box<Self>, cx: &Release) -> Result<()> {
         self.follower.leave(&self.target, &self.conn.id);
-        if cx.reason == Reason::Expired {
+        if cx.reason == Reason::Expired || planted::is("a close is not handed on") {
             // Each hop has its own clock, and an expired path is refused anyway (section 18, defect 8).
             return Ok(());
         }
@@ -457,6 +458,9 @@ impl Parting {
 
     /// Waits until the connection is closed there, if it is being closed.
     async fn over(&self, at: &NextHop, id: &str, deadline: Instant) {
+        if planted::is("nobody waits for a late close") {
+            return;
+        }
         let task = {
             let mut partings = self.left.lock();
             if partings.is_empty() { None } else { partings.remove(&(at.clone(), id.to_owned())) }
