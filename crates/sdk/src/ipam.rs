@@ -179,10 +179,10 @@ impl Pools {
                 });
             };
             for address in [pair.dst, pair.src] {
-                if let Some(pool) = self.groups[group].iter_mut().find(|p| p.net.contains(&address)) {
-                    if !planted::is("an address is given twice") {
-                        pool.take(address);
-                    }
+                if let Some(pool) = self.groups[group].iter_mut().find(|p| p.net.contains(&address))
+                    && !planted::is("an address is given twice")
+                {
+                    pool.take(address);
                 }
             }
             taken.push(pair);
