@@ -122,13 +122,14 @@ impl Forwarder {
         };
         let node = Namespace::current().map_err(kernel_says)?;
         let watch = Watch::open(&node).map_err(kernel_says)?;
-        let node = Node::new(node).map_err(kernel_says)?;
+        let node = Arc::new(Node::new(node).map_err(kernel_says)?);
+        let wires = Wires::open(Arc::clone(&node) as Arc<dyn Machine>, &config.state_dir)?;
         let within = config.tunnel_ip.map_or_else(|| default_address().map(IpNet::from), Ok)?;
         let uplink = node.kernel().uplink(within).map_err(kernel_says)?.ok_or_else(|| {
             Error::invalid(format!("no device of this node has a tunnel address in {within}"))
                 .hint("set NSM_TUNNEL_IP to an address of the node's uplink, or to a prefix that it is in")
         })?;
-        Self::on(config, Arc::new(node), &uplink, watch_events(watch))
+        Ok(Self::with(config, wires, &uplink, watch_events(watch)))
     }
 
     /// On that machine, with that uplink, which tells its events.
@@ -141,7 +142,11 @@ impl Forwarder {
         uplink: &Uplink,
         events: mpsc::Receiver<Event>,
     ) -> Result<Self> {
-        let wires = Arc::new(Wires::open(machine, &config.state_dir)?);
+        let wires = Wires::open(machine, &config.state_dir)?;
+        Ok(Self::with(config, wires, uplink, events))
+    }
+
+    fn with(config: Config, wires: Wires, uplink: &Uplink, events: mpsc::Receiver<Event>) -> Self {
         let ip = uplink.ip;
         let tunnel = TunnelEnd {
             ip,
@@ -149,7 +154,7 @@ impl Forwarder {
             mtu: uplink.mtu.saturating_sub(vxlan_overhead(ip)),
         };
         tracing::info!(%tunnel, device = %uplink.ifname, "tunnels end here");
-        Ok(Self { config, wires, tunnel, events })
+        Self { config, wires: Arc::new(wires), tunnel, events }
     }
 
     /// Serves until `shutdown` is done, for the manager at `connect_to`. Wires stay: they outlive this process.
