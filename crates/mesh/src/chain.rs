@@ -702,6 +702,10 @@ impl Connections {
             timer.abort();
         }
         let Some(expires) = path::expiry_before_us(answer) else { return };
+        // A clock that was set back while they were on their way makes tokens of the hops before live for hours. Our own is
+        // from now; and who keeps the connection refreshes it before any token of its path expires, ours included.
+        let own = path::current(answer).and_then(|own| own.expires.as_ref()).map(path::from_timestamp);
+        let expires = own.map_or(expires, |own| expires.min(own));
         let wait = expires.duration_since(SystemTime::now()).unwrap_or_default();
         let (this, id, entry, answers) =
             (Arc::downgrade(self), id.to_owned(), Arc::downgrade(entry), held.answers);
