@@ -95,6 +95,11 @@ impl Checker {
         self.unwell.is_empty() && self.left.is_empty()
     }
 
+    /// Whether every client that wants a wire has one.
+    pub(crate) fn all_served(&self) -> bool {
+        self.unwell.is_empty()
+    }
+
     /// What is wrong at present.
     pub(crate) fn complaints(&self) -> Vec<String> {
         let unwell = self.unwell.iter().map(|(client, (_, why))| format!("{client}: {why}"));

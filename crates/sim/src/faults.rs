@@ -33,12 +33,20 @@ pub(crate) struct Faults {
     next: Instant,
     /// How long there is between two, about.
     pace: Duration,
+    /// Whether messages have been lost without a word.
+    stalled: bool,
 }
 
 impl Faults {
     pub(crate) fn new(mut chance: Chance) -> Self {
         let pace = chance.duration(Duration::from_secs(1)..Duration::from_secs(20));
-        Self { chance, passing: Vec::new(), next: Instant::now() + Duration::from_secs(5), pace }
+        Self {
+            chance,
+            passing: Vec::new(),
+            next: Instant::now() + Duration::from_secs(5),
+            pace,
+            stalled: false,
+        }
     }
 
     /// Does what is due.
@@ -55,6 +63,12 @@ impl Faults {
     /// Whether nothing is being done.
     pub(crate) fn is_calm(&self) -> bool {
         self.passing.is_empty()
+    }
+
+    /// Whether messages have been lost without a word: whoever has asked for events that way hears of none until he asks
+    /// again, with his next request.
+    pub(crate) fn have_stalled(&self) -> bool {
+        self.stalled
     }
 
     /// Ends everything that is being done.
@@ -140,6 +154,7 @@ impl Faults {
                     Weather { breaks: some(0.3), stalls: some(0.15), twice: some(0.4), slow: some(0.5) };
                 let until = now + self.chance.duration(secs(1)..secs(30));
                 world.trace.note(format_args!("weather {weather:?}"));
+                self.stalled |= weather.stalls > 0.0;
                 world.net.set_weather(weather);
                 self.passing.push((until, Passing::Weather));
             }

@@ -62,7 +62,8 @@ pub(crate) struct Device {
     pub(crate) construction: Construction,
     /// Where its other end is, of a pair.
     pub(crate) peer: Option<(NsId, String)>,
-    index: u32,
+    /// Of no other interface, ever.
+    pub(crate) index: u32,
 }
 
 impl Kernels {

@@ -24,7 +24,7 @@ mod network;
 mod trace;
 mod world;
 
-use std::{fmt, time::Duration};
+use std::{collections::BTreeSet, fmt, time::Duration};
 
 use anyhow::{Context as _, Result};
 use tokio::time::{Instant, sleep};
@@ -119,6 +119,9 @@ async fn live(seed: u64, options: Options) -> Result<Outcome> {
     let calm = Instant::now();
     settle(&mut world, &mut checker, calm).await?;
     if !trace.is_violated() {
+        drill(&mut world, &mut checker, &mut chance, faults.have_stalled()).await?;
+    }
+    if !trace.is_violated() {
         audit(&mut world, &mut checker).await?;
     }
     let (hash, events, violations) = trace.end();
@@ -142,12 +145,100 @@ async fn settle(world: &mut World, checker: &mut Checker, calm: Instant) -> Resu
     }
 }
 
+/// How long the mesh may take, while nothing else goes wrong, over what is done to it one at a time.
+const SOON: Duration = Duration::from_secs(15);
+
+/// Waits until `well` says so, for a bounded time.
+async fn soon(
+    world: &mut World,
+    checker: &mut Checker,
+    invariant: &'static str,
+    well: impl Fn(&Checker) -> bool,
+) -> Result<()> {
+    let (begin, mut seen) = (Instant::now(), false);
+    while !seen && !world.trace.is_violated() {
+        if begin.elapsed() > SOON {
+            world.trace.violated(invariant, checker.complaints().join("; "));
+        }
+        sleep(LOOK).await;
+        world.supervise()?;
+        checker.look(world, Some(begin));
+        seen = well(checker);
+    }
+    Ok(())
+}
+
+/// One thing after the other is done to a mesh that is well. While much goes wrong at once tokens that expire clear up
+/// after everybody, in the end; here nobody has that long. `deaf`: not everybody may hear of what happens.
+async fn drill(world: &mut World, checker: &mut Checker, chance: &mut Chance, deaf: bool) -> Result<()> {
+    // What has been under way for long, with nobody to answer it, comes to its end.
+    let quiet = Instant::now() + world::REQUEST * 3;
+    while Instant::now() < quiet || !checker.is_well() {
+        settle(world, checker, Instant::now()).await?;
+        if world.trace.is_violated() {
+            return Ok(());
+        }
+    }
+    world.trace.note(format_args!("nothing happens"));
+    let interfaces = |world: &World| -> BTreeSet<u32> {
+        world.kernels.all().into_iter().map(|(_, _, device)| device.index).collect()
+    };
+    let (begin, before) = (Instant::now(), interfaces(world));
+    while begin.elapsed() < world.shape.lifetime + SOON && !world.trace.is_violated() {
+        sleep(LOOK).await;
+        world.supervise()?;
+        checker.look(world, Some(begin));
+        if !checker.is_well() || interfaces(world) != before {
+            let mut seen = checker.complaints();
+            seen.extend((interfaces(world) != before).then(|| "interfaces were made anew".to_owned()));
+            world.trace.violated("what nothing happens to stays", seen.join("; "));
+        }
+    }
+
+    let endpoints = world.all(|what| matches!(what, What::Endpoint { .. }));
+    if endpoints.len() > 1 && !deaf {
+        for endpoint in endpoints {
+            world.kill(endpoint);
+            world.slots[endpoint].wanted = false;
+            soon(world, checker, "another endpoint serves", Checker::all_served).await?;
+            world.slots[endpoint].wanted = true;
+            settle(world, checker, Instant::now()).await?;
+        }
+    }
+
+    if world.trace.is_violated() {
+        return Ok(());
+    }
+    let node = chance.below(world.shape.nodes);
+    let what = What::Client { patient: false, service: world::SERVICE.to_owned() };
+    let visitor = world.add(what, "visitor".to_owned(), node)?;
+    for stay in 1..=8_u32 {
+        world.trace.note(format_args!("a visitor asks and leaves"));
+        world.slots[visitor].wanted = true;
+        world.start(visitor)?;
+        sleep(chance.duration(Duration::from_millis(1)..Duration::from_millis(40) * stay)).await;
+        world.stop(visitor);
+        soon(world, checker, "who leaves leaves nothing", Checker::is_well).await?;
+        if world.trace.is_violated() {
+            return Ok(());
+        }
+    }
+    world.trace.note(format_args!("a visitor asks in vain"));
+    world.kernels.set_refusals(1.0);
+    world.slots[visitor].wanted = true;
+    world.start(visitor)?;
+    sleep(Duration::from_secs(4)).await;
+    world.stop(visitor);
+    world.kernels.set_refusals(0.0);
+    soon(world, checker, "a request that fails leaves nothing", Checker::is_well).await
+}
+
 /// Nothing is left when all clients have closed, and all that was lent can be lent again.
 async fn audit(world: &mut World, checker: &mut Checker) -> Result<()> {
     world.trace.note(format_args!("everybody closes"));
     let everybody = world.all(|what| matches!(what, What::Client { .. }));
     everybody.iter().for_each(|client| world.stop(*client));
-    settle(world, checker, Instant::now()).await?;
+    soon(world, checker, "a close goes all the way", Checker::is_well).await?;
     everybody.iter().for_each(|client| world.kill(*client));
     let plans = world.plans();
     if let [plan, ..] = &plans[..] {
