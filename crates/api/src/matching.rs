@@ -25,7 +25,10 @@
 //! };
 //! let near = NetworkServiceEndpoint {
 //!     name: "near".into(),
-//!     network_service_labels: [("web".into(), NetworkServiceLabels { labels: labels(&[("node", "n1")]) })].into(),
+//!     network_service_labels: [(
+//!         "web".into(),
+//!         NetworkServiceLabels { labels: labels(&[("node", "n1")]), ..Default::default() },
+//!     )].into(),
 //!     ..Default::default()
 //! };
 //! let policy = Policy::strict(&service)?;

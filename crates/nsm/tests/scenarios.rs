@@ -39,6 +39,7 @@ macro_rules! scenarios {
 scenarios! {
     dns: "dns",
     dual_stack: "dual-stack",
+    heal: "heal",
     kernel2kernel: "kernel2kernel",
     kernel2vxlan2kernel: "kernel2vxlan2kernel",
     one_process: "one-process",
