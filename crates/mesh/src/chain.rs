@@ -504,11 +504,14 @@ impl Connections {
         let begin = Instant::now();
         // Not cut off at the deadline: an element in the middle of making something must come to its lease.
         // What waits for others (dialling, look-ups, descriptors) is bounded by the deadline itself.
+        let mut own = None;
         let run = AssertUnwindSafe(async {
             let conn = request.connection.get_or_insert_default();
             for element in self.chain.iter() {
                 element.admit(&mut cx, conn).await?;
             }
+            // As it was made a moment ago; in the answer stands what the next hop says of it.
+            own = path::current(conn).and_then(|own| own.expires.as_ref()).map(path::from_timestamp);
             if conn.state() == State::ReselectRequested && held.established {
                 let release = Release { reason: Reason::Reselect, deadline, close: Some(conn.clone()) };
                 cx.scope.unwind(&release).await;
@@ -531,7 +534,7 @@ impl Connections {
                 note_answer(&mut entry.note.lock(), &trail);
                 self.metrics.inspector().answered(&answer);
                 held.established = true;
-                self.arm(id, entry, held, &answer);
+                self.arm(id, entry, held, &answer, own);
                 Ok(Answer { connection: answer, fds })
             }
             Err(error) => {
@@ -693,7 +696,18 @@ impl Connections {
     }
 
     /// Starts the clock of the connection anew.
-    fn arm(self: &Arc<Self>, id: &str, entry: &Arc<Entry>, held: &mut Held, answer: &Connection) {
+    ///
+    /// `own`: when our own token of its path expires. A clock that was set back while they were on their way makes tokens of
+    /// the hops before live for hours; our own is from now, and who keeps the connection refreshes it before any token of
+    /// its path expires, ours included.
+    fn arm(
+        self: &Arc<Self>,
+        id: &str,
+        entry: &Arc<Entry>,
+        held: &mut Held,
+        answer: &Connection,
+        own: Option<SystemTime>,
+    ) {
         held.answers += 1;
         if !self.expiry || planted::is("nothing expires") {
             return;
@@ -702,9 +716,6 @@ impl Connections {
             timer.abort();
         }
         let Some(expires) = path::expiry_before_us(answer) else { return };
-        // A clock that was set back while they were on their way makes tokens of the hops before live for hours. Our own is
-        // from now; and who keeps the connection refreshes it before any token of its path expires, ours included.
-        let own = path::current(answer).and_then(|own| own.expires.as_ref()).map(path::from_timestamp);
         let expires = own.map_or(expires, |own| expires.min(own));
         let wait = expires.duration_since(SystemTime::now()).unwrap_or_default();
         let (this, id, entry, answers) =
