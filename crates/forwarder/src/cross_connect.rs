@@ -363,10 +363,6 @@ impl Element for CrossConnect {
         mut conn: Connection,
         next: Next<'_>,
     ) -> Result<()> {
-        if self.wires.is_claimed(&conn.id) {
-            // It has come back while its endpoint was looked for, and is not what was to be closed.
-            return Ok(());
-        }
         if let Some(record) = self.wires.record(&conn.id) {
             self.wires.remove(&conn.id);
             conn.mechanism = Some(record.far);

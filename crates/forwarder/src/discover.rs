@@ -179,10 +179,14 @@ impl Element for Discover {
     }
 
     async fn close_forgotten(&self, cx: &mut Context<'_>, conn: Connection, next: Next<'_>) -> Result<()> {
-        match self.named(cx, &conn.network_service_endpoint_name).await {
-            Ok(endpoint) => cx.next_hop = Some(endpoint.dial.into()),
-            // What is here is cleared all the same.
-            Err(error) => tracing::debug!(%error, "the endpoint of a closed connection is not known"),
+        let name = &conn.network_service_endpoint_name;
+        // Without a name it has not got as far as an endpoint.
+        if !name.is_empty() {
+            match self.named(cx, name).await {
+                Ok(endpoint) => cx.next_hop = Some(endpoint.dial.into()),
+                // What is here is cleared all the same.
+                Err(error) => tracing::debug!(%error, "the endpoint of a closed connection is not known"),
+            }
         }
         next.close_forgotten(cx, conn).await
     }

@@ -444,11 +444,6 @@ impl Wires {
         })
     }
 
-    /// Whether a connection of this process has made or taken over the wire.
-    pub fn is_claimed(&self, id: &str) -> bool {
-        self.records.lock().get(id).is_some_and(|held| held.claimed)
-    }
-
     /// Removes a connection's wire. The kernel takes its time; nobody waits for that.
     pub fn remove(&self, id: &str) {
         self.take(|other, _| other == id);

@@ -248,8 +248,75 @@ pub struct Connections {
     me: String,
     chain: Chain,
     table: Mutex<HashMap<String, Arc<Entry>>>,
+    forgotten: Forgotten,
     metrics: Arc<Metrics>,
     expiry: bool,
+}
+
+/// Closes under way of connections that are not in the table (any more), by id. Nobody queues behind them, and they may take
+/// long: where such a connection went has to be found out. So one that is asked for again ends them, or they would come late
+/// somewhere and end what was just established.
+#[derive(Debug, Default)]
+struct Forgotten(Mutex<HashMap<String, Vec<Ended>>>);
+
+/// Ends a Close when it is dropped, and hears of that.
+#[derive(Debug)]
+struct Ended {
+    end: oneshot::Sender<()>,
+    over: oneshot::Receiver<()>,
+}
+
+impl Forgotten {
+    /// Begins to close what may not be in the table: to be looked up after this, as a connection that comes back is in the
+    /// table before it asks who closes it.
+    fn begin<'a>(&'a self, id: &'a str) -> Closing<'a> {
+        let ((end, back), (_over, over)) = (oneshot::channel(), oneshot::channel());
+        self.0.lock().entry(id.to_owned()).or_default().push(Ended { end, over });
+        Closing { among: self, id, back, _over }
+    }
+
+    /// It has come back. Returns when nobody closes it any more.
+    async fn back(&self, id: &str) {
+        let closes = {
+            let mut closes = self.0.lock();
+            if closes.is_empty() { None } else { closes.remove(id) }
+        };
+        for Ended { end, over } in closes.into_iter().flatten() {
+            drop(end);
+            let _ = over.await;
+        }
+    }
+}
+
+/// One of the closes of a connection.
+struct Closing<'a> {
+    among: &'a Forgotten,
+    id: &'a str,
+    back: oneshot::Receiver<()>,
+    _over: oneshot::Sender<()>,
+}
+
+impl Closing<'_> {
+    /// Closes, unless the connection comes back meanwhile.
+    async fn unless_back(mut self, close: impl Future<Output = Result<()>>) -> Result<()> {
+        tokio::select! {
+            biased;
+            _ = &mut self.back => Ok(()),
+            closed = close => closed,
+        }
+    }
+}
+
+impl Drop for Closing<'_> {
+    fn drop(&mut self) {
+        self.back.close();
+        let mut closes = self.among.0.lock();
+        let Some(others) = closes.get_mut(self.id) else { return };
+        others.retain(|other| !other.end.is_closed());
+        if others.is_empty() {
+            closes.remove(self.id);
+        }
+    }
 }
 
 /// One connection: everything about it is behind one lock, which is the queue of its requests.
@@ -324,12 +391,26 @@ impl Connections {
     /// A role that serves others: a connection ends when the first token of the hops before it expires
     /// (spec/control-plane.md 5.3, where only the last of them counts: a wire would outlive its dead client).
     pub fn serving(me: impl Into<String>, chain: Chain, metrics: Arc<Metrics>) -> Arc<Self> {
-        Arc::new(Self { me: me.into(), chain, table: Mutex::default(), metrics, expiry: true })
+        Arc::new(Self {
+            me: me.into(),
+            chain,
+            table: Mutex::default(),
+            forgotten: Forgotten::default(),
+            metrics,
+            expiry: true,
+        })
     }
 
     /// A role that only asks: an edge client.
     pub fn asking(me: impl Into<String>, chain: Chain, metrics: Arc<Metrics>) -> Arc<Self> {
-        Arc::new(Self { me: me.into(), chain, table: Mutex::default(), metrics, expiry: false })
+        Arc::new(Self {
+            me: me.into(),
+            chain,
+            table: Mutex::default(),
+            forgotten: Forgotten::default(),
+            metrics,
+            expiry: false,
+        })
     }
 
     /// This hop's name in the path.
@@ -454,6 +535,7 @@ impl Connections {
                         )));
                         return;
                     }
+                    this.forgotten.back(&id).await;
                     let mut held = entry.held.lock().await;
                     if held.closed {
                         continue;
@@ -596,26 +678,33 @@ impl Connections {
             }
             conn.id = id;
         }
-        let entry = self.table.lock().get(&conn.id).cloned();
+        let id = conn.id.clone();
+        let closing = self.forgotten.begin(&id);
+        let entry = self.table.lock().get(&id).cloned();
         if let Some(entry) = entry {
+            drop(closing);
             let mut held = entry.held.lock().await;
-            if !held.closed {
-                let mut cx = self.context(call, deadline, &mut held.scope);
-                for element in self.chain.iter() {
-                    element.admit(&mut cx, &mut conn).await?;
-                }
-                let id = conn.id.clone();
-                let release = Release { reason: Reason::Closed, deadline, close: Some(conn) };
-                let errors = self.release_all(&id, &entry, &mut held, &release).await;
-                return errors.into_iter().next().map_or(Ok(()), Err);
+            if held.closed {
+                // By whoever was before us in the queue; what has begun since is another one.
+                return Ok(());
             }
+            let mut cx = self.context(call, deadline, &mut held.scope);
+            for element in self.chain.iter() {
+                element.admit(&mut cx, &mut conn).await?;
+            }
+            let release = Release { reason: Reason::Closed, deadline, close: Some(conn) };
+            let errors = self.release_all(&id, &entry, &mut held, &release).await;
+            return errors.into_iter().next().map_or(Ok(()), Err);
         }
         let mut nothing = Scope::default();
-        let mut cx = self.context(call, deadline, &mut nothing);
-        for element in self.chain.iter() {
-            element.admit(&mut cx, &mut conn).await?;
-        }
-        Next { rest: &self.chain, metrics: &self.metrics }.close_forgotten(&mut cx, conn).await
+        let close = async {
+            let mut cx = self.context(call, deadline, &mut nothing);
+            for element in self.chain.iter() {
+                element.admit(&mut cx, &mut conn).await?;
+            }
+            Next { rest: &self.chain, metrics: &self.metrics }.close_forgotten(&mut cx, conn).await
+        };
+        closing.unless_back(close).await
     }
 
     /// Who closes without ever having heard our id has left before the answer came, and means what he asked for: that

@@ -469,6 +469,8 @@ impl Parting {
         let until = deadline.min(Instant::now() + LONGEST_PARTING);
         if tokio::time::timeout_at(until, &mut task).await.is_err() {
             task.abort();
+            // It is taken back now, not when its task comes to it: after the Request it would be of that.
+            let _ = task.await;
         }
     }
 }

@@ -308,3 +308,71 @@ async fn closing_what_nobody_remembers_succeeds() {
     let errors = role.drop_connection("c", Reason::Gone).await;
     assert!(errors.is_empty());
 }
+
+/// Finds out slowly where a forgotten connection went.
+#[derive(Debug)]
+struct SlowToFind {
+    looking: Notify,
+    found: Semaphore,
+}
+
+#[derive(Debug)]
+struct Finding(Arc<SlowToFind>, Log);
+
+#[async_trait]
+impl Element for Finding {
+    fn name(&self) -> &'static str {
+        "finding"
+    }
+
+    async fn close_forgotten(&self, cx: &mut Context<'_>, conn: Connection, next: Next<'_>) -> Result<()> {
+        self.0.looking.notify_one();
+        self.0.found.acquire().await.unwrap().forget();
+        self.1.lock().push(format!("closed {}", path::segments(&conn)[0].id));
+        next.close_forgotten(cx, conn).await
+    }
+
+    async fn request(
+        &self,
+        cx: &mut Context<'_>,
+        request: NetworkServiceRequest,
+        next: Next<'_>,
+    ) -> Result<Connection> {
+        next.request(cx, request).await
+    }
+}
+
+#[tokio::test]
+async fn what_is_asked_for_again_is_not_closed_any_more() {
+    let (log, slow) =
+        (Log::default(), Arc::new(SlowToFind { looking: Notify::new(), found: Semaphore::new(0) }));
+    let chain = chain![Finding(Arc::clone(&slow), Arc::clone(&log))];
+    let role = Connections::serving("hop", chain, Arc::<Metrics>::default());
+    // Their paths name this hop, which remembers them no more.
+    let mut forgotten = Vec::new();
+    for id in ["back", "away"] {
+        let answer = role.request(Call::default(), request(id)).await.unwrap().connection;
+        role.close(Call::default(), answer.clone()).await.unwrap();
+        forgotten.push(answer);
+    }
+    let [back, away] = &forgotten[..] else { unreachable!() };
+    // One of them twice, as by a hop that tries again.
+    let mut closes = Vec::new();
+    for conn in [back, away, back] {
+        let (role, conn) = (Arc::clone(&role), conn.clone());
+        closes.push(tokio::spawn(async move { role.close(Call::default(), conn).await }));
+        slow.looking.notified().await;
+    }
+    let again = NetworkServiceRequest { connection: Some(back.clone()), ..request("") };
+    role.request(Call::default(), again).await.unwrap();
+    slow.found.add_permits(3);
+    for close in closes {
+        close.await.unwrap().unwrap();
+    }
+    assert_eq!(take(&log), ["closed away"]);
+    assert_eq!(role.len(), 1, "a late Close is not of what has come since");
+    role.close(Call::default(), back.clone()).await.unwrap();
+    assert_eq!((role.len(), take(&log).len()), (0, 0));
+    role.close(Call::default(), back.clone()).await.unwrap();
+    assert_eq!(take(&log), ["closed back"]);
+}
