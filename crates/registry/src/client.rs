@@ -16,7 +16,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use futures::{Stream, StreamExt, TryStreamExt};
+use futures::{FutureExt as _, Stream, StreamExt, TryStreamExt, future::ready};
 use nsm_api::{
     mechanism::InodeUrl,
     pb::registry::{NetworkService, NetworkServiceEndpoint},
@@ -40,6 +40,8 @@ use crate::{
 
 /// How long a descriptor may come after the message that names it.
 const DESCRIPTOR: Duration = Duration::from_secs(2);
+/// So many are waited for at once, in order: one that does not come holds up nobody for longer than itself.
+const AT_ONCE: usize = 64;
 
 /// How a [`Client`] behaves.
 #[derive(Debug, Clone)]
@@ -194,12 +196,9 @@ impl Client {
     pub async fn find_endpoints(&self, query: NetworkServiceEndpoint) -> Result<Vec<Endpoint>, Error> {
         let connection = self.upstream.connect().await?;
         let fds = connection.fds().cloned();
-        let mut found = rpc::find(connection, query, false, Some(Instant::now() + CALL)).await?;
-        let mut endpoints = Vec::new();
-        while let Some((nse, _)) = found.try_next().await? {
-            endpoints.extend(Endpoint::found(nse, fds.as_ref()).await);
-        }
-        Ok(endpoints)
+        let found = rpc::find(connection, query, false, Some(Instant::now() + CALL)).await?;
+        let endpoints = found.map_ok(|(nse, _)| Endpoint::found(nse, fds.clone()).map(Ok));
+        endpoints.try_buffered(AT_ONCE).try_filter_map(|endpoint| ready(Ok(endpoint))).try_collect().await
     }
 
     /// The endpoints that answer a query, and every change. The stream ends with an error when the
@@ -214,16 +213,16 @@ impl Client {
         let connection = self.upstream.streams().await?;
         let fds = connection.fds().cloned();
         let found = rpc::find(connection, query, true, None).await?;
-        let events = found.try_filter_map(move |(nse, deleted)| {
+        let events = found.map_ok(move |(nse, deleted)| {
             let fds = fds.clone();
             async move {
                 Ok(match deleted {
                     true => Some(EndpointEvent::Gone(nse)),
-                    false => Endpoint::found(nse, fds.as_ref()).await.map(EndpointEvent::Present),
+                    false => Endpoint::found(nse, fds).await.map(EndpointEvent::Present),
                 })
             }
         });
-        Ok(events.boxed())
+        Ok(events.try_buffered(AT_ONCE).try_filter_map(|event| ready(Ok(event))).boxed())
     }
 
     async fn keep<T: Kept>(
@@ -337,7 +336,7 @@ impl Endpoint {
         }
     }
 
-    async fn found(nse: NetworkServiceEndpoint, fds: Option<&FdTable>) -> Option<Self> {
+    async fn found(nse: NetworkServiceEndpoint, fds: Option<FdTable>) -> Option<Self> {
         let (Ok(inode), Some(fds)) = (nse.url.parse::<InodeUrl>(), fds) else {
             return Self::dialed_by_url(nse);
         };
