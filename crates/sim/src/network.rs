@@ -18,7 +18,10 @@ use futures::{FutureExt as _, future::BoxFuture};
 use http::{Request, Response};
 use http_body::{Body as _, Frame};
 use http_body_util::BodyExt as _;
-use nsm_api::pb::connection::Connection;
+use nsm_api::{
+    path,
+    pb::{connection::Connection, networkservice::NetworkServiceRequest},
+};
 use nsm_identity::{FileId, Identity, UnixPeer};
 use nsm_mesh::inspect::Follow;
 use nsm_transport::{
@@ -26,6 +29,7 @@ use nsm_transport::{
     sim::{self, Connected, Link, Process, Refused, Served},
 };
 use parking_lot::Mutex;
+use prost::Message as _;
 use tokio::{
     sync::{Notify, mpsc, oneshot},
     task::AbortHandle,
@@ -37,6 +41,9 @@ use crate::{chance::Chance, trace::Trace};
 
 /// How long the kernel of a host sends again to another that does not answer, or asks whether it is there.
 pub(crate) const USER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A compression flag and a length, before each message of gRPC.
+const GRPC_PREFIX: usize = 5;
 
 /// What the network does to messages, besides taking its time.
 #[derive(Debug, Clone, Copy, Default)]
@@ -58,7 +65,12 @@ pub(crate) struct Net {
     state: Mutex<State>,
     changed: Notify,
     numbers: AtomicU64,
+    /// Closes whose callers wait.
+    closing: Mutex<BTreeMap<CloseOf, usize>>,
 }
+
+/// Who closes where which connection, as he calls it.
+type CloseOf = (u32, u32, String);
 
 #[derive(Debug)]
 struct State {
@@ -110,7 +122,13 @@ impl Net {
             cut: BTreeSet::new(),
             hosts: BTreeMap::new(),
         };
-        Arc::new(Self { trace, state: Mutex::new(state), changed: Notify::new(), numbers: AtomicU64::new(1) })
+        Arc::new(Self {
+            trace,
+            state: Mutex::new(state),
+            changed: Notify::new(),
+            numbers: AtomicU64::new(1),
+            closing: Mutex::default(),
+        })
     }
 
     /// A process of that name on a node, in the network namespace that the file stands for.
@@ -458,6 +476,7 @@ impl Link for Dialled {
             if let Some(why) = conn.end.get() {
                 return Err(why.clone());
             }
+            let (request, _closing) = in_order(&conn, request).await;
             let (tell, told) = oneshot::channel();
             let call = tokio::spawn(call(Arc::clone(&conn), request, tell));
             let caller = Caller(Arc::clone(&conn), call.abort_handle());
@@ -493,6 +512,58 @@ impl Drop for Caller {
                     call.abort();
                 }
             });
+        }
+    }
+}
+
+/// A hop never asks for a connection where it still closes it: the Close could come later, and end what was just made.
+async fn in_order(conn: &Conn, request: Request<Body>) -> (Request<Body>, Option<Closing>) {
+    let method = request.uri().path().rsplit('/').next().unwrap_or_default();
+    let (closes, asks) = (method == "Close", method == "Request");
+    if !closes && !asks {
+        return (request, None);
+    }
+    let (head, body) = request.into_parts();
+    let body = body.collect().await.map(http_body_util::Collected::to_bytes).unwrap_or_default();
+    let message = body.get(GRPC_PREFIX..).unwrap_or_default();
+    let of = match closes {
+        true => Connection::decode(message).ok(),
+        false => NetworkServiceRequest::decode(message).ok().and_then(|request| request.connection),
+    };
+    let closing = of.and_then(|of| {
+        let key = (conn.from.pid, conn.to.pid, path::current(&of)?.id.clone());
+        let (net, closing) = (&conn.net, &mut *conn.net.closing.lock());
+        if closes {
+            *closing.entry(key.clone()).or_default() += 1;
+            return Some(Closing { net: Arc::clone(net), key });
+        }
+        if closing.contains_key(&key) {
+            let (from, to, id) = (&conn.from.name, &conn.to.name, &key.2);
+            net.trace.violated(
+                "nobody asks where it still closes",
+                format!("{from} asks {to} for {id}, which it is closing there"),
+            );
+        }
+        None
+    });
+    (Request::from_parts(head, Body::new(http_body_util::Full::new(body))), closing)
+}
+
+/// While a caller waits for a Close.
+struct Closing {
+    net: Arc<Net>,
+    key: CloseOf,
+}
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        let mut closing = self.net.closing.lock();
+        let left = closing.get_mut(&self.key).map(|closes| {
+            *closes -= 1;
+            *closes
+        });
+        if left == Some(0) {
+            closing.remove(&self.key);
         }
     }
 }
@@ -594,7 +665,11 @@ async fn serve(conn: &Arc<Conn>, request: Request<Body>, tell: oneshot::Sender<R
     }
     loop {
         let next = match body.frame().now_or_never() {
-            Some(next) => next,
+            Some(next) => {
+                // What it refers to came into being with it.
+                sim::carry_descriptors(&conn.server, &conn.caller);
+                next
+            }
             None => {
                 let ending = conn.over();
                 let next = tokio::select! {

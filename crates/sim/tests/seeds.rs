@@ -43,6 +43,10 @@ fn what_was_found_once_stays_mended() {
         ("6", "after a jump of the clock identities were renewed only when half of their life had passed"),
         ("53", "a wire of an earlier process stayed for as long as the clock had gone back"),
         ("137", "… and beside the new wire between the same two, with the same addresses"),
+        (
+            "20",
+            "a Close that had queued behind another one went on to where the connection was asked for again",
+        ),
     ] {
         let (good, text) = sim(&["--seed", seed]);
         assert!(good, "{found}: {text}");
