@@ -10,6 +10,7 @@ use crate::Error;
 use crate::dns;
 use crate::fault;
 use crate::lab::Lab;
+use crate::logs::{Logged, Since};
 use crate::network::Seen;
 use crate::probe::{self, Connected, Echo};
 use crate::scenario::{Dns, Expectation, Http, Ping, PortState, Presence, SILENCE, Tcp, WITHIN};
@@ -26,11 +27,18 @@ pub struct Outcome {
     pub measured: String,
     /// How long the check took, in milliseconds.
     pub millis: u64,
+    /// What the processes logged since something was broken, if that went wrong.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub logs: Vec<Logged>,
 }
 
 /// Checks one expectation in a lab that is up.
 pub(crate) fn check(lab: &Lab, expectation: &Expectation) -> Outcome {
     let began = Instant::now();
+    let broken = match expectation {
+        Expectation::Fault(fault) => Some((Since::now(lab), fault.ping.as_ref())),
+        _ => None,
+    };
     let result = match expectation {
         Expectation::Ping(ping) => in_pod(lab, &ping.from, || check_ping(ping)),
         Expectation::Tcp(tcp) => check_tcp(lab, tcp),
@@ -70,7 +78,11 @@ pub(crate) fn check(lab: &Lab, expectation: &Expectation) -> Outcome {
         Err(seen) => (false, seen),
     };
     let millis = began.elapsed().as_millis() as u64;
-    Outcome { expectation: expectation.to_string(), held, measured, millis }
+    let logs = match broken {
+        Some((since, ping)) if !held => since.told(ping.map_or("", |ping| &ping.from)),
+        _ => Vec::new(),
+    };
+    Outcome { expectation: expectation.to_string(), held, measured, millis, logs }
 }
 
 // === private helpers ===

@@ -10,6 +10,7 @@ use serde::Serialize;
 use crate::expect::Outcome;
 use crate::holder::Event;
 use crate::lab::State;
+use crate::logs::Logged;
 use crate::process::Condition;
 
 /// How a run is told.
@@ -130,9 +131,18 @@ impl Report {
         for outcome in &self.expectations {
             let mark = if outcome.held { "ok" } else { "FAILED" };
             let took = format!("{:.3} s", outcome.millis as f64 / 1e3);
-            table.add_row([mark, &outcome.expectation, &outcome.measured, &took]);
+            // One line each, so that it is known below which of them its logs belong.
+            table.add_row([mark, &one_line(&outcome.expectation), &one_line(&outcome.measured), &took]);
         }
-        render(&table, format)
+        let rendered = render(&table, format);
+        let mut lines = rendered.lines();
+        let header = lines.by_ref().take(rendered.lines().count().saturating_sub(self.expectations.len()));
+        let mut text: Vec<_> = header.map(str::to_owned).collect();
+        for (line, outcome) in lines.zip(&self.expectations) {
+            text.push(line.to_owned());
+            text.extend(outcome.logs.iter().flat_map(logged));
+        }
+        text.join("\n")
     }
 }
 
@@ -189,6 +199,16 @@ pub(crate) fn status(state: &State, format: Format) -> String {
 }
 
 // === private helpers ===
+
+/// The lines of one process, below the row that they are about.
+fn logged(logged: &Logged) -> Vec<String> {
+    let title = format!("        {} logged since then:", logged.process);
+    std::iter::once(title).chain(logged.lines.iter().map(|line| format!("          {line}"))).collect()
+}
+
+fn one_line(text: &str) -> String {
+    text.lines().map(str::trim).collect::<Vec<_>>().join("; ")
+}
 
 fn line(at: u64, text: &str) -> String {
     format!("{:>8.3} s  {text}\n", at as f64 / 1e3)

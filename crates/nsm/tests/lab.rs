@@ -208,6 +208,33 @@ fn an_expectation_that_does_not_hold_is_shown_and_is_the_exit_status() {
 }
 
 #[test]
+fn below_a_fault_that_failed_stands_what_the_processes_logged_since() {
+    if may_not("below_a_fault_that_failed_stands_what_the_processes_logged_since") {
+        return;
+    }
+    let scenario = SCENARIO.split("expect:").next().expect("head").to_owned()
+        + "expect:
+- fault: {kill: node1/manager, restart: true, within: 100ms, ping: {from: shell, to: 10.1.0.3}}
+- ping: {from: shell, to: 10.1.0.2}
+";
+    let lab = Lab::new("logs", &scenario);
+    let said = text(&lab.run(&["run", &lab.file().to_string_lossy()]));
+    let rows: Vec<_> = said.lines().skip_while(|line| !line.contains("FAILED")).collect();
+    let place =
+        |what: &str| rows.iter().position(|line| line.contains(what)).unwrap_or_else(|| panic!("{said}"));
+    let (title, next) = (place("node1/manager logged since then:"), place("shell pings 10.1.0.2 (5 times)"));
+    assert!(title == 1 && next > title + 1, "between the two rows: {said}");
+    let output = lab.run(&["run", "--json", &lab.file().to_string_lossy()]);
+    let reports: serde_json::Value =
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {}", text(&output)));
+    let outcomes = &reports[0]["expectations"];
+    assert_eq!(outcomes[0]["held"], false);
+    assert_eq!(outcomes[0]["logs"][0]["process"], "node1/manager", "{outcomes:#}");
+    assert!(outcomes[1].get("logs").is_none(), "{outcomes:#}");
+    lab.gone("after a failed fault");
+}
+
+#[test]
 fn a_lab_that_stays_is_looked_into_refused_twice_and_ended() {
     if may_not("a_lab_that_stays_is_looked_into_refused_twice_and_ended") {
         return;
