@@ -10,7 +10,7 @@ use std::{
 
 use prost_types::Timestamp;
 
-use crate::pb::connection::{Connection, Path, PathSegment};
+use crate::pb::connection::{Connection, Path, PathSegment, State};
 
 /// More hops than any mesh has: two domains with a chain of ten functions need 48.
 pub const MAX_SEGMENTS: usize = 128;
@@ -143,6 +143,13 @@ pub fn begin_anew(conn: &mut Connection, id: String) {
         own.metrics.clear();
     }
     conn.id = id;
+}
+
+/// Whether the path goes on behind the current segment: then the connection stood already, at this process or at the one
+/// before it, and is asked for as it is.
+#[must_use]
+pub fn goes_on(conn: &Connection) -> bool {
+    conn.state() != State::ReselectRequested && segments(conn).len() > index(conn) + 1
 }
 
 /// Cuts what stands right of the current segment: stale hops of an earlier, longer path (section 4.3).

@@ -550,7 +550,8 @@ impl Connections {
                         let _ = give.send(Err(late));
                         return;
                     }
-                    let fresh = !held.established;
+                    // What the process before us has established stands whether this caller hears of it or not.
+                    let fresh = !held.established && !request.connection.as_ref().is_some_and(path::goes_on);
                     let result = this.run_held(&id, &entry, &mut held, call, deadline, request).await;
                     let answers = held.answers;
                     drop(held);

@@ -115,10 +115,12 @@ impl Dial {
             _ => self.silent.answered(target),
         }
         // Whoever answered may have made something, also when the answer was lost or is of no use: it undoes that when
-        // it is told to close. What stood there before this request is not ours to decide about.
+        // it is told to close. What stood there before this request is not ours to decide about, whether we remember that or
+        // the path does: who has been restarted asks for wires through which packets pass.
         let made =
             |e: &Error| e.hop.is_none() || e.code == Code::DeadlineExceeded || e.code == Code::Cancelled;
-        let stands = cx.scope.get::<Dialed>().is_some_and(|before| before.target == *target);
+        let stands = cx.scope.get::<Dialed>().is_some_and(|before| before.target == *target)
+            || target.may_know(&asked);
         if !stands && result.is_err() {
             self.follower.leave(target, &asked.id);
         }

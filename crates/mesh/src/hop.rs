@@ -2,6 +2,7 @@
 
 use std::{fmt, sync::Arc};
 
+use nsm_api::{path, pb::connection::Connection};
 use nsm_transport::{DialTarget, DialUrl, FileId};
 
 use crate::inside::Inside;
@@ -43,6 +44,13 @@ impl NextHop {
     pub fn called(mut self, name: &str) -> Self {
         self.called = Some(name.into());
         self
+    }
+
+    /// Whether it may be where this connection went before: a hop behind us, or the endpoint, is called as it is.
+    pub(crate) fn may_know(&self, conn: &Connection) -> bool {
+        let behind = path::segments(conn).iter().skip(path::index(conn) + 1);
+        path::goes_on(conn)
+            && self.called.as_deref().is_none_or(|called| behind.clone().any(|hop| hop.name == called))
     }
 
     /// Whether people call it that.

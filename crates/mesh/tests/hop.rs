@@ -659,6 +659,29 @@ async fn a_connection_that_comes_back_is_not_ended_by_the_close_of_when_it_left(
     }
 }
 
+/// A hop that was restarted remembers nothing, and its neighbour has the wire, through which packets pass.
+#[tokio::test]
+async fn what_stood_before_a_request_that_failed_is_not_closed_by_who_has_forgotten_it() {
+    for (state, expected) in [
+        (State::Down, ["request", "request"].as_slice()),
+        (State::ReselectRequested, ["request", "close", "closed", "request"].as_slice()),
+    ] {
+        let mesh = Mesh::start().await;
+        let mut before = mesh.ask(request()).await.unwrap();
+        NetworkServiceClient::new(mesh.channel().await).close(before.clone()).await.unwrap();
+        while mesh.next.closed.lock().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        mesh.next.calls.lock().clear();
+        mesh.next.answers(|conn| conn.path = None);
+        before.set_state(state);
+        mesh.ask(again(&before)).await.unwrap_err();
+        mesh.next.answers(|_| {});
+        mesh.ask(again(&before)).await.unwrap();
+        assert_eq!(*mesh.next.calls.lock(), expected);
+    }
+}
+
 /// Who wants another endpoint because a node is gone would otherwise wait for that node first.
 #[tokio::test]
 async fn nobody_waits_for_a_hop_that_is_slow_to_close_and_it_is_told_all_the_same() {

@@ -13,7 +13,7 @@ use async_trait::async_trait;
 use nsm_api::{
     path,
     pb::{
-        connection::{Connection, State},
+        connection::{Connection, PathSegment, State},
         networkservice::NetworkServiceRequest,
     },
 };
@@ -241,6 +241,35 @@ async fn a_caller_that_leaves_mid_request_leaves_nothing() {
         tokio::task::yield_now().await;
     }
     assert_eq!(take(&log), ["+a", "+b", "-b Failed", "-a Failed"]);
+}
+
+/// A hop that was restarted holds the wire of the process before it, and packets pass.
+#[tokio::test]
+async fn what_stood_before_a_caller_that_leaves_mid_request_stands_afterwards() {
+    for (state, stays) in [(State::Up, true), (State::Down, true), (State::ReselectRequested, false)] {
+        let (log, end) = (Log::default(), Arc::new(End::default()));
+        let before = role(&Log::default(), &Arc::default());
+        let mut conn = before.request(Call::default(), request("c")).await.unwrap().connection;
+        let behind = PathSegment { name: "nse".into(), id: "e".into(), ..PathSegment::default() };
+        conn.path.as_mut().unwrap().path_segments.push(behind);
+        conn.set_state(state);
+        let role = role(&log, &end);
+        *end.mode.lock() = Mode::Wait;
+        let caller = tokio::spawn({
+            let role = Arc::clone(&role);
+            let again = NetworkServiceRequest { connection: Some(conn), ..request("c") };
+            async move { role.request(Call::default(), again).await.map(drop) }
+        });
+        end.entered.notified().await;
+        caller.abort();
+        let _ = caller.await;
+        end.go.add_permits(1);
+        // Tasks of one thread take turns: after so many of them what is undone is undone.
+        for _ in 0..1000 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(!role.is_empty(), stays, "{state:?}");
+    }
 }
 
 #[tokio::test(start_paused = true)]
