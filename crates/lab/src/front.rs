@@ -12,6 +12,7 @@ use nsm_kernel::netns::Namespace;
 use parking_lot::Mutex;
 
 use crate::Error;
+use crate::chaos::{Chaos, Plan as ChaosPlan};
 use crate::confine::{self, Record};
 use crate::holder::{DETACH, Event, on_signals};
 use crate::lab::{self, State};
@@ -59,7 +60,7 @@ impl Front {
     ///
     /// A wrong file, no privileges, a holder that cannot be started.
     pub fn up(&self, file: &Path, out: &mut dyn Write) -> Result<bool, Error> {
-        let report = self.start(file, Aim::Up, &Interrupt::listen()?, out)?;
+        let report = self.start(file, Aim::Up, None, &Interrupt::listen()?, out)?;
         let good = report.errors.is_empty() && report.up_millis.is_some();
         if good && self.format != Format::Json {
             let lab = &report.lab;
@@ -81,7 +82,7 @@ impl Front {
         let interrupt = Interrupt::listen()?;
         let mut reports = Vec::new();
         for file in files {
-            reports.push(self.start(file, aim, &interrupt, out)?);
+            reports.push(self.start(file, aim, None, &interrupt, out)?);
             if interrupt.0.lock().happened {
                 break;
             }
@@ -92,6 +93,46 @@ impl Front {
         };
         writeln!(out, "{text}").map_err(|e| Error::system("write", e))?;
         Ok(reports.iter().all(Report::is_good))
+    }
+
+    /// `nsm lab chaos FILE`: the lab is built, broken round after round, and taken down; `true` if it mended itself each
+    /// time, and nothing grew and nothing is left.
+    ///
+    /// # Errors
+    ///
+    /// As [`Front::up`].
+    pub fn chaos(&self, file: &Path, chaos: &Chaos, out: &mut dyn Write) -> Result<bool, Error> {
+        let report = self.start(file, Aim::Run, Some(chaos), &Interrupt::listen()?, out)?;
+        let text = match self.format {
+            Format::Json => {
+                #[derive(serde::Serialize)]
+                struct Run<'a> {
+                    chaos: &'a Chaos,
+                    #[serde(flatten)]
+                    report: &'a Report,
+                }
+                serde_json::to_string_pretty(&Run { chaos, report: &report }).unwrap_or_default()
+            }
+            Format::Text { .. } => {
+                format!(
+                    "seed {}: {}",
+                    chaos.seed,
+                    report::summary(std::slice::from_ref(&report), self.format)
+                )
+            }
+        };
+        writeln!(out, "{text}").map_err(|e| Error::system("write", e))?;
+        Ok(report.is_good())
+    }
+
+    /// `nsm lab chaos FILE --plan`: what would be broken, a line for each round.
+    ///
+    /// # Errors
+    ///
+    /// A file that cannot be read or is wrong.
+    pub fn plan_chaos(&self, file: &Path, chaos: &Chaos) -> Result<Vec<String>, Error> {
+        let plan = ChaosPlan::new(&self.load(file)?, chaos.seed);
+        Ok(chaos.rounds(&plan).map(|round| round.to_string()).collect())
     }
 
     /// `nsm lab status [LAB]`; `true` if all is well.
@@ -284,13 +325,18 @@ impl Front {
         &self,
         file: &Path,
         aim: Aim,
+        chaos: Option<&Chaos>,
         interrupt: &Interrupt,
         out: &mut dyn Write,
     ) -> Result<Report, Error> {
         let scenario = self.load(file)?;
         let mut report = Report {
             lab: scenario.name.clone(),
-            expected: if aim == Aim::Up { 0 } else { scenario.expect.len() },
+            expected: match (aim, chaos) {
+                (Aim::Up, _) => 0,
+                (_, Some(_)) => 1,
+                (_, None) => scenario.expect.len(),
+            },
             ..Report::default()
         };
         let confined = !confine::is_privileged();
@@ -310,7 +356,7 @@ impl Front {
             let text = format!("lab {} ({})\n", scenario.name, file.display());
             out.write_all(text.as_bytes()).map_err(|e| Error::system("write", e))?;
         }
-        let mut child = self.spawn(file, aim, confined)?;
+        let mut child = self.spawn(file, aim, chaos, confined)?;
         if confined && let Some(record) = Record::of(child.id()) {
             record.save(&scenario.name)?;
         }
@@ -330,6 +376,10 @@ impl Front {
                 _ => false,
             };
             down |= matches!(event, Event::Down { .. } | Event::Refused { .. });
+            if chaos.is_some() && event == Event::AllChecked {
+                // How many rounds fit into its time is known only now.
+                report.expected = report.expectations.len().max(1);
+            }
             report.take(event, self.format, out).map_err(|e| Error::system("write", e))?;
             if leave && let Some(mut control) = interrupt.take() {
                 detached = writeln!(control, "{DETACH}").is_ok();
@@ -355,7 +405,7 @@ impl Front {
         Ok(report)
     }
 
-    fn spawn(&self, file: &Path, aim: Aim, confined: bool) -> Result<Child, Error> {
+    fn spawn(&self, file: &Path, aim: Aim, chaos: Option<&Chaos>, confined: bool) -> Result<Child, Error> {
         // The holder's directory is /: it must not keep a file system busy.
         let file = fs::canonicalize(file).map_err(Error::files("find", file))?;
         let mut command = Command::new(&self.exe);
@@ -365,6 +415,9 @@ impl Front {
         }
         if aim != Aim::Up {
             command.arg("--expect");
+        }
+        if let Some(chaos) = chaos {
+            command.arg("--chaos").arg(serde_json::to_string(chaos).unwrap_or_default());
         }
         if aim != Aim::Run {
             command.arg("--stay");

@@ -18,6 +18,7 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
+use crate::chaos::{self, Chaos};
 use crate::expect::{self, Outcome};
 use crate::lab::Lab;
 use crate::plan::Plan;
@@ -39,6 +40,8 @@ pub struct Hold {
     pub expect: bool,
     /// Come down after the expectations, or stay.
     pub stay: bool,
+    /// Instead of checking expectations: break things.
+    pub chaos: Option<Chaos>,
 }
 
 /// What a holder tells its front end.
@@ -130,8 +133,10 @@ pub fn hold(options: &Hold, exe: &Path) -> Result<bool, Error> {
     lab.write_state()?;
     emit(&Event::Up { at: at(), processes: lab.plan.processes.len() });
     tell_changes(&supervisor, &notes)?;
-    if options.expect {
-        check_all(lab.clone(), scenario, notes)?;
+    match &options.chaos {
+        Some(chaos) => play_all(lab.clone(), scenario, chaos.clone(), notes)?,
+        None if options.expect => check_all(lab.clone(), scenario, notes)?,
+        None => {}
     }
 
     let mut good = true;
@@ -140,6 +145,11 @@ pub fn hold(options: &Hold, exe: &Path) -> Result<bool, Error> {
         match note {
             Note::Checked(outcome) => {
                 good &= outcome.held;
+                if options.chaos.is_some() {
+                    let how = if outcome.held { "" } else { "FAILED: " };
+                    let text = format!("{how}{} — {}", outcome.expectation, outcome.measured);
+                    emit(&Event::Progress { at: at(), text });
+                }
                 emit(&Event::Checked(outcome));
             }
             Note::AllChecked => {
@@ -256,6 +266,18 @@ fn tell_changes(supervisor: &Supervisor, notes: &Sender<Note>) -> Result<(), Err
     thread::Builder::new()
         .name("changes".into())
         .spawn(listen)
+        .map_err(|e| Error::system("start a thread", e))?;
+    Ok(())
+}
+
+fn play_all(lab: Arc<Lab>, scenario: Scenario, chaos: Chaos, notes: Sender<Note>) -> Result<(), Error> {
+    let work = move || {
+        chaos::run(&lab, &scenario, &chaos, &mut |outcome| notes.send(Note::Checked(outcome)).is_ok());
+        let _ = notes.send(Note::AllChecked);
+    };
+    thread::Builder::new()
+        .name("chaos".into())
+        .spawn(work)
         .map_err(|e| Error::system("start a thread", e))?;
     Ok(())
 }

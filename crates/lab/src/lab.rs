@@ -81,6 +81,8 @@ pub struct Lab {
     servers: Mutex<Vec<(String, HttpServer)>>,
     dns_servers: Mutex<Vec<(String, DnsServer)>>,
     since: u64,
+    /// One writes what identity shall know at a time.
+    telling: Mutex<()>,
     /// Held while this process lives; the kernel lets go of it whatever kills us.
     _lock: OwnedFd,
 }
@@ -156,6 +158,7 @@ impl Lab {
             servers: Mutex::default(),
             dns_servers: Mutex::default(),
             since: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
+            telling: Mutex::default(),
             _lock: lock,
         };
         let built =
@@ -415,6 +418,7 @@ impl Lab {
     ///
     /// A file that cannot be written.
     pub fn write_identity_config(&self) -> Result<(), Error> {
+        let _telling = self.telling.lock();
         let alive =
             self.supervisor.processes().into_iter().filter(|(_, _, c)| !matches!(c, Condition::Ended(_)));
         let running = alive.map(|(name, id, _)| (name, (id.pid, id.start))).collect();

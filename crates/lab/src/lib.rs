@@ -3,6 +3,7 @@
 //! A [`Scenario`] file becomes a [`Plan`] (pure data); a *holder* process builds the plan, watches over it, checks
 //! the expectations and takes everything down; [`Front`] is what the person at the terminal talks to.
 
+mod chaos;
 mod confine;
 mod dns;
 mod error;
@@ -21,6 +22,7 @@ pub mod report;
 pub mod scenario;
 pub mod serve;
 
+pub use chaos::{Chaos, Plan as ChaosPlan, Round, Strike};
 pub use confine::{is_privileged, run_in_memory, settle_in, start_confined};
 pub use error::Error;
 pub use expect::Outcome;

@@ -747,7 +747,7 @@ impl Pod {
         Some(urls.collect::<Vec<_>>().join(","))
     }
 
-    fn has_program(&self) -> bool {
+    pub(crate) fn has_program(&self) -> bool {
         self.wanted_services().is_some()
             || self.endpoint.is_some()
             || self.firewall.is_some()

@@ -3,11 +3,12 @@
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
 use nsm_lab::leaks::{self, Snapshot};
-use nsm_lab::{Format, Front, Hold};
+use nsm_lab::{Chaos, Format, Front, Hold};
 
 /// A mesh on one machine: nodes and pods as network namespaces, the real programs in them.
 ///
@@ -47,6 +48,31 @@ enum Command {
         /// Leave the lab running after the checks.
         #[arg(long)]
         keep: bool,
+        #[command(flatten)]
+        name: Name,
+    },
+    /// Build a lab, break things in it round after round, and see that it mends itself each time; then take it down.
+    Chaos {
+        /// The scenario file.
+        file: PathBuf,
+        /// What is broken is drawn from this number; without it, from the clock.
+        #[arg(long)]
+        seed: Option<u64>,
+        /// How many rounds; ten if it is not told how long either.
+        #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+        rounds: Option<u64>,
+        /// No round begins after so many minutes.
+        #[arg(long)]
+        minutes: Option<f64>,
+        /// The first round: to do again what failed.
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
+        from: u64,
+        /// How long the mesh may take to mend itself after a round.
+        #[arg(long, default_value = "30s", value_parser = crate::common::duration)]
+        within: Duration,
+        /// Print what would be broken, and make nothing.
+        #[arg(long)]
+        plan: bool,
         #[command(flatten)]
         name: Name,
     },
@@ -92,6 +118,9 @@ enum Command {
         /// Stay up afterwards.
         #[arg(long)]
         stay: bool,
+        /// Break things instead: as JSON.
+        #[arg(long, value_parser = chaos)]
+        chaos: Option<Chaos>,
     },
 }
 
@@ -117,6 +146,22 @@ pub(crate) fn run(lab: Lab) -> anyhow::Result<ExitCode> {
         }
         Command::Up { file, name } => front(Some(name)).up(&file, &mut out)?,
         Command::Run { files, keep, name } => front(Some(name)).run(&files, keep, &mut out)?,
+        Command::Chaos { file, seed, rounds, minutes, from, within, plan, name } => {
+            let lasts = minutes.map(|minutes| Duration::try_from_secs_f64(minutes * 60.0)).transpose();
+            let lasts = lasts.context("--minutes: expected a number of minutes, 0 or more")?;
+            let rounds = rounds.unwrap_or(if lasts.is_some() && !plan { u64::MAX } else { 10 });
+            let chaos = Chaos { seed: seed.unwrap_or_else(by_the_clock), from, rounds, lasts, within };
+            let front = front(Some(name));
+            match plan {
+                true => {
+                    let lines = front.plan_chaos(&file, &chaos)?;
+                    writeln!(out, "seed {}", chaos.seed).context("write the plan")?;
+                    lines.iter().try_for_each(|line| writeln!(out, "{line}")).context("write the plan")?;
+                    true
+                }
+                false => front.chaos(&file, &chaos, &mut out)?,
+            }
+        }
         Command::Status { lab } => front(None).status(lab.as_deref(), &mut out)?,
         Command::Exec { pod, command } => {
             let status = front(None).exec(&pod, &command)?;
@@ -133,11 +178,20 @@ pub(crate) fn run(lab: Lab) -> anyhow::Result<ExitCode> {
             differences.iter().try_for_each(|line| writeln!(out, "{line}"))?;
             differences.is_empty()
         }
-        Command::Hold { file, name, expect, stay } => {
+        Command::Hold { file, name, expect, stay, chaos } => {
             // The holder speaks through this stdout itself.
             drop(out);
-            nsm_lab::hold(&Hold { file, name: name.name, expect, stay }, &exe)?
+            nsm_lab::hold(&Hold { file, name: name.name, expect, stay, chaos }, &exe)?
         }
     };
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn chaos(json: &str) -> Result<Chaos, String> {
+    serde_json::from_str(json).map_err(|error| error.to_string())
+}
+
+/// Small enough to be told to somebody.
+fn by_the_clock() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis() as u64 % 1_000_000)
 }

@@ -37,6 +37,7 @@ macro_rules! scenarios {
 }
 
 scenarios! {
+    chaos: "chaos",
     dns: "dns",
     dual_stack: "dual-stack",
     heal: "heal",

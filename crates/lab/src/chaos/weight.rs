@@ -1,0 +1,119 @@
+//! What a process holds: that it does not grow is what a long run is for.
+
+use std::collections::BTreeMap;
+use std::fs;
+
+use crate::lab::Lab;
+use crate::process::{Condition, ProcessId};
+
+/// What may be more at the end than after the first round that a process lived through: what comes with connections that
+/// are just being made, and memory that an allocator keeps.
+const MORE_FDS: u64 = 16;
+const MORE_THREADS: u64 = 8;
+/// Half as much again, and so many KiB. What is mapped from the program itself is not counted: it comes as it is run.
+const MORE_RSS: u64 = 8 * 1024;
+
+/// What one process holds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Weight {
+    fds: u64,
+    threads: u64,
+    rss_kib: u64,
+}
+
+/// What processes held when each was seen first, and in which round.
+#[derive(Debug, Default)]
+pub(crate) struct Weights(BTreeMap<String, (ProcessId, u64, Weight)>);
+
+impl Weight {
+    fn of(pid: u32) -> Option<Self> {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        let number = |key: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(key))?;
+            line.split_whitespace().next()?.parse().ok()
+        };
+        let fds = fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count() as u64;
+        Some(Self { fds, threads: number("Threads:")?, rss_kib: number("RssAnon:")? })
+    }
+
+    /// What of it is more than it may be.
+    fn too_much(self, before: Self) -> Vec<String> {
+        let bounds = [
+            ("descriptors", before.fds, self.fds, before.fds + MORE_FDS),
+            ("threads", before.threads, self.threads, before.threads + MORE_THREADS),
+            ("KiB of memory", before.rss_kib, self.rss_kib, before.rss_kib * 3 / 2 + MORE_RSS),
+        ];
+        let grown = bounds.into_iter().filter(|(.., now, most)| now > most);
+        grown.map(|(what, before, now, most)| format!("{before} → {now} {what}, at most {most}")).collect()
+    }
+}
+
+impl Weights {
+    /// Notes those that are new since the last round.
+    pub(crate) fn note(&mut self, lab: &Lab, round: u64) {
+        for (name, id) in ready(lab) {
+            if self.0.get(&name).is_none_or(|(before, ..)| *before != id)
+                && let Some(weight) = Weight::of(id.pid)
+            {
+                self.0.insert(name, (id, round, weight));
+            }
+        }
+    }
+
+    /// How those have grown that have lived through a round; `Err`: one has too much.
+    pub(crate) fn compare(&self, lab: &Lab, round: u64) -> Result<String, String> {
+        let (mut lived, mut most, mut bad) = (0, Weight::default(), Vec::new());
+        for (name, id) in ready(lab) {
+            let Some((_, _, before)) =
+                self.0.get(&name).filter(|(was, since, _)| *was == id && *since < round)
+            else {
+                continue;
+            };
+            let Some(now) = Weight::of(id.pid) else { continue };
+            lived += 1;
+            most.fds = most.fds.max(now.fds.saturating_sub(before.fds));
+            most.threads = most.threads.max(now.threads.saturating_sub(before.threads));
+            most.rss_kib = most.rss_kib.max(now.rss_kib.saturating_sub(before.rss_kib));
+            bad.extend(now.too_much(*before).into_iter().map(|what| format!("{name}: {what}")));
+        }
+        match bad.as_slice() {
+            [] => Ok(format!(
+                "{lived} lived through a round or more; at most {} descriptors, {} threads, {} KiB more",
+                most.fds, most.threads, most.rss_kib
+            )),
+            _ => Err(bad.join("; ")),
+        }
+    }
+}
+
+fn ready(lab: &Lab) -> impl Iterator<Item = (String, ProcessId)> {
+    let all = lab.supervisor.processes().into_iter();
+    all.filter(|(.., condition)| *condition == Condition::Ready).map(|(name, id, _)| (name, id))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_grows_without_end_is_told_and_what_comes_and_goes_is_not() {
+        let before = Weight { fds: 30, threads: 4, rss_kib: 20_000 };
+        assert_eq!(Weight { fds: 46, threads: 12, rss_kib: 38_000 }.too_much(before), [""; 0]);
+        assert_eq!(Weight::default().too_much(before), [""; 0]);
+        assert_eq!(
+            Weight { fds: 47, threads: 13, rss_kib: 50_000 }.too_much(before),
+            [
+                "30 → 47 descriptors, at most 46",
+                "4 → 13 threads, at most 12",
+                "20000 → 50000 KiB of memory, at most 38192"
+            ]
+        );
+    }
+
+    #[test]
+    fn this_process_has_a_weight() {
+        let own = Weight::of(std::process::id()).expect("we live");
+        assert!(own.fds > 2 && own.threads > 0 && own.rss_kib > 100, "{own:?}");
+        assert_eq!(Weight::of(0), None);
+    }
+}
