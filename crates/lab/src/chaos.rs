@@ -57,7 +57,7 @@ impl Chaos {
 /// Breaks and waits, and tells the outcome of each round; ends after one that failed, or when nobody listens.
 pub(crate) fn run(lab: &Lab, scenario: &Scenario, chaos: &Chaos, tell: &mut dyn FnMut(Outcome) -> bool) {
     let plan = Plan::new(scenario, chaos.seed);
-    let (began, mut weights, mut known, mut last) = (Instant::now(), Weights::default(), Known::default(), 0);
+    let (began, mut weights, mut known) = (Instant::now(), Weights::default(), Known::default());
     for round in chaos.rounds(&plan) {
         if chaos.lasts.is_some_and(|lasts| began.elapsed() >= lasts) {
             break;
@@ -73,12 +73,11 @@ pub(crate) fn run(lab: &Lab, scenario: &Scenario, chaos: &Chaos, tell: &mut dyn 
         if !held || !goes_on {
             return;
         }
-        last = round.number;
-        weights.note(lab, last);
+        weights.note(lab);
     }
     let at = Instant::now();
     // What is just being made or let go of is over soon.
-    let found = probe::until(chaos.within, |_| weights.compare(lab, last));
+    let found = probe::until(chaos.within, |_| weights.compare(lab));
     let (held, measured) = (found.is_ok(), found.unwrap_or_else(|seen| seen));
     let expectation = "no process has grown".to_owned();
     let millis = at.elapsed().as_millis() as u64;

@@ -6,8 +6,8 @@ use std::fs;
 use crate::lab::Lab;
 use crate::process::{Condition, ProcessId};
 
-/// What may be more at the end than after the first round that a process lived through: what comes with connections that
-/// are just being made, and memory that an allocator keeps.
+/// What may be more at the end than at most in the first rounds of a process: what comes with connections that are just
+/// being made, and memory that an allocator keeps.
 const MORE_FDS: u64 = 16;
 const MORE_THREADS: u64 = 8;
 /// Half as much again, and so many KiB. What is mapped from the program itself is not counted: it comes as it is run.
@@ -21,7 +21,10 @@ pub(crate) struct Weight {
     rss_kib: u64,
 }
 
-/// What processes held when each was seen first, and in which round.
+/// So many rounds a process has to warm up: whoever is just ready has not yet heard from all its neighbours.
+const WARM: u64 = 3;
+
+/// The most that each process held in its first rounds.
 #[derive(Debug, Default)]
 pub(crate) struct Weights(BTreeMap<String, (ProcessId, u64, Weight)>);
 
@@ -34,6 +37,14 @@ impl Weight {
         };
         let fds = fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count() as u64;
         Some(Self { fds, threads: number("Threads:")?, rss_kib: number("RssAnon:")? })
+    }
+
+    fn most(self, other: Self) -> Self {
+        Self {
+            fds: self.fds.max(other.fds),
+            threads: self.threads.max(other.threads),
+            rss_kib: self.rss_kib.max(other.rss_kib),
+        }
     }
 
     /// What of it is more than it may be.
@@ -49,23 +60,28 @@ impl Weight {
 }
 
 impl Weights {
-    /// Notes those that are new since the last round.
-    pub(crate) fn note(&mut self, lab: &Lab, round: u64) {
+    /// Weighs those that are new or warming up.
+    pub(crate) fn note(&mut self, lab: &Lab) {
         for (name, id) in ready(lab) {
-            if self.0.get(&name).is_none_or(|(before, ..)| *before != id)
-                && let Some(weight) = Weight::of(id.pid)
-            {
-                self.0.insert(name, (id, round, weight));
+            let Some(now) = Weight::of(id.pid) else { continue };
+            match self.0.get_mut(&name).filter(|(before, ..)| *before == id) {
+                Some((_, rounds, most)) => {
+                    *rounds += 1;
+                    if *rounds <= WARM {
+                        *most = most.most(now);
+                    }
+                }
+                None => _ = self.0.insert(name, (id, 1, now)),
             }
         }
     }
 
-    /// How those have grown that have lived through a round; `Err`: one has too much.
-    pub(crate) fn compare(&self, lab: &Lab, round: u64) -> Result<String, String> {
+    /// How those have grown that were warm; `Err`: one has too much.
+    pub(crate) fn compare(&self, lab: &Lab) -> Result<String, String> {
         let (mut lived, mut most, mut bad) = (0, Weight::default(), Vec::new());
         for (name, id) in ready(lab) {
             let Some((_, _, before)) =
-                self.0.get(&name).filter(|(was, since, _)| *was == id && *since < round)
+                self.0.get(&name).filter(|(was, rounds, _)| *was == id && *rounds > WARM)
             else {
                 continue;
             };
@@ -78,7 +94,7 @@ impl Weights {
         }
         match bad.as_slice() {
             [] => Ok(format!(
-                "{lived} lived through a round or more; at most {} descriptors, {} threads, {} KiB more",
+                "{lived} processes lived through more than {WARM} rounds; at most {} descriptors, {} threads, {} KiB more",
                 most.fds, most.threads, most.rss_kib
             )),
             _ => Err(bad.join("; ")),
