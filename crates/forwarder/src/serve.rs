@@ -157,6 +157,12 @@ impl Forwarder {
         Self { config, wires: Arc::new(wires), tunnel, events }
     }
 
+    /// The wires of this node.
+    #[must_use]
+    pub fn wires(&self) -> &Arc<Wires> {
+        &self.wires
+    }
+
     /// Serves until `shutdown` is done, for the manager at `connect_to`. Wires stay: they outlive this process.
     ///
     /// # Errors

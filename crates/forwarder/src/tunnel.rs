@@ -96,6 +96,11 @@ impl Vnis {
         self.0.entry(vni).or_insert_with(|| connection.to_owned()) == connection
     }
 
+    /// Those in use.
+    pub fn iter(&self) -> impl Iterator<Item = u32> {
+        self.0.keys().copied()
+    }
+
     /// Gives back what this connection has.
     pub fn release(&mut self, vni: u32, connection: &str) {
         if self.0.get(&vni).is_some_and(|holder| holder == connection) {

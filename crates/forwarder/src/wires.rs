@@ -282,6 +282,12 @@ impl Wires {
         self.traffic(&held)
     }
 
+    /// The VNIs that wires of this node have, or requests that are under way.
+    #[must_use]
+    pub fn vnis(&self) -> Vec<u32> {
+        self.vnis.lock().iter().collect()
+    }
+
     /// How many wires nobody wanted any more and were removed.
     #[must_use]
     pub fn orphans(&self) -> u64 {

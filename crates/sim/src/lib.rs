@@ -244,6 +244,9 @@ async fn audit(world: &mut World, checker: &mut Checker) -> Result<()> {
     if let [plan, ..] = &plans[..] {
         world.trace.violated("nothing is left on disk", format!("{} plans, such as {plan}", plans.len()));
     }
+    if let [vni, ..] = &world.vnis()[..] {
+        world.trace.violated("every VNI is given back", vni.clone());
+    }
     if world.trace.is_violated() {
         return Ok(());
     }
@@ -261,6 +264,21 @@ async fn audit(world: &mut World, checker: &mut Checker) -> Result<()> {
         asking.iter().for_each(|client| world.stop(*client));
         settle(world, checker, Instant::now()).await?;
         asking.iter().for_each(|client| world.kill(*client));
+    }
+    if world.trace.is_violated() {
+        return Ok(());
+    }
+    world.trace.note(format_args!("all endpoints die"));
+    for endpoint in world.all(|what| matches!(what, What::Endpoint { .. })) {
+        world.slots[endpoint].wanted = false;
+        world.kill(endpoint);
+    }
+    sleep(world.shape.lifetime + SOON).await;
+    let forwarders = world.all(|what| *what == What::Forwarder);
+    for name in world.registered().await? {
+        if !forwarders.iter().any(|slot| world.slots[*slot].name == name) {
+            world.trace.violated("who is dead is forgotten", format!("{name} is registered"));
+        }
     }
     Ok(())
 }

@@ -7,12 +7,16 @@ use std::{
     os::fd::OwnedFd,
     os::unix::fs::MetadataExt as _,
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, Weak},
     time::{Duration, SystemTime},
 };
 
 use anyhow::{Context as _, Result, anyhow};
-use nsm_api::{nsurl::NsUrl, pb::registry::NetworkService};
+use nsm_api::{
+    nsurl::NsUrl,
+    pb::registry::{NetworkService, NetworkServiceEndpoint},
+};
+use nsm_forwarder::wires::Wires;
 use nsm_identity::{
     Identity, Source, SpiffeId,
     ca::{Authority, workload::Renewal},
@@ -113,6 +117,8 @@ pub(crate) struct Slot {
     pub(crate) wire: Arc<Mutex<Option<Wire>>>,
     /// Where a forwarder keeps its plans.
     state: PathBuf,
+    /// What a forwarder that runs has made.
+    made: Arc<Mutex<Weak<Wires>>>,
 }
 
 /// What a running program is to the simulation.
@@ -198,6 +204,7 @@ impl World {
             running: None,
             wire: Arc::default(),
             state,
+            made: Arc::default(),
         };
         self.slots.push(slot);
         Ok(self.slots.len() - 1)
@@ -351,8 +358,10 @@ impl World {
                     registry_answers: Default::default(),
                     metrics: Arc::clone(&metrics),
                 };
+                let made = Arc::clone(&slot.made);
                 spawn(here, async move {
                     let forwarder = nsm_forwarder::Forwarder::on(config, machine, &uplink, events)?;
+                    *made.lock() = Arc::downgrade(forwarder.wires());
                     forwarder.serve(connect_to, unix(own), source, || {}, stopped).await?;
                     Ok(())
                 })
@@ -434,6 +443,33 @@ impl World {
         let stop = Some(stop);
         slot.running = Some(Running { process, metrics, task, stop, renewing });
         Ok(())
+    }
+
+    /// The VNIs that forwarders have not given back.
+    pub(crate) fn vnis(&self) -> Vec<String> {
+        let mut left = Vec::new();
+        for slot in self.slots.iter().filter(|slot| slot.what == What::Forwarder) {
+            let vnis = slot.made.lock().upgrade().map(|wires| wires.vnis()).unwrap_or_default();
+            left.extend(vnis.into_iter().map(|vni| format!("{vni} at {}", slot.name)));
+        }
+        left
+    }
+
+    /// Asks the registry which endpoints there are, as a program of node 0 does.
+    pub(crate) async fn registered(&self) -> Result<Vec<String>> {
+        let slot = self.slots.iter().find(|slot| slot.what == What::Registry).context("no registry")?;
+        let process = self.net.process("asker", slot.node, Arc::clone(&slot.netns));
+        let id: SpiffeId = format!("spiffe://{DOMAIN}/asker").parse()?;
+        let (source, renewing) = identity(&self.authority, id, self.shape.certificates, &self.issuing)?;
+        let url = format!("tcp://{REGISTRY}").parse()?;
+        let asked = tokio::spawn(sim::HERE.scope(process as Arc<dyn sim::Process>, async move {
+            let pool = Pool::new(source, PoolConfig::default());
+            let client = nsm_registry::Client::new(pool, url, nsm_registry::ClientConfig::default());
+            client.find_endpoints(NetworkServiceEndpoint::default()).await
+        }));
+        let found = asked.await?;
+        renewing.abort();
+        Ok(found?.into_iter().map(|endpoint| endpoint.nse.name).collect())
     }
 
     /// What is left in the state directories of forwarders.
