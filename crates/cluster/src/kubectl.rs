@@ -87,8 +87,26 @@ impl Kubectl {
         self.apply(&format!(
             "apiVersion: v1\nkind: ServiceAccount\nmetadata: {{name: {account}, namespace: {namespace}}}\n"
         ));
-        let token = self.kubectl(&["create", "token", account, "--namespace", namespace, "--duration=24h"]);
-        let path = self.directory.join(format!("{namespace}.{account}.conf"));
+        self.kubeconfig_with(namespace, account, &[])
+    }
+
+    /// The same, as a pod on a node has it: its token is bound to the node, which has to be there.
+    ///
+    /// # Panics
+    /// If there is no such namespace or node.
+    #[must_use]
+    pub fn kubeconfig_on(&self, node: &str, namespace: &str, account: &str) -> PathBuf {
+        let bound = ["--bound-object-kind=Node".to_owned(), format!("--bound-object-name={node}")];
+        let bound: Vec<_> = bound.iter().map(String::as_str).collect();
+        let _made = self.kubeconfig_of(namespace, account);
+        self.kubeconfig_with(namespace, account, &bound)
+    }
+
+    fn kubeconfig_with(&self, namespace: &str, account: &str, how: &[&str]) -> PathBuf {
+        let args = ["create", "token", account, "--namespace", namespace, "--duration=24h"];
+        let token = self.kubectl(&[&args[..], how].concat());
+        let on = how.last().and_then(|bound| bound.split('=').nth(1)).unwrap_or_default();
+        let path = self.directory.join(format!("{namespace}.{account}.{on}.conf"));
         fs::copy(self.kubeconfig(), &path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         let config = |args: &[&str]| {
             let mut command = self.kubectl_command();

@@ -80,9 +80,7 @@ pub fn helm(settings: &Settings, version: &str) -> Result<Files, InstallError> {
     );
     files.insert("values.yaml".into(), values);
     if settings.crds {
-        for (name, definition) in
-            ["networkservices", "networkserviceendpoints"].into_iter().zip(definitions())
-        {
+        for (name, definition) in nsm_k8s::crd::ALL {
             files.insert(format!("crds/{name}.yaml"), definition.to_owned());
         }
     }

@@ -197,7 +197,7 @@ pub fn removal(settings: &Settings) -> Result<String, InstallError> {
 
 /// The custom resources.
 pub(crate) fn definitions() -> Vec<&'static str> {
-    vec![nsm_k8s::crd::NETWORK_SERVICES, nsm_k8s::crd::NETWORK_SERVICE_ENDPOINTS]
+    nsm_k8s::crd::ALL.map(|(_, text)| text).to_vec()
 }
 
 pub(crate) fn yaml(object: &Value) -> Result<String, InstallError> {

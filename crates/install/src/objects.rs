@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use nsm_k8s::wires::CONDITION;
 use nsm_webhook::{
     configuration::{Configuration, Reach},
     settings::Annotation,
@@ -22,6 +23,8 @@ const IDENTITY: &str = "/run/spire/sockets";
 const SIGNER: (&str, &str, &str) = ("nsm-identity", "nsm-identity-authorities", "nsm-identity-roots");
 /// Where the agent of a node has the token for it.
 const TOKEN: &str = "/run/secrets/nsm-identity";
+/// Where clients of the API server look for the way to it.
+const API: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 /// Plans of wires, and sockets to look at processes.
 const RUN: &str = "/run/nsm";
 
@@ -139,26 +142,29 @@ fn agent(settings: &Settings) -> Value {
         "volumeMounts": [
             mount("identity", IDENTITY, false),
             mount("identity-token", TOKEN, true),
-            mount("api", "/var/run/secrets/kubernetes.io/serviceaccount", true),
+            mount("api", API, true),
         ],
     })
 }
 
-fn agent_volumes() -> [Value; 2] {
-    // Bound to the pod, and by it to the node.
-    let token = |audience: Option<&str>| {
-        let mut token = json!({ "path": "token", "expirationSeconds": 3600 });
-        if let Some(audience) = audience {
-            token["audience"] = json!(audience);
-        }
-        json!({ "serviceAccountToken": token })
-    };
+/// Bound to the pod, and by it to the node.
+fn token(audience: Option<&str>) -> Value {
+    let mut token = json!({ "path": "token", "expirationSeconds": 3600 });
+    if let Some(audience) = audience {
+        token["audience"] = json!(audience);
+    }
+    json!({ "serviceAccountToken": token })
+}
+
+fn agent_volume() -> Value {
+    json!({ "name": "identity-token", "projected": { "sources": [token(Some("nsm-identity"))] } })
+}
+
+/// The way to the API server, for the containers that mount it.
+fn api_volume() -> Value {
     let trust = json!({ "configMap": { "name": "kube-root-ca.crt", "items": [{ "key": "ca.crt", "path": "ca.crt" }] } });
     let namespace = json!({ "downwardAPI": { "items": [{ "path": "namespace", "fieldRef": { "fieldPath": "metadata.namespace" } }] } });
-    [
-        json!({ "name": "identity-token", "projected": { "sources": [token(Some("nsm-identity"))] } }),
-        json!({ "name": "api", "projected": { "sources": [token(None), trust, namespace] } }),
-    ]
+    json!({ "name": "api", "projected": { "sources": [token(None), trust, namespace] } })
 }
 
 /// The directory.
@@ -235,6 +241,7 @@ fn node(settings: &Settings) -> Vec<Value> {
         json!({ "name": "NSM_TUNNEL_IP", "value": if settings.underlay.is_empty() { "$(NODE_IP)" } else { &settings.underlay } }),
         json!({ "name": "NSM_REGISTRY_URL", "value": format!("tcp://{REGISTRY}.{}.svc:5002", settings.namespace) }),
         json!({ "name": "NSM_STATE_DIR", "value": format!("{RUN}/forwarder") }),
+        json!({ "name": "NSM_TELL_PODS", "value": "true" }),
     ]);
     let container = json!({
         "name": "node",
@@ -254,17 +261,30 @@ fn node(settings: &Settings) -> Vec<Value> {
             mount("identity", IDENTITY, true),
             mount("sockets", SOCKETS, false),
             mount("run", RUN, false),
+            mount("api", API, true),
         ],
     });
     let mut volumes = vec![
         identity_volume(settings),
         host("sockets", SOCKETS, "DirectoryOrCreate"),
         host("run", RUN, "DirectoryOrCreate"),
+        api_volume(),
     ];
     let mut objects = vec![account(settings, "node")];
+    objects.extend(cluster_role(
+        settings,
+        "node",
+        &[
+            rule("networkservicemesh.io", "wires", &["get", "list", "create", "delete"]),
+            rule("networkservicemesh.io", "wires/status", &["patch"]),
+            rule("", "events", &["create", "patch"]),
+            rule("", "pods/status", &["patch"]),
+        ],
+    ));
+    objects.extend(own_node_only(settings));
     let builtin = settings.identity == Identity::Builtin;
     if builtin {
-        volumes.extend(agent_volumes());
+        volumes.push(agent_volume());
         objects.extend(role(settings, "node", &[named(rule("", "configmaps", &["get"]), SIGNER.2)]));
     }
     let mut pod = pod(settings, "node", &container, volumes);
@@ -290,6 +310,106 @@ fn node(settings: &Settings) -> Vec<Value> {
     });
     objects.push(daemons);
     objects
+}
+
+/// Whoever takes a node speaks for the pods of that node, not for others': RBAC cannot say so.
+fn own_node_only(settings: &Settings) -> Vec<Value> {
+    let same = |field: &str| {
+        format!(
+            "has(object.{field}) == has(oldObject.{field}) && (!has(object.{field}) || object.{field} == oldObject.{field})"
+        )
+    };
+    let others = |of: &str| {
+        format!(
+            "(has({of}.status.conditions) ? {of}.status.conditions : []).filter(c, c.type != '{CONDITION}')"
+        )
+    };
+    let of_pods = [
+        ("object.spec.nodeName == variables.node".to_owned(), "of the pods of its own node"),
+        (format!("{} == {}", others("object"), others("oldObject")), "by the condition of its own"),
+    ];
+    // What the API server lets whoever may write a status change besides it.
+    let kept = ["metadata.labels", "metadata.annotations", "metadata.finalizers"].into_iter().chain([
+        "status.phase",
+        "status.podIPs",
+        "status.hostIPs",
+        "status.containerStatuses",
+        "status.initContainerStatuses",
+        "status.ephemeralContainerStatuses",
+    ]);
+    let of_pods: Vec<_> =
+        of_pods.into_iter().chain(kept.map(|field| (same(field), "by the condition of its own"))).collect();
+    let of_wires = vec![(
+        "(object == null || object.spec.node == variables.node) && (oldObject == null || oldObject.spec.node == variables.node)"
+            .to_owned(),
+        "of the wires of its own node's pods",
+    )];
+    let from =
+        |of: &str| format!("has({of}.source) && has({of}.source.host) && {of}.source.host == variables.node");
+    let of_events = vec![(
+        format!(
+            "object.involvedObject.kind == 'Pod' && {} && (oldObject == null || {})",
+            from("object"),
+            from("oldObject")
+        ),
+        "as itself, of pods",
+    )];
+    [
+        ("wires", "networkservicemesh.io", json!(["wires", "wires/status"]), of_wires),
+        ("events", "", json!(["events"]), of_events),
+        ("pods", "", json!(["pods/status"]), of_pods),
+    ]
+    .into_iter()
+    .flat_map(|(what, group, resources, rules)| policy(settings, what, group, &resources, &rules))
+    .collect()
+}
+
+/// What the account of the nodes' pods may only write so.
+fn policy(
+    settings: &Settings,
+    what: &str,
+    group: &str,
+    resources: &Value,
+    rules: &[(String, &str)],
+) -> [Value; 2] {
+    let metadata = json!({ "name": format!("{}-node-{what}", settings.namespace), "labels": labels("node") });
+    // Short, so that no line is folded within an expression of the chart.
+    let here = format!("'system:serviceaccounts:{}' in request.userInfo.groups", settings.namespace);
+    let extra = "authentication.kubernetes.io/node-name";
+    let node = format!(
+        "has(request.userInfo.extra) && '{extra}' in request.userInfo.extra ? request.userInfo.extra['{extra}'][0] : ''"
+    );
+    let mut validations = vec![json!({
+        "expression": "variables.node != ''",
+        "message": "the token of nsm-node is not bound to a node, so it is not known of which pods it may speak",
+        "reason": "Forbidden",
+    })];
+    validations.extend(rules.iter().map(|(expression, of)| {
+        json!({ "expression": expression, "message": format!("nsm-node writes {what} {of} only"), "reason": "Forbidden" })
+    }));
+    let version = "admissionregistration.k8s.io/v1";
+    [
+        json!({
+            "apiVersion": version, "kind": "ValidatingAdmissionPolicy", "metadata": metadata,
+            "spec": {
+                "failurePolicy": "Fail",
+                "matchConstraints": { "resourceRules": [{
+                    "apiGroups": [group], "apiVersions": ["v1"], "resources": resources,
+                    "operations": ["CREATE", "UPDATE", "DELETE"],
+                }] },
+                "matchConditions": [
+                    { "name": "by-us", "expression": here },
+                    { "name": "by-nodes", "expression": "request.userInfo.username.endsWith(':nsm-node')" },
+                ],
+                "variables": [{ "name": "node", "expression": node }],
+                "validations": validations,
+            },
+        }),
+        json!({
+            "apiVersion": version, "kind": "ValidatingAdmissionPolicyBinding", "metadata": metadata,
+            "spec": { "policyName": metadata["name"], "validationActions": ["Deny"] },
+        }),
+    ]
 }
 
 /// What annotated pods are looked at by.

@@ -120,7 +120,7 @@ fn each_flag_does_what_it_says() {
     };
     assert_eq!((tunnels(""), tunnels("10.9.0.0/24")), ("$(NODE_IP)".into(), "10.9.0.0/24".into()));
     let crds = |crds: bool| manifest(&Settings { crds, ..Settings::default() }).unwrap();
-    assert_eq!(crds(true).matches("kind: CustomResourceDefinition").count(), 2);
+    assert_eq!(crds(true).matches("kind: CustomResourceDefinition").count(), 3);
     assert_eq!(crds(false).matches("kind: CustomResourceDefinition").count(), 0);
 }
 
@@ -331,6 +331,8 @@ fn an_api_server_takes_all_of_it_and_gives_it_back() {
             "clusterrolebindings",
             "priorityclasses",
             "mutatingwebhookconfigurations",
+            "validatingadmissionpolicies",
+            "validatingadmissionpolicybindings",
             "crds",
         ] {
             until(&format!("{kind} are gone"), || {

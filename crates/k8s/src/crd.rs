@@ -8,15 +8,24 @@ pub const NETWORK_SERVICES: &str = include_str!("../crds/networkservices.yaml");
 /// `networkserviceendpoints.networkservicemesh.io`, a manifest.
 pub const NETWORK_SERVICE_ENDPOINTS: &str = include_str!("../crds/networkserviceendpoints.yaml");
 
-/// Both, as objects.
+/// `wires.networkservicemesh.io`, a manifest.
+pub const WIRES: &str = include_str!("../crds/wires.yaml");
+
+/// All, by the names of their resources.
+pub const ALL: [(&str, &str); 3] = [
+    ("networkservices", NETWORK_SERVICES),
+    ("networkserviceendpoints", NETWORK_SERVICE_ENDPOINTS),
+    ("wires", WIRES),
+];
+
+/// All, as objects.
 ///
 /// # Panics
 /// Never: a test reads them.
 #[must_use]
 #[allow(clippy::expect_used, reason = "they are part of the program")]
-pub fn all() -> [CustomResourceDefinition; 2] {
-    [NETWORK_SERVICES, NETWORK_SERVICE_ENDPOINTS]
-        .map(|manifest| serde_saphyr::from_str(manifest).expect("a custom resource definition"))
+pub fn all() -> [CustomResourceDefinition; 3] {
+    ALL.map(|(_, manifest)| serde_saphyr::from_str(manifest).expect("a custom resource definition"))
 }
 
 #[cfg(test)]
@@ -30,17 +39,18 @@ mod tests {
             let versions: Vec<_> = crd.spec.versions.into_iter().map(|version| version.name).collect();
             (crd.metadata.name, names.kind, names.plural, names.short_names, crd.spec.scope, versions)
         });
-        let expected = |kind: &str, plural: &str, short: [&str; 2]| {
+        let expected = |kind: &str, plural: &str, short: &[&str]| {
             (
                 Some(format!("{plural}.networkservicemesh.io")),
                 kind.to_owned(),
                 plural.to_owned(),
-                Some(short.map(str::to_owned).to_vec()),
+                (!short.is_empty()).then(|| short.iter().map(ToString::to_string).collect()),
                 "Namespaced".to_owned(),
                 vec!["v1".to_owned()],
             )
         };
-        assert_eq!(names[0], expected("NetworkService", "networkservices", ["netsvc", "netsvcs"]));
-        assert_eq!(names[1], expected("NetworkServiceEndpoint", "networkserviceendpoints", ["nse", "nses"]));
+        assert_eq!(names[0], expected("NetworkService", "networkservices", &["netsvc", "netsvcs"]));
+        assert_eq!(names[1], expected("NetworkServiceEndpoint", "networkserviceendpoints", &["nse", "nses"]));
+        assert_eq!(names[2], expected("Wire", "wires", &[]), "of ours alone");
     }
 }

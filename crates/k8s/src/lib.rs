@@ -1,9 +1,10 @@
 //! What this mesh has to do with Kubernetes. Nobody else in it knows the client library.
 //!
-//! [`crd`] are the two resources of `networkservicemesh.io/v1` as they are installed, [`resource`] what stands in them
+//! [`crd`] are the resources of `networkservicemesh.io/v1` as they are installed, [`resource`] what stands in them
 //! and what it means in the protocol's terms. [`cluster`] is the API server, [`objects`] the same for those who take
-//! objects as they are, [`authorities`] what signs certificates and is kept there, and [`keeper`] keeps in these resources what is registered: any number of registries may do so
-//! side by side, upstream's among them.
+//! objects as they are, [`authorities`] what signs certificates and is kept there, and [`keeper`] keeps in these resources
+//! what is registered: any number of registries may do so side by side, upstream's among them. [`wires`] says on pods what
+//! became of their wires.
 
 pub mod authorities;
 pub mod cluster;
@@ -14,3 +15,4 @@ pub mod objects;
 pub mod resource;
 mod table;
 mod verdict;
+pub mod wires;

@@ -48,6 +48,28 @@ impl ApiError {
         }
     }
 
+    /// What was written about is gone, or going: a pod, its namespace, or another pod has its name by now.
+    #[must_use]
+    pub fn is_about_the_end(&self) -> bool {
+        let Failed::Api(error) = &self.source else { return false };
+        let kube::Error::Api(status) = &**error else { return false };
+        let details = status.details.as_ref();
+        match status.code {
+            404 => details.is_some_and(|details| matches!(&*details.kind, "pods" | "namespaces")),
+            403 => details.is_some_and(|details| {
+                details.causes.iter().any(|cause| cause.reason == "NamespaceTerminating")
+            }),
+            409 => status.message.contains("Precondition failed: UID"),
+            _ => false,
+        }
+    }
+
+    /// What was refused, without the name of what it was about: to say it once.
+    #[must_use]
+    pub fn refusal(&self) -> String {
+        format!("{} {:?}", self.rule, self.code())
+    }
+
     fn rule(&self) -> String {
         match self.code() {
             Some(403) => format!("; its role needs the rule {}", self.rule),
@@ -59,6 +81,24 @@ impl ApiError {
     #[must_use]
     pub fn is_conflict(&self) -> bool {
         self.code() == Some(409)
+    }
+}
+
+/// How a change is merged into what is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Patch {
+    /// RFC 7396: maps are merged, everything else is replaced, null removes.
+    Merge,
+    /// Kubernetes' own, for its own resources: lists of named things are merged too.
+    Strategic,
+}
+
+impl Patch {
+    fn media(self) -> &'static str {
+        match self {
+            Self::Merge => "application/merge-patch+json",
+            Self::Strategic => "application/strategic-merge-patch+json",
+        }
     }
 }
 
@@ -147,6 +187,33 @@ impl Objects {
     /// It is refused, or was changed since ([`ApiError::is_conflict`]).
     pub async fn replace(&self, what: &str, path: &str, object: &Value) -> Result<Value, ApiError> {
         self.ask(format!("change {what}"), Method::PUT, path, Some(object)).await
+    }
+
+    /// Changes fields of the object at a path, or of its status; the answer is the whole object.
+    ///
+    /// # Errors
+    /// It is refused, or not there.
+    pub async fn patch(
+        &self,
+        what: &str,
+        path: &str,
+        kind: Patch,
+        change: &Value,
+    ) -> Result<Value, ApiError> {
+        let request = Request::builder().method(Method::PATCH).uri(path).header("content-type", kind.media());
+        self.send(format!("change {what}"), request, change.to_string().into_bytes()).await
+    }
+
+    /// Removes the object at a path; that there is none is as good.
+    ///
+    /// # Errors
+    /// It is refused.
+    pub async fn delete(&self, what: &str, path: &str) -> Result<(), ApiError> {
+        match self.ask(format!("delete {what}"), Method::DELETE, path, None).await {
+            Ok(_) => Ok(()),
+            Err(error) if error.code() == Some(404) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// Sees to it that the object of this name in the collection at a path is as it should be. `wanted` says what shall
@@ -238,10 +305,13 @@ fn rule(method: &Method, path: &str) -> String {
         }
         (resource, name) => (resource, name.is_some()),
     };
+    let resource = parts.next().map_or(resource.to_owned(), |part| format!("{resource}/{part}"));
     let verb = match (method.as_str(), named) {
         ("GET", true) => "get",
         ("GET", false) => "list",
         ("POST", _) => "create",
+        ("PATCH", _) => "patch",
+        ("DELETE", _) => "delete",
         _ => "update",
     };
     format!("{{apiGroups: [{group:?}], resources: [{resource}], verbs: [{verb}]}}")
@@ -283,6 +353,16 @@ mod tests {
                 Method::PUT,
                 "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations/x",
                 r#"{apiGroups: ["admissionregistration.k8s.io"], resources: [mutatingwebhookconfigurations], verbs: [update]}"#,
+            ),
+            (
+                Method::PATCH,
+                "/api/v1/namespaces/a/pods/b/status",
+                r#"{apiGroups: [""], resources: [pods/status], verbs: [patch]}"#,
+            ),
+            (
+                Method::DELETE,
+                "/apis/networkservicemesh.io/v1/namespaces/a/wires/b",
+                r#"{apiGroups: ["networkservicemesh.io"], resources: [wires], verbs: [delete]}"#,
             ),
             (
                 Method::POST,

@@ -5,6 +5,7 @@ mod elements;
 mod excluded_prefixes;
 mod follow_service;
 pub mod tell;
+mod workloads;
 
 use std::{collections::BTreeSet, future::Future, sync::Arc, time::Duration};
 
@@ -25,6 +26,7 @@ pub use discover_forwarder::{Candidate, DiscoverForwarder};
 pub use elements::{ClientInfo, LocalMechanisms, OnNode};
 pub use excluded_prefixes::ExcludedPrefixes;
 pub use follow_service::{FollowService, News};
+pub use workloads::{TellWorkloads, WireOf, Workloads};
 
 /// What a manager is told from outside.
 #[derive(Debug, Clone)]
@@ -55,6 +57,8 @@ pub struct Config {
     pub registrations: Arc<Policies>,
     /// What is checked of a registry's answers.
     pub registry_answers: Arc<Policies>,
+    /// Who tells workloads what becomes of their wires, if somebody does.
+    pub workloads: Option<Arc<dyn Workloads>>,
     /// Where we count.
     pub metrics: Arc<Metrics>,
 }
@@ -73,6 +77,7 @@ pub fn chain(
         Authorize { max_token_lifetime: config.max_token_lifetime, policies: config.guard.policies.clone() }, // who asks, before anything is done
         OnNode { policies: config.guard.policies.clone() }, // … a workload on our own socket
         Monitor { hub: Arc::clone(&hub), terminates: false }, // what becomes of each connection
+        TellWorkloads(config.workloads.clone()),            // … and whoever tells the workload
         OwnNamespace { allowed: Arc::new(config.namespace_delegates.clone()) }, // a workload speaks for itself
         LocalMechanisms,                                                        // … and does not aim tunnels
         ClientInfo(node_labels().into_iter().collect()),                        // where the client runs
@@ -156,6 +161,7 @@ impl Manager {
         let (follow_service, news) = FollowService::new();
         let chain = chain(&config, registry.clone(), follow_service.clone(), own, Arc::clone(&hub), pool);
         let connections = Connections::serving(&config.name, chain, Arc::clone(&config.metrics));
+        let told = workloads::follow(Arc::clone(&hub), config.workloads.clone());
         let beside = follow_service.look_after(news, registry.clone(), Arc::clone(&connections));
         let mut routes = tonic::service::RoutesBuilder::default();
         let readers = Arc::new(config.monitor_readers.clone());
@@ -171,6 +177,7 @@ impl Manager {
         tokio::select! {
             () = server.serve(routes, &services, shutdown) => {}
             () = beside => {}
+            () = told => {}
         }
     }
 }

@@ -5,7 +5,7 @@ use std::{
     collections::BTreeSet,
     fs::File,
     os::{fd::OwnedFd, unix::fs::MetadataExt as _},
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::{Duration, SystemTime},
 };
 
@@ -16,9 +16,9 @@ use nsm_api::{
         networkservice::{NetworkServiceRequest, network_service_client::NetworkServiceClient},
     },
 };
-use nsm_identity::{Source, ca::Authority, token};
-use nsm_manager::{Config, FollowService};
-use nsm_mesh::{Connections, metrics::Metrics, monitor::Hub};
+use nsm_identity::{Source, UnixPeer, ca::Authority, token};
+use nsm_manager::{Config, FollowService, WireOf, Workloads};
+use nsm_mesh::{Connections, Error, Reason, metrics::Metrics, monitor::Hub};
 use nsm_registry::{Cluster, ManagerConfig, ManagerRegistry};
 use nsm_transport::{DialUrl, ListenUrl, Pool, PoolConfig, Server};
 use tonic::{Code, Status, service::RoutesBuilder};
@@ -30,6 +30,7 @@ struct Node {
     authority: Authority,
     unix: DialUrl,
     tcp: DialUrl,
+    heard: Arc<Heard>,
     _directory: tempfile::TempDir,
     served: tokio::task::JoinHandle<()>,
 }
@@ -54,6 +55,7 @@ impl Node {
         let own = source(&authority, "manager");
         let server = Server::bind(own.clone(), &listen_on).await.unwrap();
         let urls: Vec<DialUrl> = server.urls().iter().map(|url| url.to_string().parse().unwrap()).collect();
+        let heard = Arc::new(Heard::default());
         let config = Config {
             name: "manager".into(),
             listen_on,
@@ -67,6 +69,7 @@ impl Node {
             guard: Default::default(),
             registrations: Default::default(),
             registry_answers: Default::default(),
+            workloads: Some(Arc::clone(&heard) as Arc<dyn Workloads>),
             metrics: Arc::default(),
             monitor_readers: BTreeSet::new(),
         };
@@ -79,7 +82,8 @@ impl Node {
         let mut routes = RoutesBuilder::default();
         nsm_mesh::server::add(&mut routes, connections, hub, Arc::default());
         let served = tokio::spawn(server.serve(routes.routes(), &[], std::future::pending()));
-        Self { authority, unix: urls[0].clone(), tcp: urls[1].clone(), _directory: directory, served }
+        let (unix, tcp) = (urls[0].clone(), urls[1].clone());
+        Self { authority, unix, tcp, heard, _directory: directory, served }
     }
 
     /// Asks for a service that does not exist: NOT_FOUND is the answer to whoever may ask.
@@ -120,6 +124,44 @@ impl Node {
         };
         NetworkServiceClient::new(connection).request(request).await.unwrap_err()
     }
+}
+
+/// What would be said on pods.
+#[derive(Debug, Default)]
+struct Heard(Mutex<Vec<String>>);
+
+impl Workloads for Heard {
+    fn asked(&self, wire: &WireOf, conn: &Connection, process: Option<&UnixPeer>) {
+        let who = process.and_then(UnixPeer::pid).unwrap_or_default() == std::process::id();
+        let WireOf { workload, connection } = wire;
+        let service = &conn.network_service;
+        self.0
+            .lock()
+            .unwrap()
+            .push(format!("{workload} {connection} asks for {service}, this process: {who}"));
+    }
+
+    fn failed(&self, _: &WireOf, error: &Error) {
+        self.0.lock().unwrap().push(error.to_string());
+    }
+
+    fn is(&self, _: &WireOf, _: &Connection) {}
+
+    fn ended(&self, _: &WireOf, reason: Reason) {
+        self.0.lock().unwrap().push(format!("{reason:?}"));
+    }
+}
+
+#[tokio::test]
+async fn what_a_workload_asks_for_and_is_refused_is_told_and_nothing_of_other_nodes() {
+    let node = Node::start().await;
+    let _refused = node.ask("forwarder", &node.tcp, None, &[vxlan()], None).await;
+    assert_eq!(*node.heard.0.lock().unwrap(), Vec::<String>::new());
+    let refused = node.ask("pod", &node.unix, None, &[Mechanism::new(LOCAL, kind::KERNEL)], None).await;
+    let heard = node.heard.0.lock().unwrap().clone();
+    assert_eq!(heard[0], "spiffe://test.lab/pod pod-0 asks for nothing, this process: true");
+    // To the letter what the workload is answered.
+    assert_eq!(heard[1..], [refused.message()]);
 }
 
 fn vxlan() -> Mechanism {

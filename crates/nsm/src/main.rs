@@ -14,6 +14,7 @@ mod programs;
 mod roles;
 mod telemetry;
 mod webhook;
+mod wires;
 
 use std::{ffi::OsString, path::Path, process::ExitCode};
 

@@ -30,6 +30,7 @@ use crate::common::{
     prefix,
 };
 use crate::guard::{Bounds, Checks, Guarding, Registrations};
+use crate::wires::Telling;
 
 const MANAGER_SOCKET: &str = "unix:///var/lib/networkservicemesh/nsm.io.sock";
 
@@ -205,6 +206,8 @@ pub(crate) struct Managing {
     /// A file with more of them (YAML, `prefixes: [10.96.0.0/12, …]`), read again whenever it changes; empty: none
     #[arg(long, env = "NSM_EXCLUDED_PREFIXES_FILE", default_value = ExcludedPrefixes::FILE, value_name = "FILE")]
     excluded_prefixes_file: PathBuf,
+    #[command(flatten)]
+    telling: Telling,
 }
 
 /// Flags of every hop of a node.
@@ -232,7 +235,7 @@ impl Managing {
         })
     }
 
-    fn config(
+    async fn config(
         self,
         name: String,
         registry: Cluster,
@@ -240,6 +243,7 @@ impl Managing {
         metrics: Arc<Metrics>,
     ) -> Result<nsm_manager::Config> {
         Ok(nsm_manager::Config {
+            workloads: self.telling.start(hop.tokens.max_token_lifetime).await?,
             name,
             listen_on: self.listen_on,
             registry,
@@ -268,7 +272,7 @@ impl Manager {
         let (process, shutdown) = (self.common.process(), Shutdown::on_signals()?);
         let cluster = self.managing.cluster()?;
         let metrics = self.hop.measured.start(&process).await?;
-        let config = self.managing.config(self.name, cluster, &self.hop, metrics)?;
+        let config = self.managing.config(self.name, cluster, &self.hop, metrics).await?;
         let manager = nsm_manager::Manager::bind(config, process.identity().await?).await?;
         manager.serve(None, || process.ready(), shutdown.wait()).await;
         Ok(())
@@ -437,7 +441,7 @@ impl Node {
             process.inspector().add(Arc::new(ToldOfRegistry(known.clone())));
             (Some(registry), Cluster::Inside(known))
         };
-        let config = self.managing.config(self.name, cluster, &self.hop, metrics)?;
+        let config = self.managing.config(self.name, cluster, &self.hop, metrics).await?;
         let manager = nsm_manager::Manager::bind(config, source.clone()).await?;
 
         let registration = forwarder.registration("");

@@ -364,6 +364,55 @@ fn pod(kind: &str, name: &str) -> String {
     )
 }
 
+/// What somebody sees who looks at a pod: why it has no wire, that it has one, and that it was all taken back.
+#[test]
+fn whoever_looks_at_a_pod_sees_what_becomes_of_its_wire() {
+    let name = "whoever_looks_at_a_pod_sees_what_becomes_of_its_wire";
+    let Some(mesh) = Mesh::start(name) else { return };
+    mesh.install();
+    let get = |args: &[&str]| mesh.cluster.kubectl(&[&["get"], args].concat());
+    let described = || mesh.cluster.kubectl(&["describe", "pods", "--selector=app=near"]);
+    let gated = "annotations: {networkservicemesh.io: kernel://finance/nsm-1, networkservicemesh.io/readiness-gate: 'true'}";
+    mesh.applied(&client("near", "node1", gated));
+    // The client was before the endpoint.
+    until("the pod says why it has no wire", || described().contains("there is no wire to finance yet"));
+    let wire =
+        get(&["wires", "--output=jsonpath={.items[*].status.state} {.items[*].status.lastError.message}"]);
+    assert!(wire.starts_with("NotUp ") && wire.contains("finance"), "{wire}");
+    mesh.applied(ENDPOINT);
+    mesh.rolled_out("deployment/near", "default");
+    until("the pod says that it has it", || {
+        described().contains("nsm-1 to finance is up: endpoint gateway-")
+    });
+    let describes = described();
+    let line =
+        |of: &str| describes.lines().find(|line| line.contains(of)).unwrap_or_default().trim().to_owned();
+    println!("{}\n{}\n{}", line("WireNotUp"), line("WireUp"), line("networkservicemesh.io/wires "));
+    println!("{}", get(&["wires", "--output=wide"]));
+    let condition =
+        r#"--output=jsonpath={.items[*].status.conditions[?(@.type=="networkservicemesh.io/wires")].status}"#;
+    assert_eq!(get(&["pods", "--selector=app=near", condition]), "True");
+    let columns = "--output=jsonpath={.items[*].status.state} {.items[*].status.interface} {.items[*].spec.node} {.items[*].status.endpoint}";
+    let wire = get(&["wires", columns]);
+    assert!(wire.starts_with("Up nsm-1 node1 gateway-"), "{wire}");
+
+    // Whoever makes wires is another one now, and says nothing that was said.
+    let ups = || get(&["events", "--field-selector=reason=WireUp", "--output=name"]).lines().count();
+    let before = ups();
+    let _said = mesh.cluster.kubectl(&["rollout", "restart", "daemonset/nsm-node", "--namespace=nsm-system"]);
+    mesh.rolled_out("daemonset/nsm-node", "nsm-system");
+    until("the wire stands", || mesh.reaches("near"));
+
+    // Its endpoint goes for good.
+    let _said = mesh.cluster.kubectl(&["delete", "deployment", "gateway"]);
+    until("the pod says that its wire is down", || described().contains("the wire to finance is down"));
+    until("and is not ready", || get(&["pods", "--selector=app=near", condition]) == "False");
+    assert_eq!(ups(), before);
+    let _said = mesh.cluster.kubectl(&["delete", "deployment", "near"]);
+    until("nothing is said of a wire that nobody has", || get(&["wires", "--output=name"]).is_empty());
+    mesh.no_wires();
+}
+
 /// Figures are printed, and nothing depends on them; that all wires come up and nothing is left does.
 #[test]
 fn ten_pods_at_once_get_their_wires_and_killed_ones_leave_nothing() {
@@ -414,8 +463,7 @@ fn ten_pods_at_once_get_their_wires_and_killed_ones_leave_nothing() {
 fn one_manifest_and_one_annotation_make_a_wire_and_nothing_is_left() {
     let name = "one_manifest_and_one_annotation_make_a_wire_and_nothing_is_left";
     let Some(mesh) = Mesh::start(name) else { return };
-    let kinds =
-        "namespaces,priorityclasses,clusterroles,clusterrolebindings,mutatingwebhookconfigurations,crds";
+    let kinds = "namespaces,priorityclasses,clusterroles,clusterrolebindings,mutatingwebhookconfigurations,validatingadmissionpolicies,validatingadmissionpolicybindings,crds";
     let before = mesh.names(kinds);
     println!("one manifest, applied to all ready: {:.1?}", mesh.install());
 

@@ -314,6 +314,7 @@ impl World {
             What::Manager => {
                 let forwarder = format!("spiffe://{DOMAIN}/forwarder{}", slot.node).parse()?;
                 let config = nsm_manager::Config {
+                    workloads: None,
                     name: slot.name.clone(),
                     listen_on: vec![unix(manager), format!("tcp://node{}:5001", slot.node).parse()?],
                     registry: Cluster::At(format!("tcp://{REGISTRY}").parse()?),

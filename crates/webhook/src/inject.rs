@@ -5,6 +5,8 @@ use std::fmt;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
+use nsm_k8s::wires::CONDITION;
+
 use crate::{
     annotation::{MAX_WARNING, Wanted},
     review::Request,
@@ -19,6 +21,9 @@ const MANAGER: (&str, &str) = ("nsm-socket", "/var/lib/networkservicemesh");
 const POD_SECURITY: &str = "pod-security.kubernetes.io/enforce";
 /// What kubelets put on the API server's copy of a pod that is a file of a node.
 const MIRROR: &str = "kubernetes.io/config.mirror";
+
+/// The annotation, beside ours, of pods that shall not be ready without their wires.
+const GATE: &str = "readiness-gate";
 
 /// As whom containers run that must not be root and are not told as whom.
 const NOBODY: u32 = 65532;
@@ -159,6 +164,8 @@ pub struct Subject<'a> {
     base: &'static str,
     own: Option<&'a str>,
     opted_out: bool,
+    /// It shall not be ready without its wires.
+    gated: bool,
 }
 
 /// Whether a request concerns us; if so its namespace has to be known, for [`Subject::plan`].
@@ -187,9 +194,12 @@ pub fn subject<'a>(settings: &Settings, request: &'a Request) -> Result<Subject<
     if workload && own.is_none() && annotation(&pod["metadata"], settings.annotation.key()).is_none() {
         return Err(Why::NotAnnotated);
     }
-    let opt_out = settings.annotation.beside("inject");
-    let opted_out = [metadata, &pod["metadata"]].iter().any(|m| annotation(m, &opt_out) == Some("false"));
-    Ok(Subject { object, pod, base, own, opted_out })
+    let says = |word: &str, value: &str| {
+        let key = settings.annotation.beside(word);
+        [metadata, &pod["metadata"]].iter().any(|m| annotation(m, &key) == Some(value))
+    };
+    let (opted_out, gated) = (says("inject", "false"), says(GATE, "true"));
+    Ok(Subject { object, pod, base, own, opted_out, gated })
 }
 
 impl Subject<'_> {
@@ -253,7 +263,8 @@ impl Subject<'_> {
         // A workload's template with annotations of its own is left to its pods, each of which is told apart.
         if !self.base.is_empty() && metadata["annotations"].as_object().is_some_and(|map| !map.is_empty()) {
             let value = self.own.unwrap_or(&wanted.value);
-            let ours = [(settings.annotation.key().to_owned(), json!(value))];
+            let gate = self.gated.then(|| (settings.annotation.beside(GATE), json!("true")));
+            let ours = [(settings.annotation.key().to_owned(), json!(value))].into_iter().chain(gate);
             return Verdict::Patched(vec![self.merge(&["metadata", "annotations"], ours)]);
         }
 
@@ -298,12 +309,19 @@ impl Subject<'_> {
             value: value.into(),
             added,
         };
-        Verdict::Patched(vec![
+        let mut patch = vec![
             add("initContainers", inits, counts.0),
             add("containers", containers, counts.1),
             add("volumes", volumes, added),
             self.merge(&["metadata", "labels"], labels),
-        ])
+        ];
+        let mut gates = existing("readinessGates");
+        let ours = json!({ "conditionType": CONDITION });
+        if self.gated && !gates.contains(&ours) {
+            gates.push(ours);
+            patch.push(add("readinessGates", gates, 1));
+        }
+        Verdict::Patched(patch)
     }
 
     /// What can hardly be meant with this pod.
@@ -425,6 +443,7 @@ fn is_pod(pod: &Value) -> bool {
         && is_metadata(&pod["metadata"])
         && spec.is_object()
         && ["initContainers", "containers", "volumes"].iter().all(|list| is_list(&spec[*list]))
+        && (spec["readinessGates"].is_null() || spec["readinessGates"].is_array())
 }
 
 fn is_metadata(metadata: &Value) -> bool {

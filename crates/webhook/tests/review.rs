@@ -263,6 +263,7 @@ fn whom_it_does_not_concern_is_left_alone() {
         ("", "Pod", &with(|pod| pod["spec"]["containers"] = json!({})), Why::Undecodable),
         ("", "Pod", &with(|pod| pod["spec"]["containers"] = json!([1])), Why::Undecodable),
         ("", "Pod", &with(|pod| pod["spec"]["volumes"] = json!([{}])), Why::Undecodable),
+        ("", "Pod", &with(|pod| pod["spec"]["readinessGates"] = json!({})), Why::Undecodable),
         ("apps", "Deployment", &annotated, Why::Undecodable),
         (
             "",
@@ -308,6 +309,38 @@ fn a_namespaces_annotation_is_for_pods_that_have_none() {
     out["metadata"]["annotations"] = json!({ "networkservicemesh.io/inject": "false" });
     let plan = plan_in(&upstreams(), &namespace("kernel://n/x"), "", "Pod", &out);
     assert_eq!(plan, Plan::unchanged(Why::OptedOut));
+}
+
+#[test]
+fn who_shall_not_be_ready_without_its_wires_is_given_the_gate() {
+    let gate = json!({ "conditionType": "networkservicemesh.io/wires" });
+    let gated = |mut object: Value| {
+        object["metadata"]["annotations"]["networkservicemesh.io/readiness-gate"] = json!("true");
+        object
+    };
+    let made = |kind: &str, object: &Value| {
+        patched(&upstreams(), &Namespace::default(), if kind == "Pod" { "" } else { "apps" }, kind, object)
+    };
+    let plain = pod("kernel://a/x");
+    assert!(made("Pod", &plain)["spec"]["readinessGates"].is_null());
+    assert_eq!(made("Pod", &gated(plain.clone()))["spec"]["readinessGates"], json!([gate]));
+    // Beside others', and once.
+    let other = json!({ "conditionType": "example.com/lb" });
+    let mut with_other = gated(plain.clone());
+    with_other["spec"]["readinessGates"] = json!([other]);
+    assert_eq!(made("Pod", &with_other)["spec"]["readinessGates"], json!([other, gate]));
+    with_other["spec"]["readinessGates"] = json!([gate, other]);
+    assert_eq!(made("Pod", &with_other)["spec"]["readinessGates"], json!([gate, other]));
+    // A workload's, in its template, or handed on to its pods.
+    let mut workload = gated(json!({
+        "metadata": { "name": "web", "annotations": { "networkservicemesh.io": "kernel://a/x" } },
+        "spec": { "template": { "metadata": {}, "spec": { "containers": [{ "name": "web" }] } } },
+    }));
+    let template = made("Deployment", &workload)["spec"]["template"].clone();
+    assert_eq!(template["spec"]["readinessGates"], json!([gate]));
+    workload["spec"]["template"]["metadata"] = json!({ "annotations": { "mine": "x" } });
+    let template = made("Deployment", &workload)["spec"]["template"].clone();
+    assert_eq!(template["metadata"]["annotations"]["networkservicemesh.io/readiness-gate"], "true");
 }
 
 #[test]
