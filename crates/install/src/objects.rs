@@ -2,7 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use nsm_k8s::wires::CONDITION;
+use nsm_k8s::{
+    prefixes::{ADDED, FOUND},
+    wires::CONDITION,
+};
 use nsm_webhook::{
     configuration::{Configuration, Reach},
     settings::Annotation,
@@ -25,6 +28,8 @@ const SIGNER: (&str, &str, &str) = ("nsm-identity", "nsm-identity-authorities", 
 const TOKEN: &str = "/run/secrets/nsm-identity";
 /// Where clients of the API server look for the way to it.
 const API: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
+/// Where managers find what no endpoint shall hand out.
+const PREFIXES: &str = "/etc/nsm/prefixes";
 /// Plans of wires, and sockets to look at processes.
 const RUN: &str = "/run/nsm";
 
@@ -179,6 +184,7 @@ fn registry(settings: &Settings) -> Vec<Value> {
         json!({ "name": "NSM_NAMESPACE", "valueFrom": field("metadata.namespace") }),
         json!({ "name": "NSM_LISTEN_ON", "value": "tcp://:5002" }),
         json!({ "name": "NSM_STORE", "value": store }),
+        json!({ "name": "NSM_CLUSTER_PREFIXES", "value": (settings.store == Store::Kubernetes).to_string() }),
     ]);
     let container = json!({
         "name": "registry",
@@ -204,7 +210,7 @@ fn registry(settings: &Settings) -> Vec<Value> {
     pod["automountServiceAccountToken"] = json!(needs_api);
     let mut objects = vec![account(settings, "registry")];
     if needs_api {
-        let rule = json!({
+        let registered = json!({
             "apiGroups": ["networkservicemesh.io"],
             "resources": ["networkservices", "networkserviceendpoints"],
             "verbs": ["get", "list", "watch", "create", "update", "delete"],
@@ -215,7 +221,26 @@ fn registry(settings: &Settings) -> Vec<Value> {
             "resources": ["networkservices/status", "networkserviceendpoints/status"],
             "verbs": ["patch"],
         });
-        objects.extend(cluster_role(settings, "registry", &[rule, say]));
+        let configs = |verbs: &[&str], names: &[&str]| {
+            let mut rule = rule("", "configmaps", verbs);
+            rule["resourceNames"] = json!(names);
+            rule
+        };
+        // What the cluster itself uses.
+        let prefixes = [
+            rule("", "nodes", &["get", "list"]),
+            rule("", "services", &["list"]),
+            rule("networking.k8s.io", "servicecidrs", &["list"]),
+            rule("crd.projectcalico.org", "ippools", &["list"]),
+            configs(&["get"], &["kubeadm-config", "cilium-config"]),
+        ];
+        objects.extend(cluster_role(settings, "registry", &[&[registered, say][..], &prefixes].concat()));
+        let here = [
+            rule("", "configmaps", &["create"]),
+            configs(&["get", "update"], &[FOUND.0]),
+            configs(&["get"], &[ADDED.0]),
+        ];
+        objects.extend(role(settings, "registry", &here));
     }
     objects.extend([
         service(settings, REGISTRY, "registry", &[("registry", 5002, "registry")]),
@@ -242,6 +267,7 @@ fn node(settings: &Settings) -> Vec<Value> {
         json!({ "name": "NSM_REGISTRY_URL", "value": format!("tcp://{REGISTRY}.{}.svc:5002", settings.namespace) }),
         json!({ "name": "NSM_STATE_DIR", "value": format!("{RUN}/forwarder") }),
         json!({ "name": "NSM_TELL_PODS", "value": "true" }),
+        json!({ "name": "NSM_EXCLUDED_PREFIXES_FILE", "value": format!("{PREFIXES}/{}", FOUND.1) }),
     ]);
     let container = json!({
         "name": "node",
@@ -262,6 +288,7 @@ fn node(settings: &Settings) -> Vec<Value> {
             mount("sockets", SOCKETS, false),
             mount("run", RUN, false),
             mount("api", API, true),
+            mount("prefixes", PREFIXES, true),
         ],
     });
     let mut volumes = vec![
@@ -269,6 +296,8 @@ fn node(settings: &Settings) -> Vec<Value> {
         host("sockets", SOCKETS, "DirectoryOrCreate"),
         host("run", RUN, "DirectoryOrCreate"),
         api_volume(),
+        // It is there a moment later, or an operator writes it.
+        json!({ "name": "prefixes", "configMap": { "name": FOUND.0, "optional": true } }),
     ];
     let mut objects = vec![account(settings, "node")];
     objects.extend(cluster_role(

@@ -4,7 +4,7 @@
 //! and what it means in the protocol's terms. [`cluster`] is the API server, [`objects`] the same for those who take
 //! objects as they are, [`authorities`] what signs certificates and is kept there, and [`keeper`] keeps in these resources
 //! what is registered: any number of registries may do so side by side, upstream's among them. [`wires`] says on pods what
-//! became of their wires.
+//! became of their wires, [`prefixes`] finds what the cluster uses itself.
 
 pub mod authorities;
 pub mod cluster;
@@ -12,6 +12,7 @@ pub mod convert;
 pub mod crd;
 pub mod keeper;
 pub mod objects;
+pub mod prefixes;
 pub mod resource;
 mod table;
 mod verdict;

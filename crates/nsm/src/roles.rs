@@ -59,6 +59,10 @@ pub(crate) struct Registry {
     /// The Kubernetes namespace that resources are written into; those of all are read
     #[arg(long, env = "NSM_NAMESPACE", default_value = "default")]
     namespace: String,
+    /// Find the prefixes that the cluster itself uses (pods, services, CNI) and those that users add (ConfigMap
+    /// excluded-prefixes-config), and keep them in the ConfigMap nsm-config of that namespace, for managers to mount
+    #[arg(long, env = "NSM_CLUSTER_PREFIXES")]
+    cluster_prefixes: bool,
     /// Calls to the Kubernetes API server in a second; twice as many at once
     #[arg(long, env = "NSM_KUBELET_QPS", default_value_t = nsm_k8s::cluster::DEFAULT_QPS, value_name = "CALLS")]
     kubelet_qps: u32,
@@ -120,6 +124,12 @@ impl Registry {
             lifetime: self.expire_period,
             max_token_lifetime: self.tokens.max_token_lifetime,
         };
+        if self.cluster_prefixes {
+            let api = nsm_k8s::objects::Objects::infer()
+                .await
+                .context("--cluster-prefixes (NSM_CLUSTER_PREFIXES)")?;
+            tokio::spawn(nsm_k8s::prefixes::Collector::new(api, self.namespace.clone()).run());
+        }
         let source = process.identity().await?;
         let registry = match cluster {
             None => nsm_registry::Registry::bind(config, source).await?,
