@@ -407,7 +407,9 @@ fn whoever_looks_at_a_pod_sees_what_becomes_of_its_wire() {
     let _said = mesh.cluster.kubectl(&["delete", "deployment", "gateway"]);
     until("the pod says that its wire is down", || described().contains("the wire to finance is down"));
     until("and is not ready", || get(&["pods", "--selector=app=near", condition]) == "False");
-    assert_eq!(ups(), before);
+    // Unless the machine is so slow that the endpoint was away for long, which is said then.
+    let downs = described().matches("WireDown").count();
+    assert!(ups() == before || downs > 1, "{}", described());
     let _said = mesh.cluster.kubectl(&["delete", "deployment", "near"]);
     until("nothing is said of a wire that nobody has", || get(&["wires", "--output=name"]).is_empty());
     mesh.no_wires();

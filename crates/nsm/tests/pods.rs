@@ -115,6 +115,12 @@ impl Ring {
         self.get(&["pod", pod])["metadata"]["uid"].as_str().unwrap().to_owned()
     }
 
+    /// The status of a pod's wire.
+    fn status(&self, pod: &str) -> Value {
+        let wires = self.wires();
+        wires.iter().find(|wire| wire["spec"]["pod"] == pod).unwrap()["status"].clone()
+    }
+
     fn wires(&self) -> Vec<Value> {
         self.get(&["wires"])["items"].as_array().unwrap().clone()
     }
@@ -242,6 +248,19 @@ async fn what_becomes_of_a_wire_is_said_on_its_pod() {
 
     // The process is another one: what was said is not said again.
     writing.abort();
+    let (wires, writing) = ring.writer(LONG).await;
+    wires.asked(&web, wish());
+    wires.is_of(&web, &uid);
+    // Until the mesh is together again it is asked for in vain: that wire stands.
+    wires.failed(&web, Trouble::said("no endpoint has registered yet"));
+    sleep(Duration::from_secs(3)).await;
+    assert_eq!((ring.events("web").len(), ring.status("web")["state"].clone()), (3, json!("Up")));
+    until("it is not, for good", || ring.events("web").len() == 4).await;
+    assert_eq!(ring.events("web")[3].0, "WireDown", "it was up: {:?}", ring.events("web"));
+    assert_eq!(ring.status("web")["endpoint"], "gateway-2", "as far as is known");
+    wires.up(&web, &connection("gateway-2"));
+    until("it is again", || ring.events("web").len() == 5).await;
+    writing.abort();
     let (wires, writing) = ring.writer(Duration::ZERO).await;
     wires.asked(&web, wish());
     wires.is_of(&web, &uid);
@@ -249,12 +268,12 @@ async fn what_becomes_of_a_wire_is_said_on_its_pod() {
     until("what nobody claims is taken back", || ring.wires().len() == 1).await;
     assert_eq!(ring.wires()[0]["spec"]["pod"], "web");
     wires.down(&web, None);
-    until("the pod hears that its wire is down", || ring.events("web").len() == 4).await;
-    assert_eq!(ring.events("web")[3].0, "WireDown");
+    until("the pod hears that its wire is down", || ring.events("web").len() == 6).await;
+    assert_eq!(ring.events("web")[5].0, "WireDown");
     until("and is not ready", || ring.condition("web").unwrap().0 == "False").await;
     wires.ended(&web, None);
     until("what is closed is gone", || ring.wires().is_empty()).await;
-    assert_eq!((ring.events("web").len(), wires.len()), (4, 0));
+    assert_eq!((ring.events("web").len(), wires.len()), (6, 0));
     writing.abort();
 }
 

@@ -120,8 +120,6 @@ impl Seen {
 
     /// Its status; what is null is not there.
     pub(crate) fn status(&self) -> Value {
-        let none = Shape::default();
-        let shape = self.shape.as_ref().unwrap_or(&none);
         let text = |text: &str| (!text.is_empty()).then(|| text.to_owned());
         let list = |list: &[String]| (!list.is_empty()).then(|| list.to_vec());
         let trouble = self.trouble.as_ref().map(|(Trouble { message, hint }, at)| {
@@ -129,18 +127,9 @@ impl Seen {
         });
         let up = self.state == State::Up;
         let why = self.trouble.as_ref().filter(|_| !up).map(|(trouble, _)| trouble.message.clone());
-        json!({
+        let mut status = json!({
             "state": self.state.name(),
             "since": stamp(self.since),
-            "interface": text(&shape.interface),
-            "endpoint": text(&shape.endpoint),
-            "mechanism": text(&shape.mechanism),
-            "payload": text(&shape.payload),
-            "mtu": (shape.mtu > 0).then_some(shape.mtu),
-            "addresses": list(&shape.addresses),
-            "endpointAddresses": list(&shape.endpoint_addresses),
-            "routes": list(&shape.routes),
-            "path": list(&shape.path),
             "lastError": trouble,
             "conditions": [{
                 "type": "Up",
@@ -149,7 +138,25 @@ impl Seen {
                 "message": why.unwrap_or_default(),
                 "lastTransitionTime": stamp(self.since),
             }],
-        })
+        });
+        // Where it is not known, what was said before stays: that wire may stand.
+        if let Some(shape) = &self.shape {
+            let known = json!({
+                "interface": text(&shape.interface),
+                "endpoint": text(&shape.endpoint),
+                "mechanism": text(&shape.mechanism),
+                "payload": text(&shape.payload),
+                "mtu": (shape.mtu > 0).then_some(shape.mtu),
+                "addresses": list(&shape.addresses),
+                "endpointAddresses": list(&shape.endpoint_addresses),
+                "routes": list(&shape.routes),
+                "path": list(&shape.path),
+            });
+            if let (Value::Object(status), Value::Object(known)) = (&mut status, known) {
+                status.extend(known);
+            }
+        }
+        status
     }
 
     /// What has to be said to somebody who was told the other before, or nothing.

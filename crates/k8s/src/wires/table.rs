@@ -114,6 +114,8 @@ struct Entry {
     state: State,
     since: SystemTime,
     shape: Option<Shape>,
+    /// Here, or as an earlier process knew it.
+    was_up: bool,
     trouble: Option<(Trouble, SystemTime)>,
     asked: Instant,
     /// When it is to be said how it is.
@@ -133,6 +135,7 @@ impl Entry {
             state: State::Asking,
             since: SystemTime::now(),
             shape: None,
+            was_up: false,
             trouble: None,
             asked: now,
             due: Some(now + State::Asking.settles()),
@@ -183,6 +186,7 @@ pub(crate) struct Job {
     pub(crate) gate: Gate,
     /// What is missing of the pod's wires.
     pub(crate) missing: Option<String>,
+    pub(crate) was_up: bool,
     version: u64,
 }
 
@@ -220,6 +224,7 @@ impl Table {
         uid.clone_into(&mut entry.uid);
         if new {
             (entry.told, entry.shape, entry.trouble) = (Told::default(), None, None);
+            entry.was_up = false;
             entry.turn(State::Asking, now, SystemTime::now());
             self.gates.remove(&(name.namespace.clone(), name.pod.clone()));
         }
@@ -241,6 +246,7 @@ impl Table {
             return;
         }
         entry.shape = shape.or(entry.shape.take());
+        entry.was_up |= state == State::Up;
         entry.trouble = trouble.map(|trouble| (trouble, clock)).or(entry.trouble.take());
         entry.turn(state, now, clock);
     }
@@ -248,7 +254,7 @@ impl Table {
     pub(crate) fn failed(&mut self, name: &Name, trouble: Trouble, now: Instant, clock: SystemTime) {
         let Some(entry) = self.wires.get_mut(name) else { return };
         entry.asked = now;
-        let state = if entry.shape.is_some() { State::Down } else { State::NotUp };
+        let state = if entry.was_up { State::Down } else { State::NotUp };
         if entry.told.said.as_ref().is_some_and(|said| said.is_old(now)) {
             entry.changed(now);
         }
@@ -321,7 +327,15 @@ impl Table {
         };
         let gate = self.gates.get(&(name.namespace.clone(), name.pod.clone())).cloned().unwrap_or_default();
         let missing = self.missing(name);
-        Some(Job { seen, told: entry.told.clone(), gate, missing, version: entry.version })
+        let (told, was_up, version) = (entry.told.clone(), entry.was_up, entry.version);
+        Some(Job { seen, told, gate, missing, was_up, version })
+    }
+
+    /// A job is for later, unless something changes.
+    pub(crate) fn put_off(&mut self, job: &Job, until: Instant) {
+        if let Some(entry) = self.wires.get_mut(&job.seen.name).filter(|entry| entry.version == job.version) {
+            entry.due = Some(until);
+        }
     }
 
     /// A job is done, or as much of it as could be; `again`: what is left is to be tried then.
@@ -329,6 +343,10 @@ impl Table {
         let name = &job.seen.name;
         let Some(entry) = self.wires.get_mut(name).filter(|entry| entry.uid == job.seen.uid) else { return };
         entry.told = job.told.clone();
+        entry.was_up |= job.was_up;
+        if entry.was_up && entry.state == State::NotUp {
+            entry.state = State::Down;
+        }
         let recently = entry.spoke.is_some_and(|spoke| now < spoke + 3 * LONGEST);
         entry.spoken = if recently { entry.spoken.saturating_add(1) } else { 1 };
         entry.spoke = Some(now);

@@ -20,6 +20,8 @@ use crate::objects::{ApiError, Objects, Patch, escaped};
 const RATE: (f64, f64) = (20.0, 60.0);
 /// Pauses while the API server is away.
 const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+/// How long after its start the mesh may take until a wire that stood before is one again: endpoints register anew.
+const RETURNS: Duration = Duration::from_secs(15);
 /// When what was refused is tried again: somebody may have given us the right, or the resource.
 const REFUSED: Duration = Duration::from_secs(60);
 
@@ -31,6 +33,7 @@ pub struct Writer {
     node: String,
     /// After that, what an earlier process said and nobody claims is taken back.
     claim: Duration,
+    begun: Instant,
     calls: f64,
     refilled: Instant,
     refused: BTreeSet<String>,
@@ -53,6 +56,7 @@ impl Writer {
             wires,
             node: node.into(),
             claim,
+            begun: Instant::now(),
             calls: RATE.1,
             refilled: Instant::now(),
             refused: BTreeSet::new(),
@@ -104,6 +108,12 @@ impl Writer {
         pause: &mut Duration,
         away: &mut bool,
     ) {
+        let stood = orphans.as_ref().is_some_and(|left| left.contains_key(&job.seen.object_name()));
+        let returned = self.begun + RETURNS;
+        if stood && job.seen.state != State::Up && Instant::now() < returned {
+            self.wires.0.table.lock().put_off(&job, returned);
+            return;
+        }
         let refused = match self.say(&mut job).await {
             Ok(refused) => refused,
             Err(Stopped::Gone) => false,
@@ -206,7 +216,6 @@ impl Writer {
             let done = self.api.delete("a wire", &path).await;
             return Ok(self.judged(done)?.is_none());
         }
-        let status = job.seen.status();
         if job.told.object.is_none() {
             let object = job.seen.object(&self.node);
             self.turn().await;
@@ -217,6 +226,11 @@ impl Writer {
                     let found = self.api.get("a wire", &path).await;
                     let Some(found) = self.judged(found)? else { return Ok(true) };
                     job.told.said = said_before(&found["status"]);
+                    let state = job.told.said.as_ref().map(|said| said.state);
+                    job.was_up |= matches!(state, Some(State::Up | State::Down));
+                    if job.was_up && job.seen.state == State::NotUp {
+                        job.seen.state = State::Down;
+                    }
                     Ok(found)
                 }
                 made => made,
@@ -224,6 +238,7 @@ impl Writer {
             let Some(made) = self.judged(made)? else { return Ok(true) };
             job.told.object = Some(made["status"].clone());
         }
+        let status = job.seen.status();
         if job.told.object.as_ref().is_some_and(|told| differs(told, &status)) {
             self.turn().await;
             let change = json!({ "status": status });
@@ -240,7 +255,7 @@ impl Writer {
                     }
                 }
             }
-            job.told.object = Some(status);
+            job.told.object = job.told.object.take().map(|told| merged(told, status));
         }
         Ok(false)
     }
@@ -365,6 +380,15 @@ fn said_before(status: &Value) -> Option<Said> {
         event: None,
         at: Instant::now(),
     })
+}
+
+/// What stands there when a status is merged into it.
+fn merged(mut told: Value, status: Value) -> Value {
+    match (&mut told, status) {
+        (Value::Object(told), Value::Object(status)) => told.extend(status),
+        (told, status) => *told = status,
+    }
+    told
 }
 
 /// Whether a status has to be written; that it is so since another moment is none.
