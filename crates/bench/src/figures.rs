@@ -60,6 +60,8 @@ pub struct Amounts {
     pub throughput_millis: u128,
     /// Pings of one measurement of latency.
     pub pings: usize,
+    /// How often each fault happened.
+    pub times: usize,
 }
 
 /// One line of the table.
@@ -301,6 +303,7 @@ impl Results {
                 pairs: options.pairs,
                 throughput_millis: options.duration.as_millis(),
                 pings: options.pings,
+                times: options.times,
             },
             rows: Vec::new(),
         }

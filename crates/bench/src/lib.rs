@@ -16,6 +16,7 @@ mod bare;
 mod client;
 mod error;
 mod figures;
+mod heal;
 mod interop;
 mod setup;
 mod traffic;
@@ -66,6 +67,8 @@ pub enum Measure {
     Throughput,
     /// Pings over a wire beside the bare kernel devices.
     Latency,
+    /// Pings over a wire while something under it breaks, in a lab of its own.
+    Heal,
 }
 
 /// What to measure, and how much of it.
@@ -89,6 +92,8 @@ pub struct Options {
     pub duration: Duration,
     /// How many pings one measurement of latency has.
     pub pings: usize,
+    /// How often each fault of [`Measure::Heal`] happens.
+    pub times: usize,
     /// The commit that the program was built from, where whoever built it tells.
     pub commit: Option<String>,
     /// Prefix of the labs' names: two runs beside each other need two.
@@ -186,7 +191,12 @@ pub fn run(options: &Options, exe: &Path, progress: &mut dyn FnMut(&str)) -> Res
     nsm_lab::on_signals(move |name| signalled.stop(name))?;
     let mut results = Results::of_this_machine(options);
     for topology in &options.topologies {
-        measure(options, *topology, exe, &supervisor, &mut results.rows, progress)?;
+        if options.measures.iter().any(|measure| *measure != Measure::Heal) {
+            measure(options, *topology, exe, &supervisor, &mut results.rows, progress)?;
+        }
+        if options.measures.contains(&Measure::Heal) {
+            heal::measure(options, *topology, exe, &supervisor, &mut results.rows, progress)?;
+        }
     }
     Ok(results)
 }
@@ -244,7 +254,12 @@ fn measure_in(
     if options.measures.contains(&Measure::Setup) {
         setup::measure(options, topology, lab, &mut workers, rows, progress)?;
     }
-    let traffic: Vec<_> = options.measures.iter().copied().filter(|m| *m != Measure::Setup).collect();
+    let traffic: Vec<_> = options
+        .measures
+        .iter()
+        .copied()
+        .filter(|measure| !matches!(measure, Measure::Setup | Measure::Heal))
+        .collect();
     if !traffic.is_empty() {
         traffic::measure(options, topology, &traffic, lab, workers.first(), rows, progress)?;
     }

@@ -129,7 +129,7 @@ pub(crate) fn measure(
                     rows.push(Row::new(topology, format!("latency.{id}.control"), NOISE, control));
                 }
             }
-            Measure::Setup => {}
+            Measure::Setup | Measure::Heal => {}
         }
     }
     worker.close(lab)?;

@@ -46,6 +46,40 @@ pub(crate) fn check(lab: &Lab, fault: &Fault) -> Finding {
     }
 }
 
+/// What a ping across a fault has counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Struck {
+    /// Pings sent.
+    pub sent: u64,
+    /// Those that nobody answered.
+    pub lost: u64,
+    /// The longest time in which none was answered.
+    pub silence: Duration,
+}
+
+impl Lab {
+    /// Lets a fault happen while its ping runs: until `done`, which is asked from when all of the fault is over, and until
+    /// pings are answered in a row. Whether few enough were lost is the caller's to say.
+    ///
+    /// # Errors
+    ///
+    /// A fault that cannot happen or names no ping, or no answers within its bound.
+    pub fn strike(&self, fault: &Fault, done: &mut dyn FnMut() -> bool) -> Result<Struck, Error> {
+        let ping = fault.ping.as_ref().ok_or_else(|| Error::NotThere("the fault names no ping".into()))?;
+        let traffic = Traffic::start(self, ping).map_err(Error::Reported)?;
+        thread::sleep(BESIDE);
+        let happened = happen(self, fault);
+        let end = Instant::now() + fault.within;
+        while happened.is_ok() && !done() && Instant::now() < end {
+            thread::sleep(Duration::from_millis(1));
+        }
+        let (row, answers) = traffic.end(fault.within).map_err(Error::Reported)?;
+        happened?;
+        answers.map_err(|seen| Error::Reported(format!("no answers in a row after {fault}: {seen}")))?;
+        Ok(Struck { sent: row.sent, lost: row.lost(), silence: row.silence })
+    }
+}
+
 /// Pings from one pod, across a fault and until they are answered in a row.
 pub(crate) struct Traffic<'a> {
     lab: &'a Lab,

@@ -26,6 +26,7 @@ pub use chaos::{Chaos, Plan as ChaosPlan, Round, Strike};
 pub use confine::{is_privileged, run_in_memory, settle_in, start_confined};
 pub use error::Error;
 pub use expect::Outcome;
+pub use fault::Struck;
 pub use front::Front;
 pub use holder::{Event, Hold, hold, on_signals};
 pub use lab::{Lab, ProcessState, State, leftovers, remove};

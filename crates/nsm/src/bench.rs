@@ -35,6 +35,8 @@ enum Command {
     Throughput,
     /// Pings over a wire, beside a bare veth pair or a hand-made VXLAN
     Latency,
+    /// Pings over a wire while something under it breaks: pods, processes, daemons, nodes
+    Heal,
     /// Ours beside upstream's programs: the same roles and counts, both in one run (`cargo xtask bench interop` builds
     /// upstream's)
     Interop {
@@ -82,6 +84,9 @@ struct Amounts {
     /// How many pings one measurement of latency has
     #[arg(long, global = true, default_value_t = 5000)]
     pings: usize,
+    /// How often each fault happens (heal)
+    #[arg(long, global = true, default_value_t = 30, value_parser = clap::value_parser!(u16).range(1..))]
+    times: u16,
     /// Machine-readable output
     #[arg(long, global = true)]
     json: bool,
@@ -124,6 +129,7 @@ pub(crate) fn run(bench: Bench) -> Result<ExitCode> {
         Some(Command::Setup) => BTreeSet::from([Measure::Setup]),
         Some(Command::Throughput) => BTreeSet::from([Measure::Throughput]),
         Some(Command::Latency) => BTreeSet::from([Measure::Latency]),
+        Some(Command::Heal) => BTreeSet::from([Measure::Heal]),
         None => all,
     };
     if bench.amounts.save.is_some() && nsm_bench::is_debug() {
@@ -156,6 +162,7 @@ fn measure(
         pairs: amounts.pairs,
         duration: amounts.duration,
         pings: amounts.pings,
+        times: amounts.times.into(),
         commit: amounts.commit,
         lab: amounts.lab,
         together: amounts.together,

@@ -97,6 +97,32 @@ fn all_wires_come_up_and_nothing_is_left() {
 }
 
 #[test]
+fn what_traffic_notices_of_faults_is_measured() {
+    if may_not("what_traffic_notices_of_faults_is_measured") {
+        return;
+    }
+    let lab = name("heal");
+    let output = bench(&lab, &["heal", "--times", "1"]).output().expect("start nsm");
+    assert!(output.status.success(), "{}", text(&output));
+    let results: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(results["amounts"]["times"], 1);
+    for topology in ["local", "two-nodes"] {
+        for id in ["heal.pod", "heal.process"] {
+            let times = &row(&results, topology, id)["value"]["times"];
+            assert_eq!(times["count"], 1, "{topology} {id}: {times}");
+            assert!(times["max"].as_f64() > Some(0.0), "{topology} {id}: {times}");
+        }
+        for id in ["process.lost", "identity", "registry", "manager", "forwarder", "all"] {
+            let row = row(&results, topology, &format!("heal.{id}"));
+            assert!(row["target"].is_object() && row["value"]["number"].is_object(), "{row}");
+        }
+        assert_eq!(number(&results, topology, "heal.left"), 0.0);
+    }
+    assert_eq!(row(&results, "two-nodes", "heal.cut")["value"]["times"]["count"], 1);
+    assert_eq!(traces(&lab), Vec::<String>::new());
+}
+
+#[test]
 fn ours_and_upstreams_programs_are_measured_in_one_run() {
     let test = "ours_and_upstreams_programs_are_measured_in_one_run";
     if may_not(test) {
