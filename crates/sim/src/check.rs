@@ -32,6 +32,8 @@ pub(crate) struct Checker {
     left: BTreeMap<String, Instant>,
     /// Addresses that are there twice.
     twice: BTreeMap<String, Instant>,
+    /// When no endpoint had an address left, the last time.
+    full: Option<Instant>,
     panics: u64,
 }
 
@@ -73,11 +75,14 @@ impl Checker {
         self.unwell = unwell;
         self.leftovers(world, &wanted, now);
         let Some(calm) = calm else { return };
-        // Clients that were killed over and over have left their addresses to their tokens.
-        let healed = if all_full(world) { world.shape.lifetime + GRACE } else { HEALED };
+        if all_full(world) {
+            self.full = Some(now);
+        }
         for (client, (since, why)) in &self.unwell {
             let begun = (*since).max(calm);
-            if now - begun > healed {
+            // Clients that were killed over and over have left their addresses to their tokens.
+            let free = self.full.map_or(begun, |full| full.max(begun));
+            if now - free > HEALED || now - begun > world.shape.lifetime + GRACE + HEALED {
                 world.trace.violated("every client has a wire", format!("{client}: {why}"));
             }
         }
@@ -170,11 +175,12 @@ impl Checker {
     }
 }
 
-/// Whether no endpoint has an address left.
+/// Whether endpoints run, and none of them has an address left.
 fn all_full(world: &World) -> bool {
     let endpoints = world.all(|what| matches!(what, What::Endpoint { .. }));
-    let mut running = endpoints.iter().filter_map(|slot| world.slots[*slot].running.as_ref());
-    running.all(|running| running.process.held().len() >= CAPACITY)
+    let running = endpoints.iter().filter_map(|slot| world.slots[*slot].running.as_ref());
+    let full: Vec<bool> = running.map(|running| running.process.held().len() >= CAPACITY).collect();
+    !full.is_empty() && full.into_iter().all(|full| full)
 }
 
 /// Two connections of an endpoint never have the same address.
