@@ -1,7 +1,7 @@
 //! Finds the endpoint: by its name, or by what the service's matches say of the client's labels
 //! (spec/control-plane.md 8.2, 8.3).
 
-use std::{collections::HashMap, future::Future, sync::Arc, time::SystemTime};
+use std::{collections::HashMap, future::Future, sync::Arc};
 
 use async_trait::async_trait;
 use nsm_api::{
@@ -12,6 +12,7 @@ use nsm_api::{
         registry::{NetworkService, NetworkServiceEndpoint},
     },
 };
+use nsm_identity::clock;
 use nsm_mesh::{
     Context, Element, Error, Next, NextHop, Result, Verdict,
     dial::{Silent, dialed},
@@ -89,7 +90,7 @@ impl Discover {
         let labels = conn.labels.clone();
         let policy = Policy::lenient(&service);
         let alive = |mut endpoints: Vec<Endpoint>| {
-            let now = SystemTime::now();
+            let now = clock::now();
             endpoints.retain(|endpoint| !endpoint.is_expired(now));
             endpoints
         };

@@ -1,5 +1,8 @@
 //! The forwarder: turns connections into wires of the kernel. Its chain is the list in [`chain`].
 
+// The clock is `nsm_identity::clock::now()`.
+#![warn(clippy::disallowed_methods)]
+
 pub mod cross_connect;
 pub mod discover;
 pub mod machine;

@@ -22,6 +22,7 @@ use nsm_api::{
     pb::connection::{Connection, Mechanism},
     planted,
 };
+use nsm_identity::clock;
 use nsm_kernel::{
     EndFacts, Nsid, Nsids,
     netns::NsId,
@@ -143,7 +144,7 @@ impl Record {
     /// The record of a connection as it was answered.
     #[must_use]
     pub fn new(plan: WirePlan, far: Mechanism, conn: &Connection) -> Self {
-        let expires = path::expiry_before_us(conn).unwrap_or_else(|| SystemTime::now() + GRACE);
+        let expires = path::expiry_before_us(conn).unwrap_or_else(|| clock::now() + GRACE);
         Self { plan, far, expires }
     }
 
@@ -172,7 +173,7 @@ impl Record {
             far_type: self.far.r#type.clone(),
             far_parameters: self.far.parameters.clone(),
             expires_unix: unix(self.expires),
-            written_unix: Some(unix(SystemTime::now())),
+            written_unix: Some(unix(clock::now())),
         }
     }
 
@@ -219,7 +220,7 @@ impl Wires {
                     continue;
                 }
             };
-            let until = Some(Instant::now() + kept.patience(SystemTime::now()));
+            let until = Some(Instant::now() + kept.patience(clock::now()));
             let record = Record::from_kept(saved.plan, kept);
             if let Some(vni) = record.vni() {
                 vnis.claim(vni, &record.plan.id);
@@ -366,7 +367,7 @@ impl Wires {
         let nsids = self.nsids(&record.plan, fds).map_err(Taken::Other)?;
         let mut held = Held { record, nsids, claimed: true, whole: None, until: None };
         if let Some(before) = before {
-            held.record.round_expiry(before.record.expires, SystemTime::now());
+            held.record.round_expiry(before.record.expires, clock::now());
         }
         if let Some(before) = before
             && let Some(traffic) = self.stands(before, &held)
@@ -754,7 +755,7 @@ mod tests {
         };
         let wires = node.wires();
         let mut record = node.veth("w");
-        let mut expires = SystemTime::now() + Duration::from_secs(600);
+        let mut expires = clock::now() + Duration::from_secs(600);
         record.expires = expires;
         made(&wires, &record).await;
         for (later, written) in [(1, false), (100, false), (250, true), (-30, true), (29, false)] {
@@ -820,7 +821,7 @@ mod tests {
         };
         let towards = |id: &str, client: &str| {
             let mut record = node.veth(id);
-            record.expires = SystemTime::now() + Duration::from_secs(600);
+            record.expires = clock::now() + Duration::from_secs(600);
             let far = record.plan.far.as_mut().unwrap();
             far.addresses = vec!["10.0.0.1/32".parse().unwrap()];
             far.routes = vec![Route::to_peer(client.parse().unwrap())];

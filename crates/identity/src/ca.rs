@@ -19,9 +19,10 @@ use std::{
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
+use crate::clock;
 use serde::{Deserialize, Deserializer, de};
 use serde_saphyr::Spanned;
 use tokio::{
@@ -260,7 +261,7 @@ impl Ca {
     pub fn start(file: &Path) -> Result<Self, Error> {
         let stamp = Stamp::of(file);
         let config = Config::load(file)?;
-        let now = SystemTime::now();
+        let now = clock::now();
         let authority = match &config.state_dir {
             Some(dir) => Authority::open(dir, config.trust_domain.clone(), now)?,
             None => Authority::new(config.trust_domain.clone(), now)?,
@@ -426,7 +427,7 @@ impl Entries {
 
     fn issue(&self, ids: &[SpiffeId], ttl: Duration) -> Result<Issued, Error> {
         let authority = &self.shared.authority;
-        let issue = |id| authority.issue(id, ttl, SystemTime::now());
+        let issue = |id| authority.issue(id, ttl, clock::now());
         Ok(Issued {
             svids: ids.iter().map(issue).collect::<Result<_, _>>()?,
             domain: authority.domain().clone(),

@@ -129,13 +129,14 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::clock;
     use crate::{SpiffeId, ca::Authority};
 
     const HOUR: Duration = Duration::from_secs(3600);
 
     #[test]
     fn a_chain_counts_while_a_root_of_its_domain_vouches_for_it() {
-        let now = SystemTime::now();
+        let now = clock::now();
         let authority = |domain: &str| Authority::new(domain.parse().unwrap(), now).unwrap();
         let (ours, other, forger) = (authority("test.lab"), authority("other.lab"), authority("test.lab"));
         let id = |text: &str| text.parse::<SpiffeId>().unwrap();
@@ -168,7 +169,7 @@ mod tests {
 
     #[test]
     fn what_is_remembered_is_bounded() {
-        let now = SystemTime::now();
+        let now = clock::now();
         let authority = Authority::new("test.lab".parse().unwrap(), now).unwrap();
         let id = "spiffe://test.lab/hop".parse().unwrap();
         let chains = Chains::default();

@@ -3,14 +3,18 @@
 //! * [`Source`] follows the SPIFFE Workload API at `SPIFFE_ENDPOINT_SOCKET`: SPIRE, or our own [`ca`].
 //! * [`Identity`] is one snapshot of it, with TLS both ways.
 //! * [`token`] makes the JWTs that name who asks whom, [`policy`] checks them.
+//! * [`clock`] says what time it is, for all of them.
 //! * [`unix`] says who is at the other end of a Unix socket.
 //!
 //! There is no insecure mode: everything that speaks, speaks mTLS with an [`Identity`].
 
 #![forbid(clippy::unwrap_used)]
+// The clock is `clock::now()`.
+#![warn(clippy::disallowed_methods)]
 
 pub mod ca;
 pub mod chains;
+pub mod clock;
 mod id;
 pub mod policy;
 mod seldom;

@@ -38,6 +38,7 @@ use x509_parser::{
 use crate::{
     Error,
     chains::{Chains, Fingerprint},
+    clock::Clock,
     id::{SpiffeId, TrustDomain},
 };
 
@@ -329,6 +330,7 @@ impl Identity {
             .with_custom_certificate_verifier(verifier.clone())
             .with_client_auth_cert(svid.chain.clone(), key())
             .map_err(tls)?;
+        client.time_provider = Arc::new(Clock);
         client.alpn_protocols = vec![b"h2".to_vec()];
         // A resumed session would carry an old certificate over a rotation (`control-plane.md` 17, rule 12).
         client.resumption = rustls::client::Resumption::disabled();
@@ -339,6 +341,7 @@ impl Identity {
             .with_client_cert_verifier(verifier)
             .with_single_cert(svid.chain.clone(), key())
             .map_err(tls)?;
+        server.time_provider = Arc::new(Clock);
         server.alpn_protocols = vec![b"h2".to_vec()];
         server.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
         server.send_tls13_tickets = 0;

@@ -12,12 +12,7 @@
 //! the state that they mean, and where that is not there any more they decide again. Look-ups need no call, so that
 //! they are answered while the API server is away; and since nobody can refresh anything then, nothing expires.
 
-use std::{
-    fmt,
-    future::Future,
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{fmt, future::Future, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use futures::TryStreamExt;
@@ -27,6 +22,7 @@ use kube::{
     api::{DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions, WatchEvent, WatchParams},
 };
 use nsm_api::pb::registry::{NetworkService, NetworkServiceEndpoint};
+use nsm_identity::clock;
 use nsm_registry::{Keeper, Keepers, store::Store};
 use parking_lot::Mutex;
 use rand::RngExt;
@@ -161,7 +157,7 @@ impl<T: Kind> Inner<T> {
         let spread = self.lifetime / 10;
         Heard {
             now: Instant::now(),
-            clock: SystemTime::now(),
+            clock: clock::now(),
             later: rand::rng().random_range(Duration::ZERO..=spread),
         }
     }

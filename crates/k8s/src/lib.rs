@@ -6,6 +6,9 @@
 //! what is registered: any number of registries may do so side by side, upstream's among them. [`wires`] says on pods what
 //! became of their wires, [`prefixes`] finds what the cluster uses itself.
 
+// The clock is `nsm_identity::clock::now()`.
+#![warn(clippy::disallowed_methods)]
+
 pub mod authorities;
 pub mod cluster;
 pub mod convert;

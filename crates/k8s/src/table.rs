@@ -316,6 +316,7 @@ mod tests {
     use nsm_registry::expiry::timestamp_of;
 
     use super::*;
+    use nsm_identity::clock;
 
     const SECOND: Duration = Duration::from_secs(1);
     const LIFETIME: Duration = Duration::from_secs(60);
@@ -334,7 +335,7 @@ mod tests {
     }
 
     fn setup() -> (Endpoints, Clock) {
-        (Table::new("nsm-system", LIFETIME), Clock(Instant::now(), SystemTime::now()))
+        (Table::new("nsm-system", LIFETIME), Clock(Instant::now(), clock::now()))
     }
 
     /// `namespace/object`, in its state `version`, which is registered by `owner`, if anybody, until `end`.

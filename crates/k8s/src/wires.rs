@@ -11,6 +11,7 @@ mod writer;
 use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 
 use nsm_api::pb::connection::Connection;
+use nsm_identity::clock;
 use parking_lot::Mutex;
 use tokio::{sync::Notify, time::Instant};
 
@@ -117,7 +118,7 @@ impl Wires {
     }
 
     fn note(&self, change: impl FnOnce(&mut Table, Instant, SystemTime)) {
-        change(&mut self.0.table.lock(), Instant::now(), SystemTime::now());
+        change(&mut self.0.table.lock(), Instant::now(), clock::now());
         self.0.news.notify_one();
     }
 }

@@ -4,7 +4,7 @@
 //! enters the holder's namespaces. Inside, the code is the same as root's. What lies outside is one small file that
 //! names the holder, because `/run` inside is a file system of its own.
 //!
-//! Everything `unsafe` of this crate is here.
+//! Everything `unsafe` of it is here.
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;

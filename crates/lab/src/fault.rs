@@ -1,17 +1,22 @@
 //! Breaking something in a lab that stands, mending it, and counting packets meanwhile.
 
+use std::fs;
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
 use crate::Error;
+use crate::disk::Full;
 use crate::expect::{Finding, ms};
-use crate::lab::Lab;
+use crate::lab::{Lab, write_atomically};
 use crate::network::{self, LinkChange};
+use crate::plan::Cable;
 use crate::probe::{self, Echo, Flood, Row};
-use crate::scenario::{Fault, FaultPing, FaultSignal};
+use crate::relay::{Harm, Relay};
+use crate::scenario::{Fault, FaultPing, FaultSignal, Impairment};
 
 /// How long the ping runs before a fault and after it.
 const BESIDE: Duration = Duration::from_millis(200);
@@ -154,25 +159,100 @@ pub(crate) fn happen(lab: &Lab, fault: &Fault) -> Result<String, Error> {
         network::change(&*lab.namespace(&link.pod)?, &link.interface, LinkChange::Down)?;
         said.push("set down".to_owned());
     }
-    if !fault.freeze.is_empty() || fault.cut.is_some() {
-        let frozen: Vec<&str> = fault.freeze.iter().map(String::as_str).collect();
-        lab.supervisor.signal_all(&frozen, Signal::STOP);
-        let cut = fault.cut.as_ref().map(|node| plug(lab, node, LinkChange::Unplugged));
+    if fault.lasts_a_while() {
+        let lasting = Lasting::begin(lab, fault)?;
         thread::sleep(fault.lasts);
-        // All of it ends, whatever of it failed.
-        lab.supervisor.signal_all(&frozen, Signal::CONT);
-        if let (Some(node), Some(cut)) = (&fault.cut, cut) {
-            plug(lab, node, LinkChange::Plugged(&lab.plan.bridge))?;
-            cut?;
-        }
+        lasting.end()?;
         said.push(format!("over after {}", ms(fault.lasts)));
     }
     Ok(said.join(", "))
 }
 
-/// Changes the port of the underlay's bridge that a node's cable ends in.
-fn plug(lab: &Lab, node: &str, change: LinkChange<'_>) -> Result<(), Error> {
-    let cable = lab.plan.cables.iter().find(|cable| cable.b.bridged && cable.a.namespace == node);
-    let cable = cable.ok_or_else(|| Error::NotThere(format!("{node} has no cable")))?;
-    network::change(&*lab.namespace(&cable.b.namespace)?, &cable.b.interface, change)
+/// What goes on until it is ended: all of it ends, whatever of it failed to begin or to end.
+struct Lasting<'a> {
+    lab: &'a Lab,
+    frozen: Vec<&'a str>,
+    /// Files that make clocks wrong.
+    clocks: Vec<PathBuf>,
+    full: Option<Full>,
+    relay: Option<Relay>,
+    /// Cables that are to be plugged in again.
+    unplugged: Vec<&'a Cable>,
+    /// Interfaces that lead from the relay to the bridge.
+    plugs: Vec<String>,
+}
+
+impl<'a> Lasting<'a> {
+    fn begin(lab: &'a Lab, fault: &'a Fault) -> Result<Self, Error> {
+        let mut lasting = Self {
+            lab,
+            frozen: fault.freeze.iter().map(String::as_str).collect(),
+            clocks: Vec::new(),
+            full: None,
+            relay: None,
+            unplugged: Vec::new(),
+            plugs: Vec::new(),
+        };
+        match lasting.all(fault) {
+            Ok(()) => Ok(lasting),
+            // Why it did not begin says more than what did not end then.
+            Err(error) => lasting.end().and(Err(error)),
+        }
+    }
+
+    fn all(&mut self, fault: &'a Fault) -> Result<(), Error> {
+        let lab = self.lab;
+        lab.supervisor.signal_all(&self.frozen, Signal::STOP);
+        if let Some(node) = &fault.cut {
+            self.unplug(node)?;
+        }
+        if let Some(Impairment { node, loss, delay }) = &fault.impair {
+            let cable = self.unplug(node)?;
+            let underlay = lab.namespace(&cable.b.namespace)?;
+            let ends = [format!("relay-{}", cable.b.interface), format!("plug-{}", cable.b.interface)];
+            network::plug(&underlay, [&ends[0], &ends[1]], &lab.plan.bridge)?;
+            let harm = Harm { loss: *loss, delay: *delay };
+            self.relay = Some(Relay::start(&underlay, [&cable.b.interface, &ends[0]], harm)?);
+            self.plugs.extend(ends.into_iter().next());
+        }
+        if let Some(shift) = &fault.clock {
+            let path = lab.plan.paths().clock(&shift.of);
+            // Nobody reads half of it.
+            write_atomically(&path, shift.seconds.to_string().as_bytes())?;
+            self.clocks.push(path);
+        }
+        if let Some(node) = &fault.full {
+            self.full = Some(Full::make(&lab.plan.paths().disk(node))?);
+        }
+        Ok(())
+    }
+
+    fn end(mut self) -> Result<(), Error> {
+        self.lab.supervisor.signal_all(&self.frozen, Signal::CONT);
+        self.full = None;
+        self.relay = None;
+        let right = |path: PathBuf| fs::remove_file(&path).map_err(Error::files("remove", &path));
+        let mut ended: Vec<_> = self.clocks.drain(..).map(right).collect();
+        for cable in self.unplugged.drain(..) {
+            let plugged = LinkChange::Plugged(&self.lab.plan.bridge);
+            ended.push(change(self.lab, cable, &cable.b.interface, plugged));
+            ended.extend(self.plugs.drain(..).map(|plug| change(self.lab, cable, &plug, LinkChange::Gone)));
+        }
+        ended.into_iter().collect()
+    }
+
+    /// Takes a node's cable out of the underlay's bridge.
+    fn unplug(&mut self, node: &str) -> Result<&'a Cable, Error> {
+        let mut cables = self.lab.plan.cables.iter();
+        let cable = cables.find(|cable| cable.b.bridged && cable.a.namespace == node);
+        let cable = cable.ok_or_else(|| Error::NotThere(format!("{node} has no cable")))?;
+        change(self.lab, cable, &cable.b.interface, LinkChange::Unplugged)?;
+        self.unplugged.push(cable);
+        Ok(cable)
+    }
+}
+
+/// Changes a link at the end of a cable that is the underlay's.
+fn change(lab: &Lab, cable: &Cable, interface: &str, change: LinkChange<'_>) -> Result<(), Error> {
+    network::change(&*lab.namespace(&cable.b.namespace)?, interface, change)
 }

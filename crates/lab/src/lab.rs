@@ -20,6 +20,7 @@ use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
+use crate::disk;
 use crate::dns::DnsServer;
 use crate::network;
 use crate::plan::{Attested, Paths, Plan, Process, ROOT};
@@ -148,6 +149,7 @@ impl Lab {
             progress(format!("removing what a killed lab left: {} namespaces", names.len()));
         }
         sweep_kernel(&plan.lab)?;
+        disk::remove(&plan.paths())?;
         empty(&plan.paths().root)?;
         let lab = Self {
             plan,
@@ -314,14 +316,12 @@ impl Lab {
     /// Namespaces, cables, sysctls, files.
     fn lay_out(&self, progress: &mut dyn FnMut(String)) -> Result<(), Error> {
         let at = self.plan.paths();
-        let nodes = self.plan.processes.iter().filter_map(|process| match &process.attested {
-            Attested::ByPid { node, .. } => Some(node.as_str()),
-            _ => None,
-        });
+        let nodes = self.plan.nodes().into_iter();
         for name in nodes.chain(["logs", "notify"]) {
             let path = at.root.join(name);
             fs::create_dir_all(&path).map_err(Error::files("make directory", path))?;
         }
+        disk::make(&self.plan)?;
         let began = Instant::now();
         let plan = &self.plan;
         let made = thread::scope(|scope| {
@@ -502,7 +502,9 @@ fn empty(root: &Path) -> Result<(), Error> {
 }
 
 fn remove_directory(lab: &str) -> Result<(), Error> {
-    let root = Paths::new(lab).root;
+    let paths = Paths::new(lab);
+    disk::remove(&paths)?;
+    let root = paths.root;
     match fs::remove_dir_all(&root) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             return Err(Error::files("remove", root)(error));
@@ -576,7 +578,7 @@ fn gone_within(processes: &[ProcessId], within: Duration) -> bool {
     true
 }
 
-fn write_atomically(path: &Path, text: &[u8]) -> Result<(), Error> {
+pub(crate) fn write_atomically(path: &Path, text: &[u8]) -> Result<(), Error> {
     let new = path.with_extension("new");
     let written = File::create(&new).and_then(|mut file| io::Write::write_all(&mut file, text));
     written.and_then(|()| fs::rename(&new, path)).map_err(Error::files("write", path))

@@ -3,8 +3,10 @@
 //! A [`Scenario`] file becomes a [`Plan`] (pure data); a *holder* process builds the plan, watches over it, checks
 //! the expectations and takes everything down; [`Front`] is what the person at the terminal talks to.
 
+mod chance;
 mod chaos;
 mod confine;
+mod disk;
 mod dns;
 mod error;
 mod expect;
@@ -18,6 +20,7 @@ pub mod network;
 pub mod plan;
 pub mod probe;
 pub mod process;
+mod relay;
 pub mod report;
 pub mod scenario;
 pub mod serve;

@@ -224,6 +224,8 @@ pub(crate) enum LinkChange<'a> {
     Unplugged,
     /// A port of this bridge.
     Plugged(&'a str),
+    /// Removed, and its other end with it.
+    Gone,
 }
 
 /// Changes a link.
@@ -238,8 +240,35 @@ pub(crate) fn change(namespace: &Namespace, interface: &str, change: LinkChange<
         LinkChange::Plugged(bridge) => {
             link.attributes.push(LinkAttribute::Controller(index_of(&mut socket, bridge)?));
         }
+        LinkChange::Gone => {
+            return commit(&mut socket, vec![Request::new(RouteNetlinkMessage::DelLink(link))], interface);
+        }
     }
     commit(&mut socket, vec![Request::new(RouteNetlinkMessage::SetLink(link))], interface)
+}
+
+/// Makes a veth pair in one namespace, both ends up: the second is a port of the bridge.
+pub(crate) fn plug(namespace: &Namespace, ends: [&str; 2], bridge: &str) -> Result<(), Error> {
+    let what = || Error::kernel(format!("make {}", ends[0]));
+    let mut socket = Socket::<Route>::open_in(namespace).map_err(what())?;
+    let peer = InfoData::Veth(InfoVeth::Peer(named(ends[1])));
+    let mut pair = named(ends[0]);
+    pair.attributes.push(LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Veth), LinkInfo::Data(peer)]));
+    commit(&mut socket, vec![create(RouteNetlinkMessage::NewLink(pair))], ends[0])?;
+    let bridge = index_of(&mut socket, bridge)?;
+    for (interface, bridged) in ends.into_iter().zip([false, true]) {
+        let index = index_of(&mut socket, interface)?;
+        let end = End {
+            namespace: String::new(),
+            interface: interface.to_owned(),
+            addresses: Vec::new(),
+            routes: Vec::new(),
+            bridged,
+        };
+        commit(&mut socket, configure(&end, index, bridge), interface)?;
+    }
+    // To be asked for a link makes the kernel notice that the other end is up.
+    ends.iter().try_for_each(|interface| index_of(&mut socket, interface).map(drop))
 }
 
 // === private helpers ===

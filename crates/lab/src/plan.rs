@@ -6,7 +6,7 @@
 //!                                               <lab>.<pod>   one program of the mesh, HTTP servers
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Write as _};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
@@ -18,6 +18,8 @@ use crate::scenario::{CableEnd, Daemons, Pod, Scenario};
 
 /// Directory of all labs; a lab has `<ROOT>/<lab>/`.
 pub const ROOT: &str = "/run/nsm/lab";
+/// Where a program of ours reads how wrong its clock is (`nsm_identity::clock::OFFSET_FILE`).
+const CLOCK: &str = "NSM_TEST_CLOCK_OFFSET_FILE";
 /// What programs of ours keep while the machine runs.
 pub(crate) const RUN: &str = "/run/nsm";
 /// TCP port of managers (`spec/registry.md` 9).
@@ -185,7 +187,7 @@ impl Plan {
             namespace: "underlay".into(),
             exe: None,
             args: strings(&["identity", "--config", &at.identity_config().to_string_lossy()]),
-            env: BTreeMap::new(),
+            env: at.clock_of("identity").into(),
             after: Vec::new(),
             attested: Attested::No,
             client: false,
@@ -195,7 +197,7 @@ impl Plan {
             namespace: node.into(),
             exe: None,
             args,
-            env: BTreeMap::from([("SPIFFE_ENDPOINT_SOCKET".into(), at.url(node, "identity.sock"))]),
+            env: at.environment(node),
             after,
             attested: Attested::ByPid {
                 node: node.into(),
@@ -242,7 +244,7 @@ impl Plan {
             let (manager_name, forwarder_name) = (format!("manager-{node}"), format!("forwarder-{node}"));
             let managing = strings(&["--name", &manager_name, "--listen-on", &listen]);
             let cluster = strings(&["--registry-url", &registry]);
-            let state = at.node(node).join("forwarder");
+            let state = at.disk(node);
             let forwarding =
                 strings(&["--tunnel-ip", &ip.to_string(), "--state-dir", &state.to_string_lossy()]);
             match (scenario.daemons, &scenario.daemons.of(node)[..]) {
@@ -335,6 +337,15 @@ impl Plan {
     #[must_use]
     pub fn paths(&self) -> Paths {
         Paths::new(&self.lab)
+    }
+
+    /// The nodes that daemons run on.
+    pub(crate) fn nodes(&self) -> BTreeSet<&str> {
+        let daemons = self.processes.iter().filter_map(|process| match &process.attested {
+            Attested::ByPid { node, .. } => Some(node.as_str()),
+            _ => None,
+        });
+        daemons.collect()
     }
 
     /// Full name of a namespace: `<lab>.<name>`.
@@ -450,6 +461,19 @@ impl Paths {
         self.root.join(node)
     }
 
+    /// What a node's forwarder keeps: a file system of its own, so that it can be full.
+    #[must_use]
+    pub fn disk(&self, node: &str) -> PathBuf {
+        self.node(node).join("forwarder")
+    }
+
+    /// By how many seconds the clock is wrong that the programs of a node read, or `identity`; without the file it is
+    /// right.
+    #[must_use]
+    pub fn clock(&self, of: &str) -> PathBuf {
+        self.root.join(format!("{of}.clock"))
+    }
+
     /// The sockets by which processes are looked at.
     #[must_use]
     pub fn introspect(&self) -> PathBuf {
@@ -484,6 +508,16 @@ impl Paths {
     #[must_use]
     pub fn identity_config(&self) -> PathBuf {
         self.root.join("identity.yaml")
+    }
+
+    /// What all programs of a node get, also those in its pods.
+    fn environment(&self, node: &str) -> BTreeMap<String, String> {
+        let identity = ("SPIFFE_ENDPOINT_SOCKET".into(), self.url(node, "identity.sock"));
+        [identity].into_iter().chain(self.clock_of(node)).collect()
+    }
+
+    fn clock_of(&self, of: &str) -> [(String, String); 1] {
+        [(CLOCK.into(), self.clock(of).to_string_lossy().into_owned())]
     }
 
     fn url(&self, node: &str, socket: &str) -> String {
@@ -572,7 +606,7 @@ fn pod_process(pod: &Pod, at: &Paths, after: Vec<String>, files: &mut Vec<Planne
     }
     args.insert(0, role.into());
     let mut env = pod.env.clone();
-    env.insert("SPIFFE_ENDPOINT_SOCKET".into(), at.url(&pod.node, "identity.sock"));
+    env.extend(at.environment(&pod.node));
     Some(Process {
         name: pod.name.clone(),
         namespace: pod.name.clone(),

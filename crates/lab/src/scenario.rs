@@ -226,7 +226,7 @@ pub enum Expectation {
     /// An address is there, or not.
     Address(Address),
     /// Something is broken, perhaps mended, and packets are counted meanwhile.
-    Fault(Fault),
+    Fault(Box<Fault>),
 }
 
 /// See [`Expectation::Ping`].
@@ -396,7 +396,13 @@ pub struct Fault {
     pub cut: Option<String>,
     /// An interface that is set down; nobody but the mesh sets it up again.
     pub down: Option<Link>,
-    /// How long `freeze` and `cut` last.
+    /// A node whose packets get lost or late for a while, in both directions.
+    pub impair: Option<Impairment>,
+    /// A clock that is wrong for a while, and then right again.
+    pub clock: Option<Shift>,
+    /// A node whose disk is full for a while: nothing more can be written where its forwarder keeps its plans.
+    pub full: Option<String>,
+    /// How long `freeze`, `cut`, `impair`, `clock` and `full` last.
     #[serde(rename = "for", deserialize_with = "duration")]
     pub lasts: Duration,
     /// A ping every millisecond from before the fault until everything is well again.
@@ -419,6 +425,30 @@ pub struct Link {
     pub pod: String,
     /// The interface's name.
     pub interface: String,
+}
+
+/// What becomes of the packets of a node's cable.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Impairment {
+    /// The node.
+    pub node: String,
+    /// So many of a hundred get lost.
+    #[serde(default)]
+    pub loss: u8,
+    /// Each is late by half of this up to all of it: they overtake each other.
+    #[serde(default, deserialize_with = "duration")]
+    pub delay: Duration,
+}
+
+/// A clock that is wrong: what the programs read that see a node's, never the machine's own.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Shift {
+    /// A node, with the pods on it, or `identity`.
+    pub of: String,
+    /// Ahead by so much; behind, if it is negative.
+    pub seconds: i64,
 }
 
 /// How a process is ended.
@@ -463,6 +493,9 @@ impl Default for Fault {
             freeze: Vec::new(),
             cut: None,
             down: None,
+            impair: None,
+            clock: None,
+            full: None,
             lasts: LASTS,
             ping: None,
             lost: 0,
@@ -474,12 +507,17 @@ impl Default for Fault {
 
 impl Fault {
     /// Whether anything happens.
-    fn is_some(&self) -> bool {
-        !self.kill.is_empty()
-            || !self.freeze.is_empty()
-            || self.remove.is_some()
+    pub(crate) fn is_some(&self) -> bool {
+        !self.kill.is_empty() || self.remove.is_some() || self.down.is_some() || self.lasts_a_while()
+    }
+
+    /// Whether some of it goes on for `lasts`.
+    pub(crate) fn lasts_a_while(&self) -> bool {
+        !self.freeze.is_empty()
             || self.cut.is_some()
-            || self.down.is_some()
+            || self.impair.is_some()
+            || self.clock.is_some()
+            || self.full.is_some()
     }
 }
 
@@ -503,6 +541,16 @@ impl fmt::Display for Fault {
             happens.push(format!("{} frozen for {lasts}", self.freeze.join(", ")));
         }
         happens.extend(self.cut.iter().map(|node| format!("{node} cut off for {lasts}")));
+        happens.extend(self.impair.iter().map(|Impairment { node, loss, delay }| {
+            let delay = humantime::format_duration(*delay);
+            format!("{node} loses {loss} % and delays by up to {delay} for {lasts}")
+        }));
+        happens.extend(self.clock.iter().map(|Shift { of, seconds }| {
+            let by = humantime::format_duration(Duration::from_secs(seconds.unsigned_abs()));
+            let way = if *seconds < 0 { "behind" } else { "ahead" };
+            format!("the clock of {of} {by} {way} for {lasts}")
+        }));
+        happens.extend(self.full.iter().map(|node| format!("the disk of {node} full for {lasts}")));
         happens.extend(self.down.iter().map(|link| format!("{} of {} set down", link.interface, link.pod)));
         f.write_str(&happens.join(", "))
     }
@@ -685,7 +733,7 @@ impl Scenario {
                 Expectation::Fault(fault) => {
                     let wrong = |message: String| (lines.expect[i], format!("expect[{i}].fault{message}"));
                     if !fault.is_some() {
-                        let expected = ": nothing happens; expected kill, remove, freeze, cut or down";
+                        let expected = ": nothing happens; expected kill, remove, freeze, cut, impair, clock, full or down";
                         return Err(wrong(expected.to_owned()));
                     }
                     let named = |field, names: &[String]| {
@@ -698,9 +746,24 @@ impl Scenario {
                     };
                     named("kill", &fault.kill)?;
                     named("freeze", &fault.freeze)?;
-                    if let Some(node) = fault.cut.as_ref().filter(|node| !self.nodes.contains(node)) {
-                        let known = self.nodes.join(", ");
-                        return Err(wrong(format!(".cut: no node {node:?} (nodes: {known})")));
+                    let impair = fault.impair.as_ref();
+                    let nodes = [
+                        ("cut", fault.cut.as_ref()),
+                        ("impair.node", impair.map(|impairment| &impairment.node)),
+                        ("clock.of", fault.clock.as_ref().map(|shift| &shift.of)),
+                        ("full", fault.full.as_ref()),
+                    ];
+                    for (field, node) in nodes {
+                        // Identity is on no node, and has a clock.
+                        let has_clock = |node: &str| field == "clock.of" && node == "identity";
+                        if let Some(node) = node.filter(|node| !self.nodes.contains(node) && !has_clock(node))
+                        {
+                            let known = self.nodes.join(", ");
+                            return Err(wrong(format!(".{field}: no node {node:?} (nodes: {known})")));
+                        }
+                    }
+                    if let Some(loss) = impair.map(|impairment| impairment.loss).filter(|loss| *loss > 100) {
+                        return Err(wrong(format!(".impair.loss: {loss} of a hundred; expected 0 to 100")));
                     }
                     let cabled = |pod: &&String| self.cables.iter().flatten().any(|end| end.pod == **pod);
                     if let Some(pod) = fault.remove.as_ref().filter(cabled) {

@@ -13,6 +13,7 @@ use nsm_api::{
     path,
     pb::connection::{Connection, PathSegment},
 };
+use nsm_identity::clock;
 use nsm_identity::{
     SpiffeId,
     chains::Chain,
@@ -43,7 +44,7 @@ pub struct Authorize {
 impl Authorize {
     fn check(&self, cx: &Context<'_>, conn: &mut Connection) -> Result<()> {
         let Some(Caller { peer, token }) = &cx.caller else { return Ok(()) };
-        let now = SystemTime::now();
+        let now = clock::now();
         signers::learn(conn, peer.identity(), self.policies.makes(Check::HopsSigned), now)?;
         signers::called_by(peer, conn);
         if let Some(previous) = path::previous_mut(conn) {
@@ -97,7 +98,7 @@ pub(crate) fn sign_for_caller(answer: &mut Connection, caller: &Peer, next: &Pee
     if Arc::ptr_eq(caller.identity(), next.identity()) {
         return Ok(());
     }
-    let now = SystemTime::now();
+    let now = clock::now();
     let Some(own) = path::current_mut(answer) else { return Ok(()) };
     let expires = own.expires.as_ref().map_or(now, path::from_timestamp);
     let left = expires.duration_since(now).unwrap_or_default();

@@ -33,6 +33,7 @@ use nsm_api::{
     },
     planted,
 };
+use nsm_identity::clock;
 use nsm_identity::{SpiffeId, Token, token};
 use nsm_transport::Peer;
 use parking_lot::Mutex;
@@ -452,8 +453,8 @@ impl Connections {
     pub(crate) fn note(&self, id: &str) -> Note {
         let note = self.table.lock().get(id).and_then(|entry| entry.note.lock().clone());
         note.unwrap_or_else(|| Note {
-            since: SystemTime::now(),
-            refreshed: SystemTime::now(),
+            since: clock::now(),
+            refreshed: clock::now(),
             answers: 0,
             decisions: Box::default(),
         })
@@ -622,7 +623,7 @@ impl Connections {
             }
             Err(error) => {
                 tracing::Span::current().record("otel.status_code", "ERROR");
-                self.metrics.inspector().failures().note(asked, &error, &trail, SystemTime::now());
+                self.metrics.inspector().failures().note(asked, &error, &trail, clock::now());
                 if !planted::is("a failed request keeps what it took") {
                     held.scope.unwind_to(mark, &Release::now(Reason::Failed)).await;
                 }
@@ -807,7 +808,7 @@ impl Connections {
         }
         let Some(expires) = path::expiry_before_us(answer) else { return };
         let expires = own.map_or(expires, |own| expires.min(own));
-        let wait = expires.duration_since(SystemTime::now()).unwrap_or_default();
+        let wait = expires.duration_since(clock::now()).unwrap_or_default();
         let (this, id, entry, answers) =
             (Arc::downgrade(self), id.to_owned(), Arc::downgrade(entry), held.answers);
         let timer = tokio::spawn(async move {
@@ -827,7 +828,7 @@ impl Connections {
 
 /// A refresh that decided nothing keeps what was decided before.
 fn note_answer(note: &mut Option<Note>, trail: &Trail) {
-    let now = SystemTime::now();
+    let now = clock::now();
     let before = note.take();
     let decisions = match &before {
         Some(before) if trail.is_empty() => before.decisions.clone(),

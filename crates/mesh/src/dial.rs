@@ -4,7 +4,6 @@
 use std::{
     collections::{BTreeSet, HashMap},
     sync::Arc,
-    time::SystemTime,
 };
 
 use async_trait::async_trait;
@@ -22,6 +21,7 @@ use nsm_api::{
     },
     planted,
 };
+use nsm_identity::clock;
 use nsm_identity::policy::Check;
 use nsm_transport::{Connection as Channel, FileId, Peer, Pool};
 use parking_lot::Mutex;
@@ -149,11 +149,11 @@ impl Dial {
         path::graft(&mut answer, asked).map_err(|e| useless(e.to_string()))?;
         let peer = hop.peer();
         let refuse = self.check_answers && self.pool.policies().makes(Check::HopsSigned);
-        signers::learn(&mut answer, peer.identity(), refuse, SystemTime::now())
+        signers::learn(&mut answer, peer.identity(), refuse, clock::now())
             .map_err(|denial| Error::denied(format!("the answer of {} is refused: {denial}", peer.id())))?;
         signers::answered_by(peer, &answer);
         if self.check_answers {
-            auth::check_answer(&answer, self.pool.policies(), peer, SystemTime::now())?;
+            auth::check_answer(&answer, self.pool.policies(), peer, clock::now())?;
         }
         self.receive(cx, peer, &answer).await?;
         if let Some(Caller { peer: caller, .. }) = &cx.caller {

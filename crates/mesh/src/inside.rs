@@ -1,13 +1,11 @@
 //! A next hop in this very process: no channel, no handshake, no message. All the rest is as between processes: it has
 //! its segment in the path, its tokens, its connections, its events and its checks.
 
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{sync::Arc, time::Duration};
 
 use nsm_api::pb::{connection::Connection, networkservice::NetworkServiceRequest};
 use nsm_identity::Source;
+use nsm_identity::clock;
 use nsm_transport::Peer;
 use parking_lot::Mutex;
 use tokio::time::Instant;
@@ -81,7 +79,7 @@ impl Inside {
 
     fn call(&self, peer: &Peer, fds: Fds, deadline: Instant) -> Result<Call> {
         let token = peer
-            .token(self.max_token_lifetime, SystemTime::now())
+            .token(self.max_token_lifetime, clock::now())
             .map_err(|e| Error::internal(format!("no token can be made: {e}")))?;
         let caller = Some(Caller { peer: peer.clone(), token: Some(token) });
         Ok(Call { caller, deadline: Some(deadline), fds })

@@ -32,6 +32,7 @@ use nsm_api::pb::{
         item::What,
     },
 };
+use nsm_identity::clock;
 use nsm_identity::{Source, SpiffeId, UnixPeer, UnixSocket};
 use nsm_transport::{DialUrl, Peer, Pool};
 use parking_lot::Mutex;
@@ -358,7 +359,7 @@ impl Default for Inspector {
         let process = Process {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
-            since: millis(SystemTime::now()),
+            since: millis(clock::now()),
             status: "starting".into(),
             ..Process::default()
         };

@@ -4,6 +4,9 @@
 //! The decisions (path, tokens' life, monitor matching, refresh timing) are pure functions here and in
 //! `nsm-api`; clocks and chance are arguments.
 
+// The clock is `nsm_identity::clock::now()`.
+#![warn(clippy::disallowed_methods)]
+
 pub mod auth;
 pub mod chain;
 pub mod dial;

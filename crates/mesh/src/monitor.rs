@@ -589,6 +589,7 @@ mod tests {
     use nsm_api::pb::connection::{Path, PathSegment};
 
     use super::*;
+    use nsm_identity::clock;
 
     fn conn(index: u32, segments: &[(&str, &str)]) -> Connection {
         Connection {
@@ -669,8 +670,7 @@ mod tests {
         assert_eq!(answered(), State::Up, "of another hop, from which it moves away");
         // What stood there before has an end of its own.
         let mut again = up.clone();
-        path::current_mut(&mut again).unwrap().expires =
-            Some(path::to_timestamp(std::time::SystemTime::now()));
+        path::current_mut(&mut again).unwrap().expires = Some(path::to_timestamp(clock::now()));
         hub.asks("u1", &next());
         tell(ConnectionEventType::Delete, &next());
         hub.answered(again, None);

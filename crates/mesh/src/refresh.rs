@@ -30,6 +30,7 @@ mod tests {
     use nsm_api::pb::connection::{Path, PathSegment};
 
     use super::*;
+    use nsm_identity::clock;
 
     fn answer(expiries: &[Option<u64>], index: u32, now: SystemTime) -> Connection {
         let segment = |left: &Option<u64>| PathSegment {
@@ -44,7 +45,7 @@ mod tests {
 
     #[test]
     fn a_fifth_of_the_shortest_life() {
-        let now = SystemTime::now();
+        let now = clock::now();
         let four = answer(&[Some(600), Some(300), Some(600), Some(600)], 0, now);
         assert_eq!(wait(&four, now).unwrap().as_secs_f64().round() as u64, 60);
         let inner = answer(&[Some(600), Some(600), Some(600), Some(600)], 2, now);
@@ -54,7 +55,7 @@ mod tests {
 
     #[test]
     fn no_tight_loop_without_an_expiry() {
-        let now = SystemTime::now();
+        let now = clock::now();
         assert_eq!(wait(&answer(&[Some(600), None], 0, now), now), None);
         assert_eq!(wait(&Connection::default(), now), None);
     }

@@ -10,6 +10,7 @@ use nsm_api::{
     path,
     pb::connection::{Connection, PathSegment},
 };
+use nsm_identity::clock;
 use nsm_identity::{CertificateError, Denial, Identity, chains::Chain};
 use nsm_transport::Peer;
 
@@ -109,7 +110,7 @@ fn attach(hop: &mut PathSegment, peer: &Peer) {
         return;
     }
     let identity = peer.identity();
-    if let Some(chain) = identity.chains().find(&hop.signer, identity.bundles(), SystemTime::now()) {
+    if let Some(chain) = identity.chains().find(&hop.signer, identity.bundles(), clock::now()) {
         hop.chain = chain.certificates().iter().map(|der| der.to_vec()).collect();
     }
 }

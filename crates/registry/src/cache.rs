@@ -17,6 +17,7 @@ use std::{
 use async_trait::async_trait;
 use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use nsm_api::pb::registry::{NetworkService, NetworkServiceEndpoint};
+use nsm_identity::clock;
 use nsm_transport::Peer;
 use parking_lot::Mutex;
 use tokio::{
@@ -130,7 +131,7 @@ impl<T: Topical> Cached<T> {
 
     /// What a query for one name finds in the replicas: a refresh names the endpoint that its wire goes to.
     fn named(&self, query: &T) -> Option<Arc<T>> {
-        let now = SystemTime::now();
+        let now = clock::now();
         let replicas = self.0.replicas.lock();
         let complete = replicas.values().filter(|replica| *replica.state.borrow() == State::Complete);
         let mut found = complete.filter_map(|replica| Some((replica, replica.store.get(query.name())?)));
@@ -272,7 +273,7 @@ impl<T: Topical> Directory<T> for Cached<T> {
             && *replica.state.borrow() == State::Complete
         {
             let found = replica.store.find(&query);
-            let now = SystemTime::now();
+            let now = clock::now();
             if !found.is_empty() && !found.iter().any(|item| item.is_overdue(now)) {
                 return Ok(stream::iter(found).map(|item| Ok(((*item).clone(), false))).boxed());
             }
@@ -490,7 +491,7 @@ mod tests {
         };
         let registry = Counting::new(Mute(Store::default()));
         let mut cx = Context::own(RegistrationPath::default());
-        let soon = SystemTime::now() + Duration::from_millis(50);
+        let soon = clock::now() + Duration::from_millis(50);
         registry.register(&mut cx, nse(soon)).await.expect("registered");
         let cached = Cached::new(registry.clone() as Arc<dyn Directory<_>>);
         let ends = async || {
@@ -500,7 +501,7 @@ mod tests {
         assert_eq!(ends().await, [Some(timestamp_of(soon))]);
         settle(async || cached.replica("s").is_some_and(|r| *r.state.borrow() == State::Complete)).await;
         // Refreshed at the registry, whose watch does not tell.
-        let later = SystemTime::now() + Duration::from_secs(3600);
+        let later = clock::now() + Duration::from_secs(3600);
         registry.register(&mut cx, nse(later)).await.expect("registered");
         std::thread::sleep(Duration::from_millis(60));
         assert_eq!(ends().await, [Some(timestamp_of(later))]);

@@ -21,6 +21,7 @@ use nsm_api::{
     mechanism::InodeUrl,
     pb::registry::{NetworkService, NetworkServiceEndpoint},
 };
+use nsm_identity::clock;
 use nsm_transport::{Connection, DialTarget, DialUrl, FdTable, FileId, Pool};
 use rustix::fs::{Mode, OFlags};
 use tokio::{
@@ -466,7 +467,7 @@ impl<T: Kept> Keeper<T> {
         loop {
             let since = Instant::now();
             let name = self.wanted.name().to_owned();
-            let refresh = held.item.expires().map(|end| refresh_in(SystemTime::now(), end));
+            let refresh = held.item.expires().map(|end| refresh_in(clock::now(), end));
             let cause = tokio::select! {
                 done = &mut end => return self.finish(done.ok()).await,
                 cause = lost::<T>(held.connection.clone(), &name) => cause,

@@ -176,6 +176,7 @@ pub fn timestamp_of(time: SystemTime) -> Timestamp {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nsm_identity::clock;
     use proptest::prelude::*;
 
     #[test]
@@ -238,7 +239,7 @@ mod tests {
         for (seconds, nanos) in [(i64::MIN, i32::MIN), (i64::MAX, i32::MAX), (-1, 5), (7, -5)] {
             let time = time_of(&Timestamp { seconds, nanos });
             let _ = timestamp_of(time);
-            let _ = expiration_time(SystemTime::now(), Some(time), [], DEFAULT_LIFETIME);
+            let _ = expiration_time(clock::now(), Some(time), [], DEFAULT_LIFETIME);
         }
         let whole = Timestamp { seconds: 1_760_000_060, nanos: 120_000_000 };
         assert_eq!(timestamp_of(time_of(&whole)), whole);

@@ -16,6 +16,7 @@ use nsm_api::{
     matching,
     pb::registry::{NetworkService, NetworkServiceEndpoint},
 };
+use nsm_identity::clock;
 use parking_lot::Mutex;
 use tokio::time::{Instant, interval, sleep};
 use tracing::debug;
@@ -87,7 +88,7 @@ impl Following {
 
     /// Of whatever service it is.
     fn named(&self, query: &NetworkServiceEndpoint) -> Option<Endpoint> {
-        let now = SystemTime::now();
+        let now = clock::now();
         let topics: Vec<_> = self.0.topics.lock().values().cloned().collect();
         topics.iter().find_map(|topic| {
             let known = topic.known.lock();
@@ -213,7 +214,7 @@ impl LookUp for Following {
         let known = match &query.network_service_names[..] {
             [] if !query.name.is_empty() => self.named(&query).map(|endpoint| vec![endpoint]),
             [service, ..] => self.known(service, |known| {
-                let now = SystemTime::now();
+                let now = clock::now();
                 let found = known.endpoints.values();
                 let found: Vec<_> = found.filter(|e| matching::endpoint_answers(&query, &e.nse)).collect();
                 let holds = !found.is_empty() && found.iter().all(|endpoint| known.holds(endpoint, now));

@@ -15,6 +15,7 @@ use nsm_api::{
     payload,
     pb::registry::{NetworkService, NetworkServiceEndpoint},
 };
+use nsm_identity::clock;
 use nsm_transport::Peer;
 
 use crate::{
@@ -148,7 +149,7 @@ impl Directory<NetworkServiceEndpoint> for Endpoints {
         cx: &mut Context,
         mut endpoint: NetworkServiceEndpoint,
     ) -> Result<NetworkServiceEndpoint, Error> {
-        let now = SystemTime::now();
+        let now = clock::now();
         cx.limit_expiration_time(&mut endpoint, self.lifetime, now)?;
         let known = self.known(&endpoint.name);
         endpoint.initial_registration_time = known

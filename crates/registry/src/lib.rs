@@ -11,6 +11,9 @@
 //! before different directories; what a directory keeps is kept in memory or by another [`Keeper`]. The pure parts — [`store`], [`expiry`], [`path`] — know no RPC.
 //! Facts: spec/registry.md sections 1 to 3; its defects (section 11) are not reproduced.
 
+// The clock is `nsm_identity::clock::now()`.
+#![warn(clippy::disallowed_methods)]
+
 mod cache;
 mod client;
 pub mod expiry;

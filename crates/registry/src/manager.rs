@@ -12,7 +12,7 @@ use std::{
     env,
     os::fd::OwnedFd,
     sync::{Arc, Weak},
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -25,6 +25,7 @@ use nsm_api::{
         network_service_registry_server::NetworkServiceRegistryServer,
     },
 };
+use nsm_identity::clock;
 use nsm_identity::{SpiffeId, policy::Policies, token};
 use nsm_transport::{DialTarget, DialUrl, FdTable, FileId, MAX_MESSAGE, Peer, Pool};
 use parking_lot::Mutex;
@@ -539,7 +540,7 @@ impl Directory<NetworkServiceEndpoint> for LocalEndpoints {
                 entry.labels.entry(label.clone()).or_insert_with(|| value.clone());
             }
         }
-        cx.limit_expiration_time(&mut endpoint, inner.config.lifetime, SystemTime::now())?;
+        cx.limit_expiration_time(&mut endpoint, inner.config.lifetime, clock::now())?;
         let reach = inner.reach(cx, &endpoint).await?;
         // Peers know an endpoint by the name that they sent.
         let name = endpoint.name.clone();
@@ -547,7 +548,7 @@ impl Directory<NetworkServiceEndpoint> for LocalEndpoints {
 
         let mut answer = inner.endpoints.register(cx, endpoint).await?;
         answer.url = url;
-        let now = SystemTime::now();
+        let now = clock::now();
         let end = answer.expiration_time.as_ref().map(time_of);
         let left = end.map_or(inner.config.lifetime, |end| end.duration_since(now).unwrap_or_default());
         let local = Local { nse: Arc::new(answer.clone()), reach, forwards, path: cx.path.clone() };

@@ -1,9 +1,10 @@
 //! Memory as a keeper of endpoints: a table and what ends what is in it.
 
-use std::{sync::Arc, time::SystemTime};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use nsm_api::pb::registry::NetworkServiceEndpoint;
+use nsm_identity::clock;
 use tokio::{task::JoinHandle, time::Instant};
 use tracing::info;
 
@@ -62,7 +63,7 @@ impl Keeper<NetworkServiceEndpoint> for Expiring {
         // The monotonic clock from here on: setting the other ends nobody's registration.
         match endpoint.expiration_time.as_ref().map(time_of) {
             Some(end) => {
-                let left = end.duration_since(SystemTime::now()).unwrap_or_default();
+                let left = end.duration_since(clock::now()).unwrap_or_default();
                 self.timers.set(&endpoint.name, Instant::now() + left, change);
             }
             None => self.timers.clear(&endpoint.name, change),

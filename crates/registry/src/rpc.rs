@@ -1,9 +1,6 @@
 //! Calls to a registry: the path out and in, and the client's policies on what comes back.
 
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use futures::{StreamExt, stream};
@@ -12,6 +9,7 @@ use nsm_api::pb::registry::{
     network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient,
     network_service_registry_client::NetworkServiceRegistryClient,
 };
+use nsm_identity::clock;
 use nsm_identity::policy::Evidence;
 use nsm_transport::{Connection, DialUrl, Peer, Pool};
 use tokio::time::Instant;
@@ -162,7 +160,7 @@ fn adopt(path: &mut RegistrationPath, answer: &MetadataMap, connection: &Connect
     let peer = connection.peer();
     let trusted = peer.identity().bundles();
     let evidence =
-        Evidence { index: path.index, peer: peer.leaf(), trusted, signers: None, now: SystemTime::now() };
+        Evidence { index: path.index, peer: peer.leaf(), trusted, signers: None, now: clock::now() };
     connection.policies().check_client(&answered.tokens, evidence, || {
         document(&answered.tokens, path.index, peer, ("", None))
     })?;

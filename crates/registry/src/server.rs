@@ -22,6 +22,7 @@ use nsm_api::pb::registry::{
     },
     network_service_registry_server::{NetworkServiceRegistry, NetworkServiceRegistryServer},
 };
+use nsm_identity::clock;
 use nsm_identity::{
     Identity, Source, SpiffeId,
     policy::{self, Check, Evidence, Policies},
@@ -286,7 +287,7 @@ impl Context {
         }
         let next = path.tokens.get(asker + 2).and_then(|jwt| token::claims(jwt).ok());
         let next = next.and_then(|claims| claims.subject.parse::<SpiffeId>().ok());
-        let own = token::mint(peer.identity().svid(), next.as_ref(), None, max_lifetime, SystemTime::now());
+        let own = token::mint(peer.identity().svid(), next.as_ref(), None, max_lifetime, clock::now());
         match (own, path.tokens.get_mut(asker + 1)) {
             (Ok(own), Some(segment)) => own.jwt().clone_into(segment),
             (Err(reason), _) => debug!(%reason, "our token cannot be signed again"),
@@ -449,7 +450,7 @@ impl<T: Item> Front<T> {
             return Err(Error::NoName { kind: T::KIND });
         }
         check(item)?;
-        let now = SystemTime::now();
+        let now = clock::now();
         let caller = client_token(request.metadata());
         let own = peer.token(self.0.max_token_lifetime, now);
         let own = own.map_err(|e| Error::NoToken { peer: peer.id().to_string(), source: Arc::new(e) })?;

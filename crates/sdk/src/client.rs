@@ -1,11 +1,6 @@
 //! An edge client: asks for wires, keeps them up, closes them.
 
-use std::{
-    collections::BTreeMap,
-    fmt,
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use nsm_api::{
     mechanism::{InodeUrl, key},
@@ -18,6 +13,7 @@ use nsm_api::{
     planted,
 };
 use nsm_dns::Names;
+use nsm_identity::clock;
 use nsm_mesh::{
     Answer, Call, Connections, Context, Element, Error, Next, NextHop, Result, chain,
     dial::Dial,
@@ -426,7 +422,7 @@ async fn keep(
             let conn = tell.borrow().clone();
             let wait = match planted::is("nobody refreshes") {
                 true => Duration::MAX,
-                false => refresh::wait(&conn, SystemTime::now()).unwrap_or(Duration::from_secs(10)),
+                false => refresh::wait(&conn, clock::now()).unwrap_or(Duration::from_secs(10)),
             };
             slowest = None;
             let woke = tokio::select! {

@@ -1,6 +1,9 @@
 //! The public library: clients, endpoints and network functions of a network service mesh. [`program`] is the short way
 //! into it; `examples/` of the repository has whole programs.
 
+// The clock is `nsm_identity::clock::now()`.
+#![warn(clippy::disallowed_methods)]
+
 pub mod client;
 pub mod dns;
 pub mod endpoint;

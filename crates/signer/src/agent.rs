@@ -3,18 +3,13 @@
 //! All processes of a pod have the same SVID, so that the signer is asked once for a pod and again after half of the
 //! SVID's life. While no signer answers, what was signed goes on until it ends.
 
-use std::{
-    collections::HashMap,
-    fs, io,
-    path::PathBuf,
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{collections::HashMap, fs, io, path::PathBuf, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{Request, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper_util::rt::TokioIo;
+use nsm_identity::clock;
 use nsm_identity::{
     Svid, UnixPeer,
     ca::workload::{Issued, Issuer, Renewal, unattested},
@@ -223,7 +218,7 @@ impl Agent {
             |all: Vec<Der>| all.into_iter().map(|der| CertificateDer::from(der.0)).collect::<Vec<_>>();
         let key = PrivatePkcs8KeyDer::from(key.serialize_der());
         let svid = Svid::new(certificates(signed.chain), key)?;
-        let left = svid.not_after().duration_since(SystemTime::now()).unwrap_or_default();
+        let left = svid.not_after().duration_since(clock::now()).unwrap_or_default();
         Ok(Issued {
             domain: svid.id().trust_domain(),
             svids: vec![svid],
@@ -325,7 +320,7 @@ impl Agent {
 }
 
 fn lives(issued: &Issued) -> bool {
-    issued.svids.iter().all(|svid| svid.not_after() > SystemTime::now())
+    issued.svids.iter().all(|svid| svid.not_after() > clock::now())
 }
 
 #[tonic::async_trait]

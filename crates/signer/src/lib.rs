@@ -14,6 +14,9 @@
 //!
 //! [`pod`] tells the pod of a process, [`protocol`] is what agents and signers say to each other.
 
+// The clock is `nsm_identity::clock::now()`.
+#![warn(clippy::disallowed_methods)]
+
 pub mod agent;
 pub mod pod;
 pub mod protocol;

@@ -18,6 +18,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
+use nsm_identity::clock;
 use nsm_identity::{
     InvalidId, SpiffeId, TrustDomain,
     ca::rotation::{Authorities, AuthorityError},
@@ -225,7 +226,7 @@ impl Signer {
     }
 
     async fn pass(&self, renew: &mut SystemTime, known: &mut String) -> Result<(), KeepError> {
-        let (config, now) = (&self.config, SystemTime::now());
+        let (config, now) = (&self.config, clock::now());
         let domain = Some(&config.trust_domain);
         let authorities =
             authorities::keep(&self.api, &config.namespace, &config.secret, domain, now).await?;
@@ -277,7 +278,7 @@ impl Signer {
         };
         let id: SpiffeId = format!("{}/ns/{namespace}/{who}", self.config.trust_domain.id()).parse()?;
         let lifetime = self.config.svid_lifetime;
-        let leaf = authorities.issue(&id, &ask.request.0, lifetime, SystemTime::now())?;
+        let leaf = authorities.issue(&id, &ask.request.0, lifetime, clock::now())?;
         let roots = authorities.roots().iter().map(|root| Der(root.to_vec())).collect();
         Ok((id, Signed { chain: vec![Der(leaf.to_vec())], roots }))
     }

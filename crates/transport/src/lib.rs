@@ -34,6 +34,9 @@
 //! # }
 //! ```
 
+// The clock is `nsm_identity::clock::now()`.
+#![warn(clippy::disallowed_methods)]
+
 mod cork;
 mod deadline;
 mod delivery;

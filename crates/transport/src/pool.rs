@@ -36,6 +36,7 @@ use http::{HeaderValue, Request, Response, Uri, uri::Authority};
 use http_body::{Body, Frame, SizeHint};
 use hyper::{body::Incoming, client::conn::http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use nsm_identity::clock;
 use nsm_identity::{FileId, Identity, Source, explain, policy::Policies, token::DEFAULT_MAX_LIFETIME};
 use parking_lot::Mutex;
 use rustls_pki_types::ServerName;
@@ -418,7 +419,7 @@ impl Connection {
         end: Arc<OnceLock<String>>,
         config: &PoolConfig,
     ) -> Self {
-        let now = SystemTime::now();
+        let now = clock::now();
         let left = peer.leaf().not_after().duration_since(now).unwrap_or_default();
         Self(Arc::new(Link {
             authority: authority.parse().unwrap_or_else(|_| Authority::from_static("localhost")),
@@ -468,7 +469,7 @@ impl Connection {
     fn takes_new_calls(&self, identity: &Arc<Identity>) -> bool {
         !self.is_closed()
             && Arc::ptr_eq(self.0.peer.identity(), identity)
-            && SystemTime::now() < self.0.retire
+            && clock::now() < self.0.retire
             && self.sent() < self.0.descriptors
     }
 
@@ -481,7 +482,7 @@ impl Connection {
         let token = self
             .0
             .peer
-            .token(self.0.max_token_lifetime, SystemTime::now())
+            .token(self.0.max_token_lifetime, clock::now())
             .map_err(|e| Unanswered.mark(Status::unavailable(explain(&e))))?;
         let header =
             |text: &str| HeaderValue::from_str(text).map_err(|_| Status::internal("a token is no header"));

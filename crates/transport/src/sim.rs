@@ -5,16 +5,12 @@
 //! what a handshake decides is decided by [`shake_hands`]. How long a message takes and whether it arrives is for the
 //! [`Process`] to say.
 
-use std::{
-    convert::Infallible,
-    fmt,
-    sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::{convert::Infallible, fmt, sync::Arc, time::UNIX_EPOCH};
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use http::{Request, Response};
+use nsm_identity::clock;
 use nsm_identity::{CertificateError, Identity, Source, UnixPeer};
 use rustls_pki_types::UnixTime;
 use tonic::{Status, body::Body, service::Routes};
@@ -103,7 +99,7 @@ pub fn shake_hands(
     address: (String, String),
     unix: Option<(UnixPeer, UnixPeer)>,
 ) -> Result<(Peer, Peer), CertificateError> {
-    let now = UnixTime::since_unix_epoch(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default());
+    let now = UnixTime::since_unix_epoch(clock::now().duration_since(UNIX_EPOCH).unwrap_or_default());
     for (of, by) in [(server, caller), (caller, server)] {
         let (leaf, rest) = of.svid().chain().split_first().ok_or(CertificateError::Malformed)?;
         by.bundles().verify(leaf, rest, now)?;

@@ -1,7 +1,8 @@
 //! What the webhook asks of the API server besides what it keeps there.
 
-use std::{collections::BTreeSet, time::SystemTime};
+use std::collections::BTreeSet;
 
+use nsm_identity::clock;
 use nsm_k8s::objects::{ApiError, NoCluster, Objects, escaped};
 use serde_json::{Value, json};
 
@@ -109,7 +110,7 @@ fn event(pod: &Value, message: &str) -> Value {
     let name = metadata["name"].as_str().unwrap_or_default();
     let uid = metadata["uid"].as_str().unwrap_or_default();
     let end = message.char_indices().map(|(at, c)| at + c.len_utf8()).take_while(|end| *end <= 1024).last();
-    let now = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
+    let now = humantime::format_rfc3339_seconds(clock::now()).to_string();
     json!({
         "apiVersion": "v1",
         "kind": "Event",

@@ -12,6 +12,7 @@ use std::{
 };
 
 use nsm_identity::ca::rotation::{Authorities, AuthorityError};
+use nsm_identity::clock;
 use nsm_k8s::{
     authorities::{self, KeptError},
     objects::ApiError,
@@ -156,7 +157,7 @@ impl Keeper {
 
     /// Makes everything as it should be.
     async fn pass(&mut self, renew: &mut SystemTime, known: &mut String) -> Result<(), KeepError> {
-        let now = SystemTime::now();
+        let now = clock::now();
         self.find_owner().await?;
         match &self.origin {
             Origin::Secret { namespace, name } => {

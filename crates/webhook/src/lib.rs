@@ -24,6 +24,9 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+// The clock is `nsm_identity::clock::now()`.
+#![warn(clippy::disallowed_methods)]
+
 pub mod annotation;
 pub mod cluster;
 pub mod configuration;

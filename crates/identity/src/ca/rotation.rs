@@ -303,6 +303,7 @@ mod tests {
     use webpki::{EndEntityCert, anchor_from_trusted_cert};
 
     use super::*;
+    use crate::clock;
 
     const NAME: &str = "admission-webhook-svc.nsm-system.svc";
 
@@ -348,7 +349,7 @@ mod tests {
 
     #[test]
     fn what_is_signed_is_for_its_names_and_its_time_only() {
-        let now = SystemTime::now();
+        let now = clock::now();
         let authorities = Authorities::new(now).unwrap();
         let certificate = authorities.sign(&names(), now).unwrap();
         let bundle = authorities.bundle();
@@ -363,7 +364,7 @@ mod tests {
 
     #[test]
     fn what_was_kept_goes_on_and_what_ended_is_replaced() {
-        let now = SystemTime::now();
+        let now = clock::now();
         let authorities = Authorities::new(now).unwrap();
         let kept = Authorities::parse(&authorities.pem()).unwrap();
         assert_eq!((kept.pem(), kept.bundle()), (authorities.pem(), authorities.bundle()));
@@ -418,7 +419,7 @@ mod tests {
 
     #[test]
     fn identities_are_of_the_domain_and_keys_of_one_kind() {
-        let now = SystemTime::now();
+        let now = clock::now();
         let authorities = Authorities::of_domain("k8s.nsm".parse().unwrap(), now).unwrap();
         assert_eq!(authorities.domain().unwrap().as_str(), "k8s.nsm");
         let request = |algorithm| {
@@ -457,8 +458,8 @@ mod tests {
 
     #[test]
     fn what_is_damaged_is_told() {
-        let good = Authorities::new(SystemTime::now()).unwrap().pem();
-        let other = Authorities::new(SystemTime::now()).unwrap().pem();
+        let good = Authorities::new(clock::now()).unwrap().pem();
+        let other = Authorities::new(clock::now()).unwrap().pem();
         let key = good.find("-----BEGIN PRIVATE").unwrap();
         let others_key = other.find("-----BEGIN PRIVATE").unwrap();
         for (bad, says) in [
@@ -470,7 +471,7 @@ mod tests {
             let error = Authorities::parse(&bad).expect_err(&bad).to_string();
             assert!(error.contains(says) && error.contains("expected pairs of CERTIFICATE"), "{error}");
         }
-        let error = Authorities::parse(&good).unwrap().sign(&["ä".into()], SystemTime::now()).unwrap_err();
+        let error = Authorities::parse(&good).unwrap().sign(&["ä".into()], clock::now()).unwrap_err();
         assert!(error.to_string().contains("a certificate cannot be made"), "{error}");
     }
 }

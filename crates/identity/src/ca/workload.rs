@@ -11,6 +11,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use crate::clock;
 use rustls_pki_types::CertificateDer;
 use tokio::{
     net::{UnixListener, UnixStream},
@@ -69,14 +70,14 @@ impl Renewal {
     /// In so long from now.
     #[must_use]
     pub fn after(time: Duration) -> Self {
-        Self { set: tokio::time::Instant::now(), by_the_clock: SystemTime::now(), after: time }
+        Self { set: tokio::time::Instant::now(), by_the_clock: clock::now(), after: time }
     }
 
     /// Whether it is time.
     #[must_use]
     pub fn is_due(&self) -> bool {
         let passed = self.set.elapsed();
-        passed >= self.after || jumped(self.by_the_clock, passed, SystemTime::now())
+        passed >= self.after || jumped(self.by_the_clock, passed, clock::now())
     }
 
     /// Returns when it is.

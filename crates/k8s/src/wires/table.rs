@@ -5,6 +5,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use nsm_identity::clock;
 use serde_json::Value;
 use tokio::time::Instant;
 
@@ -133,7 +134,7 @@ impl Entry {
             wish,
             uid: String::new(),
             state: State::Asking,
-            since: SystemTime::now(),
+            since: clock::now(),
             shape: None,
             was_up: false,
             trouble: None,
@@ -213,7 +214,7 @@ impl Table {
         entry.asked = now;
         entry.wish = wish;
         if entry.state == State::Ended {
-            entry.turn(State::Asking, now, SystemTime::now());
+            entry.turn(State::Asking, now, clock::now());
         }
     }
 
@@ -225,7 +226,7 @@ impl Table {
         if new {
             (entry.told, entry.shape, entry.trouble) = (Told::default(), None, None);
             entry.was_up = false;
-            entry.turn(State::Asking, now, SystemTime::now());
+            entry.turn(State::Asking, now, clock::now());
             self.gates.remove(&(name.namespace.clone(), name.pod.clone()));
         }
     }
@@ -405,7 +406,7 @@ mod tests {
 
     #[test]
     fn what_is_up_is_said_at_once_and_what_falls_when_it_stays_down() {
-        let (mut table, now, clock) = (Table::default(), Instant::now(), SystemTime::now());
+        let (mut table, now, clock) = (Table::default(), Instant::now(), clock::now());
         let wire = name("web", "web-0");
         table.asked(&wire, wish(), now);
         table.is(&wire, State::Up, Some(shape("gw-1")), None, now, clock);
@@ -438,7 +439,7 @@ mod tests {
 
     #[test]
     fn who_asks_in_vain_all_the_time_is_said_ever_less_often_and_who_gives_up_is_forgotten() {
-        let (mut table, begin, clock) = (Table::default(), Instant::now(), SystemTime::now());
+        let (mut table, begin, clock) = (Table::default(), Instant::now(), clock::now());
         let wire = name("web", "web-0");
         table.asked(&wire, wish(), begin);
         table.is_of(&wire, "uid-1", begin);
@@ -466,7 +467,7 @@ mod tests {
 
     #[test]
     fn a_pod_waits_for_all_of_its_wires_and_its_namesake_begins_anew() {
-        let (mut table, now, clock) = (Table::default(), Instant::now(), SystemTime::now());
+        let (mut table, now, clock) = (Table::default(), Instant::now(), clock::now());
         let (one, two, other) = (name("web", "web-0"), name("web", "web-1"), name("web-1", "web-0"));
         for wire in [&one, &two, &other] {
             table.asked(wire, wish(), now);
@@ -505,13 +506,13 @@ mod tests {
             table.asked(&name(&format!("pod-{n}"), "0"), wish(), now);
         }
         assert_eq!(table.len(), MOST);
-        table.failed(&name("unknown", "0"), trouble("x"), now, SystemTime::now());
+        table.failed(&name("unknown", "0"), trouble("x"), now, clock::now());
         assert_eq!(table.len(), MOST);
     }
 
     #[test]
     fn what_could_not_be_said_is_tried_again_as_it_is_then() {
-        let (mut table, now, clock) = (Table::default(), Instant::now(), SystemTime::now());
+        let (mut table, now, clock) = (Table::default(), Instant::now(), clock::now());
         let wire = name("web", "web-0");
         table.asked(&wire, wish(), now);
         table.is_of(&wire, "uid-1", now);

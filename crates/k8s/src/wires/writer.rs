@@ -5,6 +5,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use nsm_identity::clock;
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tracing::{debug, info, warn};
@@ -190,7 +191,7 @@ impl Writer {
         }
         match &job.gate {
             Gate::Waits(said) if said.as_ref() != Some(&job.missing) => {
-                let change = condition(&job.seen.uid, job.missing.as_deref(), SystemTime::now());
+                let change = condition(&job.seen.uid, job.missing.as_deref(), clock::now());
                 self.turn().await;
                 let done = self.api.patch(&what, &path, Patch::Strategic, &change).await;
                 if self.judged(done)?.is_none() {
@@ -264,7 +265,7 @@ impl Writer {
     async fn event(&mut self, job: &mut Job) -> Result<bool, Stopped> {
         let seen = &job.seen;
         let collection = format!("/api/v1/namespaces/{}/events", escaped(&seen.name.namespace));
-        let now = SystemTime::now();
+        let now = clock::now();
         let state = Said {
             state: seen.state,
             endpoint: seen.shape.as_ref().map(|shape| shape.endpoint.clone()).unwrap_or_default(),

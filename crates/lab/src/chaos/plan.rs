@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use nsm_api::nsurl::NsUrl;
 
-use crate::scenario::{Daemons, Fault, Link, Pod, Scenario};
+use crate::chance::Chance;
+use crate::scenario::{Daemons, Fault, Impairment, Link, Pod, Scenario, Shift};
 
 /// A wire that a client of the file asks for.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -53,47 +54,10 @@ pub struct Strike {
     pub fault: Fault,
 }
 
-/// `SplitMix64` (Steele, Lea, Flood 2014): a few lines that give the same numbers for ever, so that a seed stays what it
-/// was.
-#[derive(Debug)]
-struct Chance(u64);
-
 /// Faults of one round, at most.
 const STRIKES: u64 = 3;
 /// The last of them begins so long after the first, at most.
 const SPREAD: u64 = 2000;
-
-// === impl Chance ===
-
-impl Chance {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// Below `bound`; 0 if that is 0.
-    fn below(&mut self, bound: u64) -> u64 {
-        self.next().checked_rem(bound).unwrap_or(0)
-    }
-
-    fn between(&mut self, from: u64, to: u64) -> u64 {
-        from + self.below(to - from + 1)
-    }
-
-    fn one<'a, T>(&mut self, of: &'a [T]) -> Option<&'a T> {
-        of.get(self.below(of.len() as u64) as usize)
-    }
-
-    /// Up to `most` of them, at least one if there is one.
-    fn some<T: Clone + Ord>(&mut self, of: &[T], most: u64) -> Vec<T> {
-        let count = self.between(1, most);
-        let chosen: BTreeSet<T> = (0..count).filter_map(|_| self.one(of).cloned()).collect();
-        chosen.into_iter().collect()
-    }
-}
 
 // === impl Plan ===
 
@@ -138,7 +102,7 @@ impl Plan {
     /// What is broken in a round. Each is drawn for itself: one of them is the same without those before it.
     #[must_use]
     pub fn round(&self, number: u64) -> Round {
-        let mut chance = Chance(self.seed ^ number.wrapping_mul(0xd1b5_4a32_d192_ed03));
+        let mut chance = Chance::new(self.seed ^ number.wrapping_mul(0xd1b5_4a32_d192_ed03));
         // Numbers that follow each other begin alike.
         chance.next();
         let mut touched = BTreeSet::new();
@@ -162,7 +126,7 @@ impl Plan {
         let none = Fault { within: READY, ..Fault::default() };
         let killed = |kill: Vec<String>| Fault { kill, restart: true, ..none.clone() };
         let millis = Duration::from_millis;
-        let fault = match chance.below(16) {
+        let fault = match chance.below(20) {
             0..4 => killed(chance.some(&self.daemons, 4)),
             4..6 => killed(chance.some(&self.endpoints, 2)),
             6 => killed(vec![chance.one(&self.clients)?.clone()]),
@@ -182,10 +146,28 @@ impl Plan {
             }
             13 => Fault { remove: Some(chance.one(&self.clients)?.clone()), restart: true, ..none },
             14 => Fault { remove: Some(chance.one(&self.endpoints)?.clone()), restart: true, ..none },
+            15 => {
+                let node = chance.one(&self.nodes)?.name.clone();
+                let (loss, delay) = (chance.between(1, 40) as u8, millis(chance.below(60)));
+                let impair = Some(Impairment { node, loss, delay });
+                Fault { impair, lasts: millis(chance.between(500, 4000)), ..none }
+            }
+            16 | 17 => {
+                let nodes = self.nodes.iter().map(|node| node.name.clone());
+                let clocks: Vec<String> = nodes.chain(["identity".to_owned()]).collect();
+                // By hours, in which everything expires, or by seconds, in which only some of it does.
+                let most = *chance.one(&[7200, 7200, 60])?;
+                let seconds = chance.between(0, 2 * most) as i64 - most as i64;
+                let clock = Some(Shift { of: chance.one(&clocks)?.clone(), seconds });
+                Fault { clock, lasts: millis(chance.between(500, 4000)), ..none }
+            }
+            18 => {
+                let full = Some(chance.one(&self.nodes)?.name.clone());
+                Fault { full, lasts: millis(chance.between(500, 4000)), ..none }
+            }
             _ => killed(chance.one(&self.nodes)?.processes.clone()),
         };
-        let happens = !fault.kill.is_empty() || !fault.freeze.is_empty();
-        (happens || fault.cut.is_some() || fault.down.is_some() || fault.remove.is_some()).then_some(fault)
+        fault.is_some().then_some(fault)
     }
 }
 
@@ -196,7 +178,10 @@ fn touched_by(fault: &Fault) -> Vec<String> {
     let mut names: Vec<String> = fault.kill.iter().chain(&fault.freeze).cloned().collect();
     names.extend(fault.remove.clone());
     names.extend(fault.down.iter().map(|link| link.pod.clone()));
-    names.extend(fault.cut.iter().map(|node| format!("the cable of {node}")));
+    let impaired = fault.impair.as_ref().map(|impairment| &impairment.node);
+    names.extend(fault.cut.iter().chain(impaired).map(|node| format!("the cable of {node}")));
+    names.extend(fault.clock.iter().map(|shift| format!("the clock of {}", shift.of)));
+    names.extend(fault.full.iter().map(|node| format!("the disk of {node}")));
     names
 }
 
@@ -234,12 +219,12 @@ mod tests {
             (1..40).for_each(|n| drop(alone.round(n)));
             alone.round(40)
         });
-        // For ever: a seed that has found something is worth something.
+        // As long as the same things can break: a seed that has found something is worth something.
         assert_eq!(alone.round(1).to_string(), FIRST_OF_SEVEN);
     }
 
-    const FIRST_OF_SEVEN: &str = "round 1: node1/manager, node3/forwarder, registry killed, made again; client removed, \
-         made again after 418 ms; near-a removed, made again after 1227 ms";
+    const FIRST_OF_SEVEN: &str = "round 1: node2 cut off for 2s 139ms; node3 cut off for 2s 594ms after 143 ms; the disk of \
+         node1 full for 3s 133ms after 252 ms";
 
     #[test]
     fn everything_that_can_break_breaks_and_nothing_twice_in_a_round() {
@@ -253,8 +238,11 @@ mod tests {
             let mut touched = BTreeSet::new();
             for strike in &round.strikes {
                 assert!(touched_by(&strike.fault).into_iter().all(|name| touched.insert(name)), "{round}");
-                let Fault { kill, freeze, cut, down, remove, .. } = &strike.fault;
+                let Fault { kill, freeze, cut, down, remove, impair, clock, full, .. } = &strike.fault;
                 kinds.insert(match (kill.len(), freeze.is_empty(), cut, down, remove) {
+                    _ if impair.is_some() => "impaired",
+                    _ if clock.is_some() => "clock",
+                    _ if full.is_some() => "full disk",
                     (0, false, ..) => "freeze",
                     (0, _, Some(_), ..) => "cut",
                     (0, _, _, Some(_), _) => "down",
@@ -275,6 +263,7 @@ mod tests {
         let all = [
             "client",
             "client removed",
+            "clock",
             "cut",
             "daemon",
             "daemons",
@@ -282,6 +271,8 @@ mod tests {
             "endpoint",
             "endpoint removed",
             "freeze",
+            "full disk",
+            "impaired",
             "node",
         ];
         assert!(overlaps && kinds.iter().copied().eq(all), "{kinds:?}");

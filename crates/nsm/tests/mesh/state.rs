@@ -315,6 +315,30 @@ fn without_room_for_its_plan_no_wire_is_made() {
     mesh.nothing_is_left(&["a", "b", "gw"]);
 }
 
+/// Two hours ahead everything has expired, two hours behind nothing is valid yet: what stands goes on, what is new waits.
+#[test]
+fn wires_outlive_clocks_that_jump_and_new_ones_come_when_they_are_right_again() {
+    let test = "wires_outlive_clocks_that_jump_and_new_ones_come_when_they_are_right_again";
+    let Some(mesh) = Mesh::up(test, PODS) else { return };
+    mesh.client("client", "a", "kernel://plain/nsm0", &["--max-token-lifetime", "30s"]);
+    mesh.ready(&["client"]);
+    let before = record(&mesh);
+    let was = identity(&ends(&mesh, &before.plan.id, before.nsids));
+    for (of, seconds) in [("node1", 7200), ("node1", -7200), ("identity", 7200), ("identity", -7200)] {
+        let clock = mesh.lab.plan.paths().clock(of);
+        fs::write(&clock, seconds.to_string()).expect("write");
+        let late = format!("late-{of}{seconds}");
+        mesh.client(&late, "b", "kernel://plain/nsm0", &[]);
+        mesh.says(&late, "no wire yet");
+        fs::remove_file(&clock).expect("remove");
+        mesh.ready(&[&late]);
+        mesh.end(&late, Signal::TERM);
+        assert_eq!(identity(&ends(&mesh, &before.plan.id, before.nsids)), was, "{of} {seconds}");
+    }
+    mesh.end("client", Signal::TERM);
+    mesh.nothing_is_left(&["a", "b", "gw"]);
+}
+
 /// Refreshes need nothing of the registry: whoever serves the wire is known to every hop.
 #[test]
 fn wires_outlive_a_registry_that_stays_away() {
