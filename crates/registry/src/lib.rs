@@ -174,6 +174,9 @@ pub enum Error {
     Panicked,
 }
 
+/// The word for what has expired ([`Denial::check`]).
+const EXPIRED: &str = "tokens_expired";
+
 impl Error {
     /// May the same call succeed later without anybody changing anything? A refusal is not tried
     /// again by those who wait for a first registration.
@@ -181,13 +184,12 @@ impl Error {
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Unreachable(error) => error.is_transient(),
-            Self::Refused(status) => !matches!(
-                status.code(),
-                Code::InvalidArgument
-                    | Code::PermissionDenied
-                    | Code::Unimplemented
-                    | Code::FailedPrecondition
-            ),
+            Self::Refused(status) => match status.code() {
+                Code::InvalidArgument | Code::Unimplemented | Code::FailedPrecondition => false,
+                // A clock that is wrong may be right again.
+                Code::PermissionDenied => Refusal::of(status) == Some(EXPIRED),
+                _ => true,
+            },
             Self::Deadline { .. }
             | Self::Descriptor(_)
             | Self::TooSlow
@@ -260,5 +262,26 @@ impl From<Error> for Status {
         };
         let status = Status::new(code, text);
         word.map_or(status.clone(), |word| Refusal(word).mark(status))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    /// As whoever asked sees it: a status with its metadata.
+    fn told(denial: Denial) -> Error {
+        Status::from(Error::Denied(denial)).into()
+    }
+
+    #[test]
+    fn what_has_expired_by_a_clock_may_be_valid_again_and_other_refusals_are_final() {
+        let ago = Duration::from_secs(2839);
+        let expired = told(Denial::Expired { segment: 2, subject: "registry".into(), ago });
+        assert!(matches!(&expired, Error::Refused(status) if status.code() == Code::PermissionDenied));
+        assert!(expired.is_transient());
+        assert!(!told(Denial::Missing { segment: 1, count: 1 }).is_transient());
     }
 }

@@ -20,7 +20,7 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family},
     registry::Registry,
 };
-use tonic::{Code, Status};
+use tonic::{Code, Status, metadata::MetadataValue};
 
 use crate::server::Limits;
 
@@ -46,17 +46,28 @@ struct Labels {
     reason: &'static str,
 }
 
-/// Why a call is refused, in a word for counters: the source of a [`Status`] that a handler answers with.
+/// Why a call is refused, in a word for counters and for callers: the source of a [`Status`] that a handler answers with,
+/// and its metadata.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct Refusal(pub &'static str);
+
+/// Where callers find the word.
+const WORD: &str = "nsm-refusal";
 
 impl Refusal {
     /// Adds the word to a status.
     #[must_use]
     pub fn mark(self, mut status: Status) -> Status {
         status.set_source(Arc::new(self));
+        status.metadata_mut().insert(WORD, MetadataValue::from_static(self.0));
         status
+    }
+
+    /// The word in a status, of ours or of a peer's.
+    #[must_use]
+    pub fn of(status: &Status) -> Option<&str> {
+        status.metadata().get(WORD)?.to_str().ok()
     }
 }
 
