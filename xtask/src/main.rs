@@ -2,6 +2,7 @@
 //!
 //! Small on purpose: it is built before anything else, and everything that knows the mesh is in `nsm` itself.
 
+mod fuzz;
 mod image;
 
 use std::collections::BTreeMap;
@@ -62,6 +63,7 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    Fuzz(fuzz::Fuzz),
     /// Build nsm and measure: arguments are those of `nsm bench`
     Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -94,6 +96,7 @@ fn main() -> ExitCode {
         Task::Image(image) => image.make(),
         Task::Deploy => deploy(),
         Task::Sim { planted, args } => sim(planted.as_deref(), &args),
+        Task::Fuzz(fuzz) => fuzz.run(),
         Task::Bench { args } => bench(&args),
     };
     match done {

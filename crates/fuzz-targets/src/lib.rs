@@ -19,15 +19,18 @@ use nsm_api::{
     },
 };
 use nsm_dns::message::{self, Asked, Told};
+use nsm_identity::{Bundles, Leaf, SpiffeId};
+use nsm_kernel::store::Record;
 use nsm_registry::path::RegistrationPath;
 use nsm_webhook::{inject, review, settings::Settings};
 use prost::Message;
+use rustls_pki_types::CertificateDer;
 
 /// A decoder.
 pub type Target = fn(&[u8]);
 
 /// All of them, by the names of their corpora.
-pub const TARGETS: [(&str, Target); 10] = [
+pub const TARGETS: [(&str, Target); 12] = [
     ("messages", messages),
     ("path", connection_path),
     ("nsurl", nsurl),
@@ -38,6 +41,8 @@ pub const TARGETS: [(&str, Target); 10] = [
     ("rules", rules),
     ("dns", dns),
     ("admission", admission),
+    ("certificate", certificate),
+    ("record", record),
 ];
 
 /// Every message that peers send, and the checks that it goes through first.
@@ -178,6 +183,27 @@ pub fn admission(bytes: &[u8]) {
         });
         let answer = review::review(&settings, review.to_string().as_bytes(), &namespace, "unique");
         assert_eq!(answer.expect("it is a question")["response"]["uid"], "1");
+    }
+}
+
+/// A certificate, as it comes in a handshake, in a token's chain or from the Workload API.
+pub fn certificate(bytes: &[u8]) {
+    let der = CertificateDer::from(bytes.to_vec());
+    if let Ok(leaf) = Leaf::parse(der.clone()) {
+        assert_eq!(leaf.der(), &der);
+        let _ = (leaf.pem(), leaf.not_after(), leaf.id().trust_domain());
+    }
+    let domain = "spiffe://example.org".parse::<SpiffeId>().expect("an ID").trust_domain();
+    let _ = Bundles::default().insert(domain, &[der]);
+}
+
+/// The plan of a wire, as an earlier process has left it on the disk.
+pub fn record(bytes: &[u8]) {
+    let Ok(record) = serde_json::from_slice::<Record>(bytes) else { return };
+    if record.plan.validate().is_ok() {
+        let written = serde_json::to_vec(&record).expect("what was read can be written");
+        let same: Record = serde_json::from_slice(&written).expect("what we write we read");
+        assert!(same == record, "it has changed by writing and reading it");
     }
 }
 
