@@ -43,6 +43,8 @@ use crate::{
 
 /// How long a wire that was found at start may wait for its connection when its record tells no expiry.
 const GRACE: Duration = Duration::from_secs(600);
+/// How long a wire waits for another endpoint's to take its place.
+const LEFT: Duration = Duration::from_secs(1);
 /// How long after a wire was seen whole it is enough, when nothing about it changes, that its ends are there and up. To
 /// see it whole takes listing the addresses, routes and neighbours of both pods, which takes the longer the more wires
 /// they have.
@@ -381,7 +383,10 @@ impl Wires {
         let plan = &held.record.plan;
         // What still removes an older wire of this connection would take the new file along.
         self.machine.settle(&plan.id).map_err(|e| Taken::Other(refused(&e)))?;
-        if let Some(before) = before.filter(|before| moved(&before.record.plan, plan)) {
+        if let Some(before) = before
+            && moved(&before.record.plan, plan)
+            && !goes_with_its_end(&before.record.plan, plan)
+        {
             // An endpoint that came back in another pod: the old ends are where the new plan does not look, so they
             // go before the record that knows where they are.
             self.machine
@@ -449,6 +454,24 @@ impl Wires {
             Error::new(Code::ResourceExhausted, explain(&e))
                 .hint("a wire is only made when its plan can be kept; free space in NSM_STATE_DIR")
         })
+    }
+
+    /// A connection is about to be asked for with another endpoint: the client's end stays for a moment, for the new wire
+    /// to take its place. An end for the endpoint alone is of no use to anybody.
+    pub fn leave(self: &Arc<Self>, id: &str) {
+        let until = Instant::now() + LEFT;
+        let waits = self.records.lock().get_mut(id).is_some_and(|held| {
+            (held.claimed, held.until) = (false, Some(until));
+            held.record.plan.near.is_some()
+        });
+        if !waits {
+            return self.remove(id);
+        }
+        let (this, id) = (Arc::clone(self), id.to_owned());
+        tokio::spawn(async move {
+            tokio::time::sleep_until(until).await;
+            this.take(|other, held| other == id && !held.claimed && held.until == Some(until));
+        });
     }
 
     /// Removes a connection's wire. The kernel takes its time; nobody waits for that.
@@ -567,6 +590,15 @@ fn moved(before: &WirePlan, now: &WirePlan) -> bool {
     let places = |plan: &WirePlan| plan.ends().map(|(side, end)| (side, end.ns)).collect::<Vec<_>>();
     places(before) != places(now)
         || std::mem::discriminant(&before.construction) != std::mem::discriminant(&now.construction)
+}
+
+/// Whether an old wire is found by the client's end, where the new one is made: that is left until the new one carries
+/// packets, and takes the other end along. Rules do not go with the interface, so they are removed before.
+fn goes_with_its_end(before: &WirePlan, now: &WirePlan) -> bool {
+    let place = |plan: &WirePlan| plan.near.as_ref().map(|end| (end.ns, end.ifname.clone()));
+    place(before).is_some()
+        && place(before) == place(now)
+        && before.ends().all(|(_, end)| end.policies.is_empty())
 }
 
 fn taken(error: nsm_kernel::Error, plan: &WirePlan) -> Taken {
@@ -887,6 +919,7 @@ mod tests {
         let mut after = before.clone();
         after.plan.far = Some(EndPlan::new(Side::Far, third.ns.id(), "nsm-moving", "moving"));
         made(&wires, &after).await;
+        wires.flush().await;
         assert_eq!(wires.record("moving"), Some(after));
         assert_eq!(node.endpoint.output("ip -br link").lines().count(), 1);
         assert_eq!((wires.broken(None).await, node.files()), (Vec::new(), 1));

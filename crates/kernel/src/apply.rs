@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   node's socket ──► who holds the names?  (by number of namespace, no descriptor needed)
-//!        │               all as planned ─► adopt     ours, but different ─► delete, create     nothing ─► create
+//!        │               all as planned ─► adopt     ours, but different ─► set aside, create     nothing ─► create
 //!        ▼
 //!   node's socket ──► create: one message makes both ends, named, each in its namespace (or the VXLAN device)
 //!        ▼
@@ -11,7 +11,9 @@
 //!
 //! A link is created down and in a device group of our own; alias and group change in the batch, one call of the kernel,
 //! that sets it up. So a link that we made and could not finish, because we were killed, is recognised as ours and
-//! replaced. What it is called it is told while it is down: of a link that is up the kernel announces each change, and as
+//! replaced. So is what was set aside: the client's end of a wire that is made anew, with another endpoint most of all. It is
+//! renamed while it is up, and carries packets until the new end does; deletion alone takes the kernel 20 ms. Kernels before
+//! 6.2 do not rename what is up: there it is deleted first. What it is called it is told while it is down: of a link that is up the kernel announces each change, and as
 //! long as the other end is down it goes through all IPv6 routes of the namespace each time.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -30,7 +32,7 @@ use crate::netlink::{Attempt, Request, Route as Rt, Socket};
 use crate::netns::{self, Namespace, NsId};
 use crate::plan::{Change, Construction, EndPlan, Mac, Policy, Side, Vxlan, WirePlan, parse_mark};
 use crate::reaper::Reaper;
-use crate::rt::{self, BIRTH_GROUP, Link, MAIN_TABLE, Nsid, Rule, Which};
+use crate::rt::{self, BIRTH_GROUP, Kind, Link, MAIN_TABLE, Nsid, Rule, Which};
 use crate::snapshot::{Seen, observe};
 use crate::{solicited, sysctl};
 
@@ -129,18 +131,29 @@ impl Kernel {
         // A link with our mark that is still to be deleted must neither be adopted, nor outlive its successor.
         self.reaper.settle(&plan.id)?;
         let going = self.reaper.queued();
+        let mut aside = Vec::new();
         let (links, created) = loop {
             let gone = self.reaper.ended();
-            match links(&mut node, plan, &ends) {
+            match links(&mut node, plan, &ends, &mut aside) {
                 // A link that is going, but not gone, may be in the way.
                 Err(Error::NameTaken { .. } | Error::VniTaken { .. }) if gone < going => {
                     self.reaper.wait_beyond(gone);
                 }
-                other => break other?,
+                Err(e) => {
+                    self.reaper.end_aside(&plan.id, aside);
+                    return Err(e);
+                }
+                Ok(found) => break found,
             }
         };
-        let jobs = ends.iter().zip(&links).map(|(end, link)| (end.ns, (end, link)));
+        let mut jobs: Vec<_> = ends.iter().zip(&links).map(|(end, link)| (end.ns, (end, link))).collect();
+        if !aside.is_empty() {
+            // Whoever is to answer first, and then the way there.
+            jobs.reverse();
+        }
         let configured = netns::visit(jobs, |(end, link)| self.configure(plan, end, link, created));
+        // Nobody waits for it: a packet on its way to a node that is gone may hold a link for seconds.
+        self.reaper.end_aside(&plan.id, aside);
         let writes = match configured {
             Ok(counts) => counts.iter().sum::<u64>() + node.writes() - before,
             Err(e) => {
@@ -315,8 +328,14 @@ pub(crate) fn ends<'a>(
         .collect())
 }
 
-/// The links of the wire: those that are there if they are as planned, or else new ones. Whether they are new.
-fn links(node: &mut Socket<Rt>, plan: &WirePlan, ends: &[End<'_>]) -> Result<(Vec<Link>, bool)> {
+/// The links of the wire: those that are there if they are as planned, or else new ones. Whether they are new. What was
+/// there instead is deleted, or goes on `aside`, to be deleted when the new ones are up.
+fn links(
+    node: &mut Socket<Rt>,
+    plan: &WirePlan,
+    ends: &[End<'_>],
+    aside: &mut Vec<(Link, Nsid)>,
+) -> Result<(Vec<Link>, bool)> {
     let questions = ends.iter().flat_map(|end| {
         [end.mark.as_str(), &end.plan.ifname]
             .map(|name| rt::get_link(Which::Name(name), Some(end.nsid), false))
@@ -335,8 +354,38 @@ fn links(node: &mut Socket<Rt>, plan: &WirePlan, ends: &[End<'_>]) -> Result<(Ve
         return Ok((usable.into_iter().map(|(link, _)| link).collect(), false));
     }
     leftovers.append(&mut usable);
+    if let ([left], [near, ..]) = (leftovers.as_slice(), ends)
+        && may_stay(plan, near, left)
+        && netns::visit([(near.ns, left)], |(link, _)| set_aside(link))?.contains(&true)
+    {
+        aside.append(&mut leftovers);
+    }
     delete(node, leftovers.iter().map(|(link, nsid)| (link, *nsid)))?;
     Ok((create(node, plan, ends)?, true))
+}
+
+/// Whether what is left of an earlier wire can be there beside the new one: the end of a client that goes on with another
+/// endpoint. A tunnel of the same number cannot, and rules of one end would catch the packets of the other.
+fn may_stay(plan: &WirePlan, near: &End<'_>, (left, nsid): &(Link, Nsid)) -> bool {
+    let same_number = match (&plan.construction, &left.kind) {
+        (Construction::Vxlan(tunnel), Kind::Vxlan(seen)) => tunnel.vni == seen.vni,
+        _ => false,
+    };
+    near.side == Side::Near
+        && near.nsid == *nsid
+        && near.plan.policies.is_empty()
+        && left.up
+        && !left.is_unfinished()
+        && !same_number
+}
+
+/// On a thread in the link's namespace: gives its names free, and leaves it as it is else. Whether that went well.
+fn set_aside(link: &Link) -> Result<bool> {
+    let mut socket = Socket::<Rt>::open()?;
+    let marks = link.altnames.iter().filter(|name| parse_mark(name).is_some());
+    let unmark = marks.map(|mark| rt::clear_mark(link.index, mark));
+    let refused = socket.commit([rt::set_aside(link.index)].into_iter().chain(unmark).collect())?;
+    Ok(refused.is_empty())
 }
 
 /// Of the link that carries our mark and the one that has the name we want: the one to use, and those to delete.

@@ -21,8 +21,8 @@ use crate::apply::{Kernel, Nsids, Sockets, delete, ends, find_missing};
 use crate::error::{Error, Result};
 use crate::netlink::Request;
 use crate::netns::Namespace;
-use crate::plan::{Side, WirePlan};
-use crate::rt::{self, Link, Which};
+use crate::plan::{Construction, Side, WirePlan};
+use crate::rt::{self, Link, Nsid, Which};
 
 /// The queue; its threads work it off before it is dropped.
 #[derive(Debug)]
@@ -50,6 +50,8 @@ struct Queue {
 struct Doomed {
     plan: WirePlan,
     nsids: Nsids,
+    /// Links that carry no mark any more.
+    aside: Vec<(Link, Nsid)>,
     /// Only for policies, which are deleted from inside of a namespace.
     known: Vec<Namespace>,
     then: Box<dyn FnOnce(Result<()>) + Send>,
@@ -127,6 +129,16 @@ impl Kernel {
 impl Reaper {
     pub(crate) fn new(sockets: Arc<Sockets>) -> Self {
         Self(Arc::new(Shared { sockets, queue: Mutex::default(), progress: Condvar::new() }))
+    }
+
+    /// Deletes what a wire's new links have taken the place of. Neither that wire nor the next of its connection waits for it.
+    pub(crate) fn end_aside(&self, wire: &str, aside: Vec<(Link, Nsid)>) {
+        if aside.is_empty() {
+            return;
+        }
+        let id = format!("{wire}, set aside");
+        let plan = WirePlan { id, construction: Construction::Veth, near: None, far: None };
+        self.push(Doomed { aside, ..Doomed::new(&plan, Nsids::default(), &[], |_| {}) });
     }
 
     /// How many deletions were ever asked for.
@@ -227,7 +239,7 @@ impl Doomed {
         let needed = known.iter().filter(|ns| with_policies().any(|(_, end)| end.ns == ns.id()));
         // One that cannot be held is looked for.
         let known = needed.filter_map(|ns| ns.try_clone().ok()).collect();
-        Self { plan: plan.clone(), nsids, known, then: Box::new(then) }
+        Self { plan: plan.clone(), nsids, aside: Vec::new(), known, then: Box::new(then) }
     }
 
     fn end(self, sockets: &Sockets) {
@@ -274,10 +286,11 @@ impl Doomed {
         let ends = [(Side::Near, self.nsids.near), (Side::Far, self.nsids.far)];
         let links: Vec<_> =
             ends.into_iter().filter_map(|(side, nsid)| Some((self.plan.mark(side), nsid?))).collect();
-        let delete =
+        let deletion =
             |(mark, nsid): &(String, _)| Request::new(rt::delete_link(Which::Name(mark), Some(*nsid)));
         let mut socket = sockets.get()?;
-        let refused = socket.commit(links.iter().map(delete).collect())?;
+        delete(&mut socket, self.aside.iter().map(|(link, nsid)| (link, *nsid)))?;
+        let refused = socket.commit(links.iter().map(deletion).collect())?;
         sockets.give_back(socket);
         // No such link, or the number stands for no namespace any more.
         let refused =

@@ -253,6 +253,20 @@ pub(crate) fn set_mark(ifindex: u32, mark: &str) -> Request<Message> {
     Request::with(Message::NewLinkProp(link), NLM_F_CREATE | NLM_F_EXCL)
 }
 
+pub(crate) fn clear_mark(ifindex: u32, mark: &str) -> Request<Message> {
+    let mut link = LinkMessage::default();
+    link.header.index = ifindex;
+    link.attributes.push(LinkAttribute::PropList(vec![Prop::AltIfName(mark.to_owned())]));
+    Request::new(Message::DelLinkProp(link))
+}
+
+/// Under another name, and as if it had never been finished: a life of ours after this one removes it.
+pub(crate) fn set_aside(ifindex: u32) -> Request<Message> {
+    let name = LinkAttribute::IfName(format!("gone{ifindex}"));
+    let nobodys = [LinkAttribute::IfAlias(String::new()), LinkAttribute::Group(BIRTH_GROUP)];
+    set_link(ifindex, [name].into_iter().chain(nobodys).collect())
+}
+
 /// Several attributes of a link at once.
 pub(crate) fn set_link(ifindex: u32, attributes: Vec<LinkAttribute>) -> Request<Message> {
     let mut link = LinkMessage::default();

@@ -4,7 +4,12 @@
 
 mod common;
 
-use std::{net::IpAddr, process::Command};
+use std::{
+    net::IpAddr,
+    process::Command,
+    sync::atomic::{AtomicBool, AtomicU32, Ordering},
+    time::Duration,
+};
 
 use common::{Pod, net, node, nsids, output, reaches, succeeds, tunnel};
 use nsm_kernel::netns::Namespace;
@@ -13,6 +18,7 @@ use nsm_kernel::plan::{
     Vxlan, WirePlan,
 };
 use nsm_kernel::{Error, Kernel, difference};
+use rustix::net::{self as sockets, AddressFamily, RecvFlags, SendFlags, SocketType, ipproto};
 
 #[test]
 fn a_veth_wire_carries_packets_and_is_found_as_planned() {
@@ -420,8 +426,76 @@ fn a_wire_of_the_same_client_from_an_older_life_is_replaced() {
     new.far.as_mut().unwrap().ns = third.id();
     assert!(node.kernel.apply(&new, &[&node.client, &third]).unwrap().created);
     assert!(reaches(&node.client, &third, "172.16.1.2"));
+    node.kernel.flush();
     assert_eq!(output(&node.endpoint, "ip -br link").lines().count(), 1);
     assert_eq!(node.kernel.numbered().unwrap().len(), 3);
+}
+
+/// Whether an address answers an echo request; the kernel does that itself, at once.
+fn answers(to: &str) -> bool {
+    let to = std::net::SocketAddr::new(to.parse().unwrap(), 0);
+    let socket = sockets::socket(AddressFamily::INET, SocketType::DGRAM, Some(ipproto::ICMP)).unwrap();
+    let wait = Some(Duration::from_millis(200));
+    sockets::sockopt::set_socket_timeout(&socket, sockets::sockopt::Timeout::Recv, wait).unwrap();
+    let mut packet = [0; 64];
+    sockets::connect(&socket, &to).is_ok()
+        && sockets::send(&socket, b"\x08\0\0\0\0\0\0\x01", SendFlags::empty()).is_ok()
+        && sockets::recv(&socket, &mut packet[..], RecvFlags::empty()).is_ok()
+}
+
+#[test]
+fn a_client_that_goes_on_with_another_endpoint_hears_from_one_of_them_all_the_time() {
+    let test = "a_client_that_goes_on_with_another_endpoint_hears_from_one_of_them_all_the_time";
+    let Some(node) = node(test) else { return };
+    let third = Namespace::unnamed().unwrap();
+    let towards = |far: &Namespace, own: &str, theirs: &str| {
+        let lists = |address: &str| vec![format!("{address}/32")];
+        let context =
+            IpContext { src_addrs: lists(own), dst_addrs: lists(theirs), mtu: 1500, ..IpContext::default() };
+        let end =
+            |side, ns: &Namespace| EndPlan::new(side, ns.id(), "nsm0", "nsc-0").with_context(side, &context);
+        let (near, far) = (end(Side::Near, &node.client), end(Side::Far, far));
+        WirePlan::veth("w", near.unwrap(), far.unwrap())
+    };
+    for (own, theirs) in [("10.0.0.3", "10.0.0.2"), ("10.0.0.1", "10.0.0.0")] {
+        let (before, after) = (towards(&node.endpoint, "10.0.0.1", "10.0.0.0"), towards(&third, own, theirs));
+        node.kernel.apply(&before, &node.known()).unwrap();
+        let (enough, asked) = (AtomicBool::new(false), AtomicU32::new(0));
+        let lost = std::thread::scope(|scope| {
+            let pings = scope.spawn(|| {
+                let ping = || {
+                    let mut lost = 0;
+                    while !enough.load(Ordering::Relaxed) && asked.load(Ordering::Relaxed) < 100_000 {
+                        // A packet may be on its way when its link goes, and the next one takes the other.
+                        lost += u32::from(!["10.0.0.0", theirs, theirs].into_iter().any(answers));
+                        asked.fetch_add(1, Ordering::Relaxed);
+                    }
+                    lost
+                };
+                node.client.run(ping).unwrap()
+            });
+            let wait = || {
+                let until = asked.load(Ordering::Relaxed) + 20;
+                while asked.load(Ordering::Relaxed) < until {
+                    std::thread::yield_now();
+                }
+            };
+            wait();
+            let made = node.kernel.apply(&after, &[&node.client, &third]).unwrap();
+            assert!(made.created);
+            wait();
+            enough.store(true, Ordering::Relaxed);
+            let lost = pings.join().unwrap();
+            node.kernel.flush();
+            assert_eq!(output(&node.endpoint, "ip -br link").lines().count(), 1);
+            assert_eq!(output(&node.client, "ip -br link").lines().count(), 2, "nothing is left aside");
+            assert_eq!(node.kernel.apply(&after, &[&node.client, &third]).unwrap().writes, 0);
+            node.kernel.remove(&after, nsids(&made), &[]).unwrap();
+            lost
+        });
+        // With one address for both there is one route, which is never there twice.
+        assert!(lost == 0 || theirs == "10.0.0.0", "{lost} lost");
+    }
 }
 
 #[test]
