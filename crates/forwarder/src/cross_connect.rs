@@ -25,7 +25,9 @@ use nsm_kernel::{
     netns::NsId,
     plan::{ContextPolicy, ContextRoute, EndPlan, IpContext, Side, Vxlan, WirePlan},
 };
-use nsm_mesh::{Context, Element, Error, Lease, Next, NextHop, Release, Result, dial::dialed, fds::Fds};
+use nsm_mesh::{
+    Context, Element, Error, Lease, Next, NextHop, Reason, Release, Result, dial::dialed, fds::Fds,
+};
 
 use crate::{
     tell::Traffic,
@@ -60,11 +62,28 @@ impl Lease for Wire {
         "wire"
     }
 
-    async fn release(self: Box<Self>, _: &Release) -> Result<()> {
-        if !planted::is("the forwarder keeps its wires") {
-            self.wires.remove(&self.id);
+    async fn release(self: Box<Self>, cx: &Release) -> Result<()> {
+        match cx.reason {
+            _ if planted::is("the forwarder keeps its wires") => {}
+            Reason::Reselect => self.wires.leave(&self.id),
+            _ => self.wires.remove(&self.id),
         }
         Ok(())
+    }
+}
+
+/// A wire that stays until another endpoint's has taken its place, or until that is known not to come about.
+struct Replaced<'w> {
+    wires: &'w Wires,
+    /// `None`: another has taken its place.
+    id: Option<String>,
+}
+
+impl Drop for Replaced<'_> {
+    fn drop(&mut self) {
+        if let Some(id) = &self.id {
+            self.wires.remove(id);
+        }
     }
 }
 
@@ -256,12 +275,13 @@ impl Element for CrossConnect {
         mut request: NetworkServiceRequest,
         next: Next<'_>,
     ) -> Result<Connection> {
-        if let Some(conn) = &request.connection
-            && conn.state() == State::ReselectRequested
-        {
-            // The runner has released what this process held; a wire of the process before us goes as well.
-            self.wires.remove(&conn.id);
-        }
+        // What this process or the one before it has made goes, but not before there is another.
+        let reselected = request.connection.as_ref().filter(|conn| conn.state() == State::ReselectRequested);
+        let mut replaced = reselected.map(|conn| {
+            self.wires.leave(&conn.id);
+            Replaced { wires: &self.wires, id: Some(conn.id.clone()) }
+        });
+        let reselects = reselected.is_some();
         // They are free again when this request ends, but for the one that is in a record then.
         let mut claims = Vec::new();
         let (mut near, vni_is_ours) = self.near(&mut request, &mut claims)?;
@@ -270,7 +290,7 @@ impl Element for CrossConnect {
         let id = conn.id.clone();
         let class = if local { LOCAL } else { REMOTE };
         // What was agreed with another endpoint is nothing to this one.
-        let moves = dialed(cx.scope).is_some_and(|old| !old.is_called(&conn.network_service_endpoint_name));
+        let moves = reselects || moves(cx, conn);
         conn.mechanism = self.remembered(&id).filter(|m| m.cls == class && !moves);
         request.mechanism_preferences = self.offers(local);
 
@@ -320,6 +340,9 @@ impl Element for CrossConnect {
             };
             match joined {
                 Ok(traffic) => {
+                    if let Some(replaced) = &mut replaced {
+                        replaced.id = None;
+                    }
                     note_interfaces(&mut answer, &near, &far);
                     if cx.scope.get::<Wire>().is_none() {
                         cx.scope.lease(Wire { wires: Arc::clone(&self.wires), id });
@@ -368,6 +391,18 @@ impl Element for CrossConnect {
             conn.mechanism = Some(record.far);
         }
         next.close_forgotten(cx, conn).await
+    }
+}
+
+/// Whether the connection had another endpoint, at this process or, as the path says, at the one before it.
+fn moves(cx: &Context<'_>, conn: &Connection) -> bool {
+    let endpoint = &conn.network_service_endpoint_name;
+    match dialed(cx.scope) {
+        Some(old) => !old.is_called(endpoint),
+        None => {
+            let mut behind = path::segments(conn).iter().skip(path::index(conn) + 1);
+            path::goes_on(conn) && behind.all(|hop| hop.name != *endpoint)
+        }
     }
 }
 

@@ -1,11 +1,12 @@
 //! Finds the endpoint: by its name, or by what the service's matches say of the client's labels
 //! (spec/control-plane.md 8.2, 8.3).
 
-use std::{collections::HashMap, future::Future, sync::Arc};
+use std::{collections::HashMap, future::Future, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use nsm_api::{
     matching::Policy,
+    path,
     pb::{
         connection::Connection,
         networkservice::NetworkServiceRequest,
@@ -15,13 +16,16 @@ use nsm_api::{
 use nsm_identity::clock;
 use nsm_mesh::{
     Context, Element, Error, Next, NextHop, Result, Verdict,
-    dial::{Silent, dialed},
+    dial::{Dial, Farewells, Silent, dialed},
     error::explain,
 };
 use nsm_registry::{Endpoint, LookUp};
 use parking_lot::Mutex;
+use tokio::time::timeout;
 use tonic::Code;
 
+/// How long it may take to find whom a connection had before.
+const FIND: Duration = Duration::from_millis(150);
 /// Services whose turn is remembered.
 const MAX_TURNS: usize = 4096;
 
@@ -31,14 +35,16 @@ const MAX_TURNS: usize = 4096;
 pub struct Discover {
     directory: Arc<dyn LookUp>,
     silent: Silent,
+    farewells: Farewells,
     turns: Mutex<HashMap<String, usize>>,
 }
 
 impl Discover {
-    /// Asks this directory, the manager's; candidates that are silent are tried after the others.
+    /// Asks this directory, the manager's, and goes on by `dial`: candidates that are silent there are tried after the others.
     #[must_use]
-    pub fn new(directory: Arc<dyn LookUp>, silent: Silent) -> Self {
-        Self { directory, silent, turns: Mutex::default() }
+    pub fn new(directory: Arc<dyn LookUp>, dial: &Dial) -> Self {
+        let (silent, farewells) = (dial.silent(), dial.farewells());
+        Self { directory, silent, farewells, turns: Mutex::default() }
     }
 
     async fn service(&self, cx: &Context<'_>, name: &str, payload: &str) -> Result<NetworkService> {
@@ -55,6 +61,31 @@ impl Discover {
             Error::not_found(format!("network service endpoint {name:?} not found"))
                 .hint("it has not registered, or its registration has expired")
         })
+    }
+
+    /// Tells the endpoint that a connection had at the process before us that it has another one: it would keep its address
+    /// for as long as the tokens live.
+    async fn leave(&self, cx: &Context<'_>, mut before: Connection, now: &NextHop) {
+        let behind = path::segments(&before).iter().skip(path::index(&before) + 1);
+        let behind: Vec<_> = behind.map(|hop| hop.name.clone()).collect();
+        if behind.iter().any(|name| now.is_called(name)) {
+            return;
+        }
+        // The next hop on this node; else behind a manager and a forwarder.
+        for name in behind.into_iter().step_by(2).take(2) {
+            let Ok(Ok(endpoint)) = timeout(FIND, self.named(cx, &name)).await else { continue };
+            let hop = NextHop::from(endpoint.dial).called(&name);
+            if hop != *now {
+                tracing::debug!(
+                    connection = before.id,
+                    endpoint = name,
+                    "the endpoint of the process before us is told that it is left"
+                );
+                before.network_service_endpoint_name = name;
+                self.farewells.say(hop, before);
+            }
+            return;
+        }
     }
 
     /// Whoever cannot be reached may have come back elsewhere.
@@ -81,6 +112,8 @@ impl Discover {
         next: Next<'_>,
     ) -> Result<Connection> {
         let conn = request.connection.get_or_insert_default();
+        let id = conn.id.clone();
+        let before = (!cx.known && path::goes_on(conn)).then(|| conn.clone());
         let service = self.service(cx, &conn.network_service, &conn.payload).await?;
         let query = NetworkServiceEndpoint {
             network_service_names: vec![service.name.clone()],
@@ -112,8 +145,12 @@ impl Discover {
             .hint("start an endpoint with these labels, or change the matches of the network service"));
         }
         let mut candidates = selection.order(self.turn(&service.name));
-        if !self.silent.is_empty() {
-            candidates.sort_by_key(|candidate| self.silent.is_silent(&candidate.dial.clone().into()));
+        if !(self.silent.is_empty() && self.farewells.is_empty()) {
+            // Who does not answer may be gone, and who is left at this moment is the one that is not wanted any more.
+            candidates.sort_by_cached_key(|candidate| {
+                let hop = candidate.dial.clone().into();
+                self.silent.is_silent(&hop) || self.farewells.is_left(&hop, &id)
+            });
         }
         let mut failures: Vec<(String, Error)> = Vec::new();
         let deadline = cx.deadline;
@@ -125,13 +162,17 @@ impl Discover {
                 .get_or_insert_default()
                 .network_service_endpoint_name
                 .clone_from(&candidate.nse.name);
-            cx.next_hop = Some(NextHop::from(candidate.dial.clone()).called(&candidate.nse.name));
+            let hop = NextHop::from(candidate.dial.clone()).called(&candidate.nse.name);
+            cx.next_hop = Some(hop.clone());
             cx.deadline = cx.share(candidates.len() - i);
             let answer = next.request(cx, attempt).await;
             cx.deadline = deadline;
             match answer {
                 Ok(conn) => {
                     cx.trail.note(self.name(), &candidate.nse.name, Verdict::Taken, "");
+                    if let Some(before) = before {
+                        self.leave(cx, before, &hop).await;
+                    }
                     return Ok(conn);
                 }
                 Err(error) => {
@@ -140,7 +181,7 @@ impl Discover {
                     failures.push((candidate.nse.name.clone(), error));
                 }
             }
-            if tokio::time::Instant::now() >= cx.deadline {
+            if tokio::time::Instant::now() >= cx.deadline || cx.asker.is_over() {
                 break;
             }
         }
@@ -181,28 +222,38 @@ impl Element for Discover {
 
     async fn close_forgotten(&self, cx: &mut Context<'_>, conn: Connection, next: Next<'_>) -> Result<()> {
         let name = &conn.network_service_endpoint_name;
+        let mut unknown = None;
         // Without a name it has not got as far as an endpoint.
         if !name.is_empty() {
             match self.named(cx, name).await {
                 Ok(endpoint) => cx.next_hop = Some(endpoint.dial.into()),
-                // What is here is cleared all the same.
-                Err(error) => tracing::debug!(%error, "the endpoint of a closed connection is not known"),
+                Err(error) => {
+                    tracing::debug!(%error, "the endpoint of a closed connection is not known");
+                    // The directory is away: whoever closes tries again.
+                    unknown =
+                        (error.code != Code::NotFound).then_some(Error { code: Code::Aborted, ..error });
+                }
             }
         }
-        next.close_forgotten(cx, conn).await
+        // What is here is cleared all the same.
+        next.close_forgotten(cx, conn).await?;
+        unknown.map_or(Ok(()), Err)
     }
 }
 
-/// A look-up within the request's deadline.
+/// A look-up within the request's deadline, and while somebody waits for it.
 async fn in_time<T>(
     cx: &Context<'_>,
     ask: impl Future<Output = Result<T, nsm_registry::Error>>,
 ) -> Result<T> {
-    match tokio::time::timeout_at(cx.deadline, ask).await {
-        Ok(Ok(found)) => Ok(found),
-        Ok(Err(error)) => {
-            Err(Error::unavailable(format!("the registry could not be asked: {}", explain(&error))))
+    let answer = async {
+        match tokio::time::timeout_at(cx.deadline, ask).await {
+            Ok(Ok(found)) => Ok(found),
+            Ok(Err(error)) => {
+                Err(Error::unavailable(format!("the registry could not be asked: {}", explain(&error))))
+            }
+            Err(_) => Err(Error::new(Code::DeadlineExceeded, "the registry did not answer in time")),
         }
-        Err(_) => Err(Error::new(Code::DeadlineExceeded, "the registry did not answer in time")),
-    }
+    };
+    cx.asker.on(answer).await
 }

@@ -235,7 +235,7 @@ impl Forwarder {
             Authorize { max_token_lifetime: config.max_token_lifetime, policies: config.guard.policies },
             only_from,
             Arc::clone(&hub),
-            Discover::new(directory, dial.silent()),
+            Discover::new(directory, &dial),
             CrossConnect { wires: Arc::clone(&wires), tunnel, priority: config.mechanism_priority },
             dial,
         );

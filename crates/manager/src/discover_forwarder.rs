@@ -159,6 +159,9 @@ impl Element for DiscoverForwarder {
                 Err(error) => {
                     cx.trail.note(self.name(), &candidate.nse.name, Verdict::Failed, error.to_string());
                     failures.push((candidate.nse.name, error));
+                    if cx.asker.is_over() {
+                        break;
+                    }
                 }
             }
         }
@@ -169,6 +172,12 @@ impl Element for DiscoverForwarder {
         let served_by =
             path::segments(&conn).get(path::index(&conn) + 1).map(|segment| segment.name.as_str());
         let forwarder = self.all().into_iter().find(|f| Some(f.nse.name.as_str()) == served_by);
+        if let Some(name) = served_by.filter(|_| forwarder.is_none()) {
+            // It may register in a moment; whoever closes tries again.
+            return Err(Error::unavailable(format!(
+                "forwarder {name:?}, which served the connection, is not available"
+            )));
+        }
         cx.next_hop = forwarder.map(|f| f.hop);
         next.close_forgotten(cx, conn).await
     }

@@ -38,7 +38,7 @@ use nsm_identity::{SpiffeId, Token, token};
 use nsm_transport::Peer;
 use parking_lot::Mutex;
 use tokio::{
-    sync::{Mutex as AsyncMutex, oneshot},
+    sync::{Mutex as AsyncMutex, oneshot, watch},
     task::AbortHandle,
     time::Instant,
 };
@@ -156,6 +156,10 @@ pub struct Context<'c> {
     pub caller: Option<Caller>,
     /// Until when the answer has to be there.
     pub deadline: Instant,
+    /// Whether anybody waits for the answer.
+    pub asker: Waiting,
+    /// Whether this process has answered the connection before; else one before it may have.
+    pub known: bool,
     /// The files that the messages refer to by `inode://`.
     pub fds: Fds,
     /// Where the request goes next, once an element knows.
@@ -179,6 +183,38 @@ fn share(deadline: Instant, now: Instant, tries: usize) -> Instant {
     let left = deadline.saturating_duration_since(now);
     let tries = u32::try_from(tries).unwrap_or(u32::MAX).max(1);
     deadline.min(now + (left / tries).max(LEAST_TRY))
+}
+
+/// Whether whoever asked still waits for the answer. What was begun here is finished or undone all the same; but nobody
+/// waits for others on behalf of one who has left: he may stand in our queue already, with what he wants instead.
+#[derive(Debug, Clone, Default)]
+pub struct Waiting(Option<watch::Receiver<()>>);
+
+impl Waiting {
+    fn new() -> (watch::Sender<()>, Self) {
+        let (stays, left) = watch::channel(());
+        (stays, Self(Some(left)))
+    }
+
+    /// Whether he has left.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.0.as_ref().is_some_and(|left| left.has_changed().is_err())
+    }
+
+    /// Waits for what others answer, for as long as he does.
+    ///
+    /// # Errors
+    /// Theirs, or that he has left.
+    pub async fn on<T>(&self, others: impl Future<Output = Result<T>>) -> Result<T> {
+        let Some(mut left) = self.0.clone() else { return others.await };
+        tokio::select! {
+            biased;
+            answer = others => answer,
+            // Nothing is ever sent: the sender is dropped.
+            _ = left.changed() => Err(Error::new(tonic::Code::Cancelled, "whoever asked has left")),
+        }
+    }
 }
 
 /// Who calls, and the token that came with the call.
@@ -523,6 +559,8 @@ impl Connections {
             false => tracing::info_span!("request", hop = %self.me, connection = %id),
         };
         let (give, answer) = oneshot::channel();
+        // Dropped with the caller's future.
+        let (_stays, waiting) = Waiting::new();
         tokio::spawn(
             async move {
                 loop {
@@ -553,7 +591,8 @@ impl Connections {
                     }
                     // What the process before us has established stands whether this caller hears of it or not.
                     let fresh = !held.established && !request.connection.as_ref().is_some_and(path::goes_on);
-                    let result = this.run_held(&id, &entry, &mut held, call, deadline, request).await;
+                    let result =
+                        this.run_held(&id, &entry, &mut held, (call, waiting), deadline, request).await;
                     let answers = held.answers;
                     drop(held);
                     let result = result.map(|answer| {
@@ -577,17 +616,18 @@ impl Connections {
         id: &str,
         entry: &Arc<Entry>,
         held: &mut Held,
-        call: Call,
+        (call, asker): (Call, Waiting),
         deadline: Instant,
         request: NetworkServiceRequest,
     ) -> Result<Answer> {
         let mut request = request;
         let mut mark = held.scope.mark();
         let asked = self.asked(&call, request.connection.as_ref());
-        let mut cx = self.context(call, deadline, &mut held.scope);
+        let known = held.established;
+        let mut cx = Context { asker, known, ..self.context(call, deadline, &mut held.scope) };
         let begin = Instant::now();
         // Not cut off at the deadline: an element in the middle of making something must come to its lease.
-        // What waits for others (dialling, look-ups, descriptors) is bounded by the deadline itself.
+        // What waits for others (dialling, look-ups, descriptors) is bounded by the deadline itself, and by the caller's stay.
         let mut own = None;
         let run = AssertUnwindSafe(async {
             let conn = request.connection.get_or_insert_default();
@@ -694,7 +734,11 @@ impl Connections {
             for element in self.chain.iter() {
                 element.admit(&mut cx, &mut conn).await?;
             }
-            let release = Release { reason: Reason::Closed, deadline, close: Some(conn) };
+            let reason = match conn.state() {
+                State::ReselectRequested => Reason::Reselect,
+                _ => Reason::Closed,
+            };
+            let release = Release { reason, deadline, close: Some(conn) };
             let errors = self.release_all(&id, &entry, &mut held, &release).await;
             return errors.into_iter().next().map_or(Ok(()), Err);
         }
@@ -725,6 +769,8 @@ impl Connections {
             me: &self.me,
             caller: call.caller,
             deadline,
+            asker: Waiting::default(),
+            known: false,
             fds: call.fds,
             next_hop: None,
             trail: Trail::default(),

@@ -14,7 +14,7 @@ use nsm_api::{
     path,
     pb::{
         connection::{
-            Connection, ConnectionEvent, MonitorScopeSelector, PathSegment,
+            Connection, ConnectionEvent, MonitorScopeSelector, PathSegment, State,
             monitor_connection_client::MonitorConnectionClient,
         },
         networkservice::{NetworkServiceRequest, network_service_client::NetworkServiceClient},
@@ -25,7 +25,7 @@ use nsm_identity::clock;
 use nsm_identity::policy::Check;
 use nsm_transport::{Connection as Channel, FileId, Peer, Pool};
 use parking_lot::Mutex;
-use tokio::{task::JoinHandle, time::Instant};
+use tokio::{sync::oneshot, task::JoinHandle, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, metadata::MetadataValue};
 
@@ -37,6 +37,7 @@ use crate::{
     hop::{NextHop, Way},
     inside::Inside,
     monitor::{self, Hub, UNASKED, Viewer},
+    refresh,
     scope::{Lease, Reason, Release, Scope},
     signers,
 };
@@ -76,6 +77,13 @@ impl Dial {
         self.silent.clone()
     }
 
+    /// Tells hops that a connection has left them, where this process does not remember that it was there.
+    #[must_use]
+    pub fn farewells(&self) -> Farewells {
+        let (pool, dial_timeout) = (self.pool.clone(), self.dial_timeout);
+        Farewells { pool, dial_timeout, parting: self.parting.clone() }
+    }
+
     /// Also checks the tokens of every answer, as edge clients do.
     #[must_use]
     pub fn checking_answers(mut self) -> Self {
@@ -90,6 +98,17 @@ impl Dial {
         self
     }
 
+    /// Says what is told to a hop that a connection leaves, but for the connection.
+    fn farewell(&self, target: &NextHop) -> Farewell {
+        Farewell {
+            pool: self.pool.clone(),
+            target: target.clone(),
+            conn: Connection::default(),
+            theirs: None,
+            dial_timeout: self.dial_timeout,
+        }
+    }
+
     async fn reach(&self, target: &NextHop, deadline: Instant) -> Result<Reached> {
         reach(&self.pool, target, self.dial_timeout, deadline)
             .await
@@ -102,15 +121,27 @@ impl Dial {
         target: &NextHop,
         request: NetworkServiceRequest,
     ) -> Result<Connection> {
-        let hop = self.reach(target, cx.deadline).await?;
+        let (began, asker) = (Instant::now(), cx.asker.clone());
+        let is_slow = || began.elapsed() > FAREWELL;
+        let reached = asker.on(self.reach(target, cx.deadline)).await;
+        let hop = reached.inspect_err(|_| {
+            if is_slow() {
+                self.silent.note(target);
+            }
+        })?;
         let asked = request.connection.clone().unwrap_or_default();
         self.parting.over(target, &asked.id, cx.deadline).await;
         // Before the call: what happens to the connection right after the answer must not be missed.
         self.follower.follow(target, &asked.id);
-        let result = self.exchange(cx, target, &hop, &asked, request).await;
+        let result = asker.on(Box::pin(self.exchange(cx, target, &hop, &asked, request))).await;
         match &result {
             Err(error) if error.hop.is_none() && error.code == Code::DeadlineExceeded => {
                 self.silent.note(target)
+            }
+            Err(_) if asker.is_over() => {
+                if is_slow() {
+                    self.silent.note(target);
+                }
             }
             _ => self.silent.answered(target),
         }
@@ -119,15 +150,16 @@ impl Dial {
         // the path does: who has been restarted asks for wires through which packets pass.
         let made =
             |e: &Error| e.hop.is_none() || e.code == Code::DeadlineExceeded || e.code == Code::Cancelled;
-        let stands = cx.scope.get::<Dialed>().is_some_and(|before| before.target == *target)
+        let stands = cx.scope.get::<Dialed>().is_some_and(|before| before.farewell.target == *target)
             || target.may_know(&asked);
         if !stands && result.is_err() {
             self.follower.leave(target, &asked.id);
         }
         if !stands && result.as_ref().is_err_and(|e| made(e) || e.code == Code::Unavailable) {
-            let id = asked.id.clone();
-            let close = async move { hop.close(asked, None, Instant::now() + Release::TIME).await };
-            self.parting.begin(target, id, close);
+            let farewell = Farewell { conn: asked, theirs: None, ..self.farewell(target) };
+            let close = farewell.clone();
+            let close = async move { hop.close(close.conn, None, Instant::now() + Release::TIME).await };
+            self.parting.begin(farewell, close);
         }
         result
     }
@@ -196,21 +228,21 @@ impl Element for Dial {
         let sent: Vec<_> = fds::mechanisms(&request).filter_map(|m| m.inode().ok().flatten()).collect();
         let answer = self.call(cx, &target, request).await?;
         let theirs = inode(&answer).filter(|url| !sent.contains(url));
-        if cx.scope.get::<Dialed>().is_some_and(|old| old.target != target)
+        if cx.scope.get::<Dialed>().is_some_and(|old| old.farewell.target != target)
             && let Some(old) = cx.scope.take::<Dialed>()
         {
             // The connection has moved to another hop; the old one may be dead, and nobody waits for it. What it still tells
             // is not about this connection any more.
-            self.follower.leave(&old.target, &old.conn.id);
-            let (from, id) = (old.target.clone(), old.conn.id.clone());
-            self.parting.begin(&from, id, old.close(&Release::now(Reason::Reselect)));
+            self.follower.leave(&old.farewell.target, &old.farewell.conn.id);
+            let close = old.farewell.clone().say(Instant::now() + Release::TIME);
+            self.parting.begin(old.farewell, close);
         }
+        let farewell = Farewell { conn: answer.clone(), theirs, ..self.farewell(&target) };
         match cx.scope.get_mut::<Dialed>() {
-            Some(dialed) => (dialed.conn, dialed.theirs) = (answer.clone(), theirs),
+            Some(dialed) => dialed.farewell = farewell,
             None => {
-                let (pool, follower) = (self.pool.clone(), Arc::clone(&self.follower));
-                let (parting, conn, dial_timeout) = (self.parting.clone(), answer.clone(), self.dial_timeout);
-                cx.scope.lease(Dialed { pool, follower, parting, target, conn, theirs, dial_timeout });
+                let (follower, parting) = (Arc::clone(&self.follower), self.parting.clone());
+                cx.scope.lease(Dialed { follower, parting, farewell });
             }
         }
         Ok(answer)
@@ -219,8 +251,8 @@ impl Element for Dial {
     async fn close_forgotten(&self, cx: &mut Context<'_>, conn: Connection, _: Next<'_>) -> Result<()> {
         // Nobody above found out where it went: what is there ends with its token.
         let Some(target) = cx.next_hop.clone() else { return Ok(()) };
-        let named = inode(&conn);
-        self.reach(&target, cx.deadline).await?.close(conn, named, cx.deadline).await
+        let farewell = Farewell { theirs: inode(&conn), conn, ..self.farewell(&target) };
+        self.parting.see_off(farewell, cx.deadline).await
     }
 }
 
@@ -320,21 +352,15 @@ type Events = BoxStream<'static, Result<Arc<ConnectionEvent>, tonic::Status>>;
 /// The next hop that has state for a connection, by what the connection holds.
 #[must_use]
 pub fn dialed(scope: &Scope) -> Option<&NextHop> {
-    scope.get::<Dialed>().map(|dialed| &dialed.target)
+    scope.get::<Dialed>().map(|dialed| &dialed.farewell.target)
 }
 
 /// The next hop has state for this connection.
 #[derive(Debug)]
 struct Dialed {
-    pool: Pool,
     follower: Arc<Follower>,
     parting: Parting,
-    target: NextHop,
-    /// As the next hop answered: own index and id.
-    conn: Connection,
-    /// The file that it names and that did not come from us.
-    theirs: Option<InodeUrl>,
-    dial_timeout: std::time::Duration,
+    farewell: Farewell,
 }
 
 #[async_trait]
@@ -343,31 +369,50 @@ impl Lease for Dialed {
         "dial"
     }
 
-    async fn release(self: Box<Self>, cx: &Release) -> Result<()> {
-        self.follower.leave(&self.target, &self.conn.id);
+    async fn release(mut self: Box<Self>, cx: &Release) -> Result<()> {
+        self.follower.leave(&self.farewell.target, &self.farewell.conn.id);
         if cx.reason == Reason::Expired || planted::is("a close is not handed on") {
             // Each hop has its own clock, and an expired path is refused anyway (section 18, defect 8).
             return Ok(());
         }
-        let (parting, from, id) = (self.parting.clone(), self.target.clone(), self.conn.id.clone());
-        parting.see_off(&from, id, self.close(cx)).await
+        if let Some(fresh) = &cx.close {
+            freshen(&mut self.farewell.conn, fresh);
+        }
+        if cx.reason == Reason::Reselect {
+            self.farewell.conn.set_state(State::ReselectRequested);
+        }
+        self.parting.see_off(self.farewell, cx.deadline).await
     }
 }
 
-impl Dialed {
-    /// Tells the next hop.
-    fn close(self, cx: &Release) -> impl Future<Output = Result<()>> + Send + use<> {
-        let Self { pool, target, mut conn, theirs, dial_timeout, .. } = self;
-        if let Some(fresh) = &cx.close {
-            freshen(&mut conn, fresh);
-        }
-        let deadline = cx.deadline;
-        async move {
-            let hop = reach(&pool, &target, dial_timeout, deadline)
-                .await
-                .map_err(|e| Error::unavailable(format!("{target} cannot be told to close: {e}")))?;
-            hop.close(conn, theirs, deadline).await
-        }
+/// What a hop has to be told that a connection leaves.
+#[derive(Debug, Clone)]
+struct Farewell {
+    pool: Pool,
+    target: NextHop,
+    /// As the next hop answered: own index and id.
+    conn: Connection,
+    /// The file that it names and that did not come from us.
+    theirs: Option<InodeUrl>,
+    dial_timeout: std::time::Duration,
+}
+
+impl Farewell {
+    /// Tells it.
+    async fn say(self, deadline: Instant) -> Result<()> {
+        let Self { pool, target, conn, theirs, dial_timeout } = self;
+        let hop = reach(&pool, &target, dial_timeout, deadline)
+            .await
+            .map_err(|e| Error::unavailable(format!("{target} cannot be told to close: {e}")))?;
+        hop.close(conn, theirs, deadline).await
+    }
+
+    /// How long it makes sense: then its tokens are over, and so is what it would end.
+    fn lasts(&self) -> std::time::Duration {
+        let until_us = path::segments(&self.conn).iter().take(path::index(&self.conn) + 1);
+        let expires = until_us.filter_map(|segment| segment.expires.as_ref()).map(path::from_timestamp).min();
+        let left = expires.and_then(|at| at.duration_since(clock::now()).ok());
+        left.unwrap_or_default().min(LONGEST_FAREWELL)
     }
 }
 
@@ -400,16 +445,56 @@ fn freshen(conn: &mut Connection, fresh: &Connection) {
     }
 }
 
+/// Tells hops that a connection has left them.
+#[derive(Debug, Clone)]
+pub struct Farewells {
+    pool: Pool,
+    dial_timeout: std::time::Duration,
+    parting: Parting,
+}
+
+impl Farewells {
+    /// Whether nobody is left at present.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.parting.left.lock().is_empty()
+    }
+
+    /// Whether this hop is still to hear that the connection of this id (ours) has left it.
+    #[must_use]
+    pub fn is_left(&self, hop: &NextHop, id: &str) -> bool {
+        self.parting.left.lock().contains_key(&(hop.clone(), id.to_owned()))
+    }
+
+    /// Closes there what the path names behind us; nobody waits for it.
+    pub fn say(&self, hop: NextHop, conn: Connection) {
+        let (pool, dial_timeout) = (self.pool.clone(), self.dial_timeout);
+        let theirs = inode(&conn);
+        let farewell = Farewell { pool, target: hop, conn, theirs, dial_timeout };
+        let close = farewell.clone().say(Instant::now() + Release::TIME);
+        self.parting.begin(farewell, close);
+    }
+}
+
 /// Closes at hops that a connection has left, for which nobody waits, until it is asked for there again: a Close that
-/// comes late would end what was just established.
+/// comes late would end what was just established. A hop that cannot be told is told later, or it would keep what it holds
+/// for the connection, its address first of all, for as long as its tokens live: nobody else would get that.
 #[derive(Debug, Clone)]
 struct Parting {
-    left: Arc<Mutex<HashMap<Left, JoinHandle<()>>>>,
+    left: Arc<Mutex<HashMap<Left, Leaving>>>,
     silent: Silent,
 }
 
 /// A hop, and our id of the connection that has left it.
 type Left = (NextHop, String);
+
+/// A Close under way, or between two tries.
+#[derive(Debug)]
+struct Leaving {
+    task: JoinHandle<()>,
+    /// Dropped: no other try begins.
+    goes_on: oneshot::Sender<()>,
+}
 
 /// How long a Close may hold up the next Request of its connection: a hop that lives has closed by then, and the Close is
 /// taken back from one that does not answer.
@@ -419,43 +504,83 @@ const LONGEST_PARTING: std::time::Duration = std::time::Duration::from_secs(1);
 /// closed by then, and what is slow is told all the same.
 const FAREWELL: std::time::Duration = std::time::Duration::from_millis(150);
 
+/// How long a hop is told again and again that cannot be told, however long tokens live.
+const LONGEST_FAREWELL: std::time::Duration = std::time::Duration::from_secs(3600);
+
+/// So many of the first and shortest pauses are left out: who makes a thousand wires anew has better things to do.
+const SLOWLY: u32 = 3;
+
+/// So many Closes are tried again at once; the others end with the tokens of their connections.
+const MAX_LEAVING: usize = 4096;
+
 impl Parting {
-    /// Closes, and waits a moment for it.
-    async fn see_off(
-        &self,
-        from: &NextHop,
-        id: String,
-        close: impl Future<Output = Result<()>> + Send + 'static,
-    ) -> Result<()> {
-        let mut close = Box::pin(close);
+    /// Closes, and waits a moment for it. Where the connection is about to be asked for with another endpoint nobody waits:
+    /// if it is here that it is asked for again, the Request does.
+    async fn see_off(&self, farewell: Farewell, deadline: Instant) -> Result<()> {
+        if farewell.conn.state() == State::ReselectRequested {
+            let close = farewell.clone().say(deadline);
+            self.begin(farewell, close);
+            return Ok(());
+        }
+        let mut close = Box::pin(farewell.clone().say(deadline));
         match tokio::time::timeout(FAREWELL, &mut close).await {
+            Ok(Err(error)) if is_untold(&error) => {
+                self.begin(farewell, std::future::ready(Err(error.clone())));
+                // It is ours now to tell: nobody else tries.
+                if error.code == Code::Aborted { Ok(()) } else { Err(error) }
+            }
             Ok(closed) => closed,
             Err(_) => {
+                let (from, id) = (&farewell.target, &farewell.conn.id);
                 tracing::debug!(%from, connection = id, "it is slow to close; nobody waits for that");
                 self.silent.note(from);
-                self.begin(from, id, close);
+                self.begin(farewell, close);
                 Ok(())
             }
         }
     }
 
-    fn begin(&self, from: &NextHop, id: String, close: impl Future<Output = Result<()>> + Send + 'static) {
-        let (this, key) = (self.clone(), (from.clone(), id));
+    /// Goes on with a Close, and tries again what its hop could not be told.
+    fn begin(&self, farewell: Farewell, close: impl Future<Output = Result<()>> + Send + 'static) {
+        let (this, key) = (self.clone(), (farewell.target.clone(), farewell.conn.id.clone()));
+        let (goes_on, mut back) = oneshot::channel();
         let mut partings = self.left.lock();
+        let retries = partings.len() < MAX_LEAVING && farewell.target.may_come_back();
         let done = key.clone();
         let task = tokio::spawn(async move {
-            match close.await {
-                Ok(()) => this.silent.answered(&done.0),
-                Err(error) => {
-                    tracing::debug!(from = %done.0, connection = done.1, %error, "not closed there");
+            let until = Instant::now() + if retries { farewell.lasts() } else { Default::default() };
+            let mut close = Box::pin(close);
+            let mut closed = match tokio::time::timeout(FAREWELL, &mut close).await {
+                Ok(closed) => closed,
+                Err(_) => {
+                    this.silent.note(&done.0);
+                    close.await
                 }
+            };
+            for attempt in 0_u32.. {
+                let Err(error) = &closed else { break };
+                tracing::debug!(from = %done.0, connection = done.1, %error, "not closed there");
+                let pause = refresh::backoff(attempt.saturating_add(SLOWLY), rand::random());
+                if !is_untold(error) || Instant::now() + pause >= until {
+                    break;
+                }
+                if tokio::time::timeout(pause, &mut back).await.is_ok() {
+                    break;
+                }
+                closed = farewell.clone().say(Instant::now() + Release::TIME).await;
+            }
+            if closed.is_ok() {
+                this.silent.answered(&done.0);
             }
             let mut partings = this.left.lock();
-            if partings.get(&done).is_some_and(|task| task.id() == tokio::task::id()) {
+            if partings.get(&done).is_some_and(|leaving| leaving.task.id() == tokio::task::id()) {
                 partings.remove(&done);
             }
         });
-        partings.insert(key, task);
+        // The same Close from before this connection came back there in vain is this one's now.
+        if let Some(before) = partings.insert(key, Leaving { task, goes_on }) {
+            before.task.abort();
+        }
     }
 
     /// Waits until the connection is closed there, if it is being closed.
@@ -463,17 +588,27 @@ impl Parting {
         if planted::is("nobody waits for a late close") {
             return;
         }
-        let task = {
+        let leaving = {
             let mut partings = self.left.lock();
             if partings.is_empty() { None } else { partings.remove(&(at.clone(), id.to_owned())) }
         };
-        let Some(mut task) = task else { return };
+        let Some(Leaving { mut task, goes_on }) = leaving else { return };
+        drop(goes_on);
         let until = deadline.min(Instant::now() + LONGEST_PARTING);
         if tokio::time::timeout_at(until, &mut task).await.is_err() {
             task.abort();
             // It is taken back now, not when its task comes to it: after the Request it would be of that.
             let _ = task.await;
         }
+    }
+}
+
+/// Whether a hop that was to close has not heard of it, or does not know for now who is to hear of it. What cannot be told
+/// behind it, it tells itself.
+fn is_untold(error: &Error) -> bool {
+    match error.code {
+        Code::Unavailable | Code::DeadlineExceeded => error.hop.is_none(),
+        code => code == Code::Aborted,
     }
 }
 

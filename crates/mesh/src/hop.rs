@@ -53,6 +53,11 @@ impl NextHop {
             && self.called.as_deref().is_none_or(|called| behind.clone().any(|hop| hop.name == called))
     }
 
+    /// Whether somebody may be there later where nobody is now: a socket file is its process's.
+    pub(crate) fn may_come_back(&self) -> bool {
+        matches!(self.way, Way::Dial(DialTarget::Url(_)))
+    }
+
     /// Whether people call it that.
     #[must_use]
     pub fn is_called(&self, name: &str) -> bool {

@@ -23,7 +23,7 @@ pub mod scope;
 pub mod server;
 mod signers;
 
-pub use chain::{Answer, Call, Chain, Connections, Context, Element, Next};
+pub use chain::{Answer, Call, Chain, Connections, Context, Element, Next, Waiting};
 pub use error::{Error, Result};
 pub use hop::NextHop;
 pub use inside::Inside;

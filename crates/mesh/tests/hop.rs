@@ -5,7 +5,10 @@
 use std::{
     collections::BTreeMap,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -71,6 +74,8 @@ struct Peer {
     turn: Arc<tokio::sync::Mutex<()>>,
     /// The same of Closes.
     closing: Arc<tokio::sync::Mutex<()>>,
+    /// It cannot be told to close now.
+    deaf: Arc<AtomicBool>,
     /// What it was asked for, in order.
     calls: Arc<Mutex<Vec<&'static str>>>,
     streams: Arc<Mutex<Vec<mpsc::UnboundedSender<Event>>>>,
@@ -85,6 +90,7 @@ impl Peer {
             spoil: Arc::new(Mutex::new(Box::new(|_| {}))),
             turn: Arc::default(),
             closing: Arc::default(),
+            deaf: Arc::default(),
             calls: Arc::default(),
             streams: Arc::default(),
         }
@@ -138,6 +144,9 @@ impl NetworkService for Peer {
     async fn close(&self, request: Request<Connection>) -> std::result::Result<Response<()>, Status> {
         self.note(request.metadata());
         self.calls.lock().push("close");
+        if self.deaf.load(Ordering::Relaxed) {
+            return Err(Status::aborted("not now"));
+        }
         let _closing = self.closing.lock().await;
         self.calls.lock().push("closed");
         self.closed.lock().push(request.into_inner());
@@ -659,6 +668,35 @@ async fn a_connection_that_comes_back_is_not_ended_by_the_close_of_when_it_left(
     }
 }
 
+/// A node that was cut off comes back, and its endpoint has kept the connection's address, which nobody else gets.
+#[tokio::test]
+async fn a_hop_that_cannot_be_told_to_close_is_told_again_until_the_connection_is_back() {
+    for comes_back in [false, true] {
+        let mesh = Mesh::start().await;
+        let answer = mesh.ask(request()).await.unwrap();
+        mesh.next.deaf.store(true, Ordering::Relaxed);
+        let home = std::mem::replace(&mut *mesh.to.lock(), mesh.other.0.clone());
+        let answer = mesh.ask(again(&answer)).await.unwrap();
+        while mesh.next.calls.lock().len() < 3 {
+            tokio::task::yield_now().await;
+        }
+        if comes_back {
+            *mesh.to.lock() = home;
+            mesh.ask(again(&answer)).await.unwrap();
+            let asked = mesh.next.calls.lock().len();
+            // Longer than until the next two would have come.
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            let calls = mesh.next.calls.lock();
+            assert_eq!((calls.len(), calls.last()), (asked, Some(&"request")), "{calls:?}");
+        } else {
+            mesh.next.deaf.store(false, Ordering::Relaxed);
+            while mesh.next.closed.lock().is_empty() {
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+}
+
 /// A hop that was restarted remembers nothing, and its neighbour has the wire, through which packets pass.
 #[tokio::test]
 async fn what_stood_before_a_request_that_failed_is_not_closed_by_who_has_forgotten_it() {
@@ -694,6 +732,23 @@ async fn nobody_waits_for_a_hop_that_is_slow_to_close_and_it_is_told_all_the_sam
     while *mesh.next.calls.lock() != ["request", "close", "closed"] {
         tokio::task::yield_now().await;
     }
+}
+
+/// His client has found out that packets do not pass, and asks for another endpoint.
+#[tokio::test]
+async fn a_hop_that_does_not_answer_is_not_waited_for_when_the_caller_has_left() {
+    let mesh = Mesh::start().await;
+    let answer = mesh.ask(request()).await.unwrap();
+    let _turn = mesh.next.turn.lock().await;
+    let (channel, refresh) = (mesh.channel().await, again(&answer));
+    let caller = tokio::spawn(async move { NetworkServiceClient::new(channel).request(refresh).await });
+    while mesh.next.asked.lock().len() < 2 {
+        tokio::task::yield_now().await;
+    }
+    caller.abort();
+    *mesh.to.lock() = mesh.other.0.clone();
+    mesh.ask(again(&answer)).await.unwrap();
+    assert_eq!(*mesh.other.1.calls.lock(), ["request"]);
 }
 
 #[tokio::test]

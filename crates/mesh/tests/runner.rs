@@ -96,6 +96,8 @@ enum Mode {
     Refuse,
     Panic,
     Wait,
+    /// For somebody else who never answers.
+    Hang,
 }
 
 #[derive(Debug)]
@@ -117,7 +119,11 @@ impl Element for Ending {
         end.calls.fetch_add(1, Ordering::SeqCst);
         let now = end.at_once.fetch_add(1, Ordering::SeqCst) + 1;
         end.most_at_once.fetch_max(now, Ordering::SeqCst);
+        let hangs = *end.mode.lock() == Mode::Hang;
         end.entered.notify_one();
+        if hangs {
+            cx.asker.on::<()>(std::future::pending()).await?;
+        }
         tokio::task::yield_now().await;
         let mode = *end.mode.lock();
         if mode == Mode::Wait {
@@ -127,7 +133,7 @@ impl Element for Ending {
         match mode {
             Mode::Refuse => Err(Error::denied("not today")),
             Mode::Panic => panic!("a bug"),
-            Mode::Answer | Mode::Wait => next.request(cx, request).await,
+            Mode::Answer | Mode::Wait | Mode::Hang => next.request(cx, request).await,
         }
     }
 }
@@ -241,6 +247,26 @@ async fn a_caller_that_leaves_mid_request_leaves_nothing() {
         tokio::task::yield_now().await;
     }
     assert_eq!(take(&log), ["+a", "+b", "-b Failed", "-a Failed"]);
+}
+
+/// He asks again, for what he wants instead, and would stand behind himself.
+#[tokio::test]
+async fn nobody_waits_for_others_for_a_caller_that_has_left() {
+    let (log, end) = (Log::default(), Arc::new(End::default()));
+    let role = role(&log, &end);
+    let mut asked = request("c");
+    let path = asked.connection.as_mut().unwrap().path.as_mut().unwrap();
+    path.path_segments.push(PathSegment { name: "hop".into(), id: "h".into(), ..PathSegment::default() });
+    *end.mode.lock() = Mode::Hang;
+    let caller = tokio::spawn({
+        let (role, asked) = (Arc::clone(&role), asked.clone());
+        async move { role.request(Call::default(), asked).await.map(drop) }
+    });
+    end.entered.notified().await;
+    *end.mode.lock() = Mode::Answer;
+    caller.abort();
+    role.request(Call::default(), asked).await.unwrap();
+    assert_eq!(take(&log), ["+a", "+b", "-b Failed", "-a Failed", "+a", "+b"]);
 }
 
 /// A hop that was restarted holds the wire of the process before it, and packets pass.

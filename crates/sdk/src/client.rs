@@ -1,7 +1,8 @@
 //! An edge client: asks for wires, keeps them up, closes them.
 
-use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc, time::Duration};
 
+use futures::{StreamExt as _, stream, stream::BoxStream};
 use nsm_api::{
     mechanism::{InodeUrl, key},
     nsurl::NsUrl,
@@ -31,7 +32,7 @@ use tokio::{
 use crate::{
     dns::DnsContexts,
     failures::Failures,
-    liveness::{Liveness, Verdict},
+    liveness::{self, Liveness, Verdict},
     own_end::{ClientEnd, OwnNamespace},
     predecessor::Predecessor,
     prefixes::{AwarenessGroups, OwnPrefixes},
@@ -43,6 +44,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const UNFOUND: Duration = Duration::from_secs(1);
 /// As above, when the hop beside the endpoint does not reach it: its process is gone, and the time is for a new one.
 const UNREACHED: Duration = Duration::from_millis(500);
+/// How soon a wire that is said to be down, but carries packets, is probed again.
+const SOON: Duration = Duration::from_millis(5);
 /// A wire that goes down sooner than this after it was asked for has not come up in truth.
 const SETTLED: Duration = Duration::from_secs(1);
 
@@ -207,6 +210,19 @@ impl Client {
         Ok(Wire::keep(Arc::clone(self), id.to_owned(), request, answer))
     }
 
+    /// Asks for a wire as it is, for no longer than packets pass. `Err`: they do not, and why.
+    async fn ask_meanwhile(
+        &self,
+        request: NetworkServiceRequest,
+        probe: &mut Probe,
+    ) -> Result<Result<Answer>, String> {
+        tokio::select! {
+            biased;
+            asked = self.ask(request) => Ok(asked),
+            why = probe.falls_silent() => Err(why),
+        }
+    }
+
     async fn ask(&self, request: NetworkServiceRequest) -> Result<Answer> {
         let call = Call { deadline: Some(Instant::now() + self.config.request_timeout), ..Call::default() };
         self.connections.request(call, request).await
@@ -246,7 +262,7 @@ impl Client {
         let Some(liveness) = self.config.liveness else { return false };
         let (id, endpoint) = (&conn.id, &conn.network_service_endpoint_name);
         match liveness.hurried(slowest).check(conn).await {
-            Verdict::Dead(why) => {
+            Verdict::Dead(why) | Verdict::Gone(why) => {
                 tracing::info!(connection = id, endpoint, %why, "the mesh says that the wire is down; asking for another endpoint");
                 true
             }
@@ -384,6 +400,13 @@ impl GiveUp {
         self.0 = Some(self.0.map_or(at, |earlier| at.min(earlier)));
     }
 
+    /// A pause that ends when it is due, if it would be longer.
+    fn before(&self, pause: Duration) -> Duration {
+        let left =
+            self.0.map(|at| at.saturating_duration_since(Instant::now())).filter(|left| !left.is_zero());
+        left.map_or(pause, |left| left.min(pause))
+    }
+
     fn is_due(&self) -> bool {
         self.0.is_some_and(|at| Instant::now() >= at)
     }
@@ -413,8 +436,7 @@ async fn keep(
     let mut give_up = GiveUp::default();
     let mut dead = false;
     let mut fell = false;
-    // How long the far end took to answer at most, since the wire is up.
-    let mut slowest = None;
+    let mut probe = Probe::of(client.config.liveness, &tell.borrow());
     let (mut up_since, mut falls) = (Instant::now(), 0);
     let mut others = client.wanted.subscribe();
     loop {
@@ -424,7 +446,6 @@ async fn keep(
                 true => Duration::MAX,
                 false => refresh::wait(&conn, clock::now()).unwrap_or(Duration::from_secs(10)),
             };
-            slowest = None;
             let woke = tokio::select! {
                 () = tokio::time::sleep(wait) => Woke::Refresh,
                 why = wants_a_request(&client.hub, &selector, &id, &mut events) => {
@@ -435,7 +456,7 @@ async fn keep(
                 }
                 () = another_is_wanted(&mut others, &id) => Woke::Refresh,
                 () = now.notified() => Woke::Refresh,
-                why = dies(client.config.liveness, &conn, &mut slowest) => Woke::Dead(why),
+                why = probe.dies() => Woke::Dead(why),
             };
             let pause;
             match woke {
@@ -443,10 +464,12 @@ async fn keep(
                 Woke::Down => {
                     fell = true;
                     (pause, falls) = after_fall(up_since.elapsed(), falls, rand::random());
-                    dead = client.is_dead(&conn, slowest).await;
+                    dead = client.is_dead(&conn, probe.slowest()).await;
+                    // Packets may stop only now: who was killed first, its pod after it.
+                    probe = probe.hurried(client.config.liveness, &conn);
                 }
                 Woke::Dead(why) => {
-                    let lasted = if slowest.is_some() { SETTLED } else { Duration::ZERO };
+                    let lasted = if probe.slowest().is_some() { SETTLED } else { Duration::ZERO };
                     (pause, falls) = after_fall(lasted, falls, rand::random());
                     dead = true;
                     tracing::warn!(connection = %id, endpoint = conn.network_service_endpoint_name, %why,
@@ -458,17 +481,11 @@ async fn keep(
                 tokio::time::sleep(pause).await;
             }
         } else {
-            tokio::time::sleep(refresh::backoff(attempt - 1, rand::random())).await;
-            // It is asked for as it was for as long as packets pass; they may have stopped only now.
-            if fell
-                && !dead
-                && let Some(liveness) = client.config.liveness
-            {
-                let conn = tell.borrow().clone();
-                dead = matches!(liveness.hurried(slowest).check(&conn).await, Verdict::Dead(_));
+            tokio::select! {
+                () = tokio::time::sleep(give_up.before(refresh::backoff(attempt - 1, rand::random()))) => {}
+                _ = probe.dies(), if !dead => dead = true,
             }
         }
-        let mut request = first.clone();
         let mut conn = tell.borrow().clone();
         let mut elsewhere = None;
         if !dead && give_up.is_due() {
@@ -477,22 +494,39 @@ async fn keep(
             // down, but packets pass, nothing is closed for the sake of an endpoint that may not be there.
             elsewhere = (fell && !dead).then(|| anybodys(conn.clone()));
         }
-        if dead {
-            // Once it is closed hop by hop there is nothing left to go on with.
-            reselect(&mut conn);
+        let request = |conn| NetworkServiceRequest { connection: Some(conn), ..first.clone() };
+        let mut asked = None;
+        if !dead {
+            let mut meanwhile = client.ask_meanwhile(request(conn.clone()), &mut probe).await;
+            if let (Ok(Err(_)), Some(elsewhere)) = (&meanwhile, elsewhere) {
+                tracing::info!(connection = %id, "its endpoint does not come back; asking for any");
+                // Not probed: the packets of now end when others begin, and another endpoint is what is asked for.
+                meanwhile = Ok(client.ask(request(elsewhere)).await);
+            }
+            match meanwhile {
+                Ok(answered) => asked = Some(answered),
+                Err(why) => {
+                    tracing::info!(connection = %id, %why, "packets have stopped while the wire is asked for; asking for another endpoint");
+                    dead = true;
+                }
+            }
         }
-        request.connection = Some(conn);
-        let mut asked = client.ask(request).await;
-        if asked.is_err() && elsewhere.is_some() {
-            tracing::info!(connection = %id, "its endpoint does not come back; asking for any");
-            let request = NetworkServiceRequest { connection: elsewhere, ..first.clone() };
-            asked = client.ask(request).await;
-        }
+        let asked = match asked {
+            Some(asked) => asked,
+            None => {
+                // Once it is closed hop by hop there is nothing left to go on with.
+                reselect(&mut conn);
+                client.ask(request(conn)).await
+            }
+        };
         match asked {
             Ok(answer) => {
                 if attempt > 0 || dead {
                     let endpoint = &answer.connection.network_service_endpoint_name;
                     tracing::info!(connection = %id, %endpoint, attempts = attempt + 1, "the wire is up again");
+                }
+                if dead || fell || !probe.is_of(&answer.connection) {
+                    probe = Probe::of(client.config.liveness, &answer.connection);
                 }
                 attempt = 0;
                 give_up = GiveUp::default();
@@ -536,21 +570,79 @@ fn reselect(conn: &mut Connection) {
     conn.set_state(State::ReselectRequested);
 }
 
-/// Returns when packets do not pass any more, and why.
-async fn dies(liveness: Option<Liveness>, conn: &Connection, slowest: &mut Option<Duration>) -> String {
-    let Some(liveness) = liveness else { return std::future::pending().await };
-    let mut told = false;
-    loop {
-        tokio::time::sleep(liveness.interval).await;
-        let began = Instant::now();
-        match liveness.check(conn).await {
-            Verdict::Alive => *slowest = (*slowest).max(Some(began.elapsed())),
-            Verdict::Dead(why) => return why,
-            Verdict::Unknown(why) if !told => {
-                told = true;
-                tracing::warn!(connection = conn.id, %why, "the wire cannot be probed, so it counts as alive");
+/// Probes a wire for as long as it is as it was answered: while nothing happens and while it is asked for.
+struct Probe {
+    pairs: Vec<(IpAddr, IpAddr)>,
+    checks: BoxStream<'static, (Verdict, Duration)>,
+    /// How long the far end took to answer at most.
+    slowest: Option<Duration>,
+    told: bool,
+}
+
+impl Probe {
+    fn of(liveness: Option<Liveness>, conn: &Connection) -> Self {
+        Self::beginning(liveness, conn, liveness.map_or(Duration::ZERO, |liveness| liveness.interval))
+    }
+
+    /// For a wire that is said to be down: as fast as it has answered, soon, and then ever less often.
+    fn hurried(self, liveness: Option<Liveness>, conn: &Connection) -> Self {
+        let liveness = liveness.map(|liveness| liveness.hurried(self.slowest));
+        Self { slowest: self.slowest, told: self.told, ..Self::beginning(liveness, conn, SOON) }
+    }
+
+    fn beginning(liveness: Option<Liveness>, conn: &Connection, pause: Duration) -> Self {
+        let conn = conn.clone();
+        let pairs = liveness::pairs(&conn);
+        let checks = match liveness {
+            None => stream::pending().boxed(),
+            Some(liveness) => stream::unfold((conn, pause), move |(conn, pause)| async move {
+                tokio::time::sleep(pause).await;
+                let began = Instant::now();
+                let verdict = liveness.check(&conn).await;
+                Some(((verdict, began.elapsed()), (conn, (pause * 2).min(liveness.interval))))
+            })
+            .boxed(),
+        };
+        Self { pairs, checks, slowest: None, told: false }
+    }
+
+    /// Whether this connection is probed by the same packets.
+    fn is_of(&self, conn: &Connection) -> bool {
+        self.pairs == liveness::pairs(conn)
+    }
+
+    fn slowest(&self) -> Option<Duration> {
+        self.slowest
+    }
+
+    async fn next(&mut self) -> Verdict {
+        let Some((verdict, took)) = self.checks.next().await else { return std::future::pending().await };
+        match &verdict {
+            Verdict::Alive => self.slowest = self.slowest.max(Some(took)),
+            Verdict::Unknown(why) if !self.told => {
+                self.told = true;
+                tracing::warn!(%why, "the wire cannot be probed, so it counts as alive");
             }
-            Verdict::Unknown(_) => {}
+            _ => {}
+        }
+        verdict
+    }
+
+    /// Returns when packets do not pass any more, and why.
+    async fn dies(&mut self) -> String {
+        loop {
+            if let Verdict::Dead(why) | Verdict::Gone(why) = self.next().await {
+                return why;
+            }
+        }
+    }
+
+    /// The same while the wire is asked for: addresses change where another endpoint answers, before that is heard of here.
+    async fn falls_silent(&mut self) -> String {
+        loop {
+            if let Verdict::Dead(why) = self.next().await {
+                return why;
+            }
         }
     }
 }
@@ -665,8 +757,10 @@ mod tests {
         give_up.after(&Error::unavailable("a hop behind it cannot be reached").at("manager"), &conn);
         give_up.after(&Error::not_found("the endpoint").at("forwarder"), &conn);
         assert!(!give_up.is_due());
+        assert_eq!(give_up.before(PATIENCE), UNFOUND, "nobody sleeps longer");
         tokio::time::advance(UNFOUND).await;
         assert!(give_up.is_due(), "it is gone, and others may serve");
+        assert_eq!(give_up.before(PATIENCE), PATIENCE);
     }
 
     #[test]

@@ -48,15 +48,17 @@ impl Default for Liveness {
 /// What answers once is expected to answer again within so many times of that.
 const HURRY: u32 = 10;
 /// But has at least so long: a busy machine answers late.
-const LEAST: Duration = Duration::from_millis(30);
+const LEAST: Duration = Duration::from_millis(20);
 
 /// What a check has found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
     /// Every pair of addresses has answered, or there is nothing to ask.
     Alive,
-    /// Packets do not pass; why.
+    /// No packet comes back; why.
     Dead(String),
+    /// There is no way that packets could go: an address or a route is gone; which.
+    Gone(String),
     /// It cannot be known here; why. It counts as alive.
     Unknown(String),
 }
@@ -76,7 +78,7 @@ impl Liveness {
         for verdict in futures::future::join_all(asked).await {
             match verdict {
                 Verdict::Alive => {}
-                Verdict::Dead(_) => return verdict,
+                Verdict::Dead(_) | Verdict::Gone(_) => return verdict,
                 Verdict::Unknown(why) => unknown = Some(why),
             }
         }
@@ -148,11 +150,11 @@ fn open(from: IpAddr, to: IpAddr) -> Result<UdpSocket, Verdict> {
         unknown("no ICMP socket (does net.ipv4.ping_group_range include our group?)", error.into())
     })?;
     bind(&socket, &SocketAddr::new(from, 0)).map_err(|error| match error {
-        Errno::ADDRNOTAVAIL => Verdict::Dead(format!("our address {from} is gone")),
+        Errno::ADDRNOTAVAIL => Verdict::Gone(format!("our address {from} is gone")),
         error => unknown("the ICMP socket cannot be bound", error.into()),
     })?;
     connect(&socket, &SocketAddr::new(to, 0)).map_err(|error| match error {
-        Errno::NETUNREACH | Errno::HOSTUNREACH => Verdict::Dead(format!("there is no route to {to}")),
+        Errno::NETUNREACH | Errno::HOSTUNREACH => Verdict::Gone(format!("there is no route to {to}")),
         error => unknown("the ICMP socket cannot be connected", error.into()),
     })?;
     // To the library a datagram socket is like any other: sent on and received from when it is connected.
@@ -240,10 +242,10 @@ mod tests {
         let liveness = Liveness { interval: Duration::ZERO, timeout: Duration::from_millis(40) };
         assert_eq!(liveness.check(&Connection::default()).await, Verdict::Alive);
         match liveness.check(&conn(&["192.0.2.77/32"], &["127.0.0.1/32"])).await {
-            Verdict::Dead(why) => assert_eq!(why, "our address 192.0.2.77 is gone"),
+            Verdict::Gone(why) => assert_eq!(why, "our address 192.0.2.77 is gone"),
             // Whoever may not ping cannot know.
             Verdict::Unknown(why) => assert!(why.contains("ping_group_range"), "{why}"),
-            Verdict::Alive => panic!("nobody has that address"),
+            verdict => panic!("nobody has that address: {verdict:?}"),
         }
     }
 }
