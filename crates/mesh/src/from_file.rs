@@ -8,8 +8,8 @@ use std::{
     time::Duration,
 };
 
-use arc_swap::ArcSwap;
 use nsm_identity::FileWatch;
+use tokio::sync::watch;
 
 /// Far above any such file; what is larger is not read into memory.
 const MAX_BYTES: u64 = 1 << 20;
@@ -18,7 +18,7 @@ const LOOK: Duration = Duration::from_secs(30);
 
 /// A value that is read from a file now, and again whenever the file changes. While the file is not what it should be
 /// the value stays as it was, and the log says why. Clones share it.
-pub struct FromFile<T>(Arc<ArcSwap<T>>);
+pub struct FromFile<T>(watch::Receiver<Arc<T>>);
 
 /// A file that is not what it should be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -32,13 +32,13 @@ pub struct BadFile {
 
 impl<T> Clone for FromFile<T> {
     fn clone(&self) -> Self {
-        Self(Arc::clone(&self.0))
+        Self(self.0.clone())
     }
 }
 
 impl<T: fmt::Debug> fmt::Debug for FromFile<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("FromFile").field(&self.0.load()).finish()
+        f.debug_tuple("FromFile").field(&self.0.borrow()).finish()
     }
 }
 
@@ -57,15 +57,18 @@ impl<T: Send + Sync + 'static> FromFile<T> {
         let watch = FileWatch::new(&path);
         let text = read(&path)?;
         let bad = |problem| BadFile { path: path.clone(), problem };
-        let value = Arc::new(ArcSwap::from_pointee(parse(text.as_deref()).map_err(bad)?));
-        let followed = Arc::downgrade(&value);
+        let (tell, value) = watch::channel(Arc::new(parse(text.as_deref()).map_err(bad)?));
         tokio::spawn(async move {
             let (mut watch, mut seen) = (watch, Ok(text));
             loop {
-                if tokio::time::timeout(LOOK, watch.maybe_changed()).await.is_err() {
-                    watch = FileWatch::new(&path);
+                tokio::select! {
+                    looked = tokio::time::timeout(LOOK, watch.maybe_changed()) => {
+                        if looked.is_err() {
+                            watch = FileWatch::new(&path);
+                        }
+                    }
+                    () = tell.closed() => return,
                 }
-                let Some(value) = followed.upgrade() else { return };
                 let now = read(&path);
                 if now == seen {
                     continue;
@@ -76,7 +79,7 @@ impl<T: Send + Sync + 'static> FromFile<T> {
                 match parsed {
                     Ok(new) => {
                         tracing::info!(file = %path.display(), "read again");
-                        value.store(Arc::new(new));
+                        tell.send_replace(Arc::new(new));
                     }
                     Err(problem) => tracing::warn!(problem, "not read again; what it said before holds"),
                 }
@@ -88,13 +91,20 @@ impl<T: Send + Sync + 'static> FromFile<T> {
 
     /// A value that does not change.
     pub fn fixed(value: T) -> Self {
-        Self(Arc::new(ArcSwap::from_pointee(value)))
+        Self(watch::channel(Arc::new(value)).1)
+    }
+
+    /// Returns when the file says something else than it did at the last call of this. Where it does not change: never.
+    pub async fn changed(&mut self) {
+        if self.0.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
     }
 
     /// What the file says now.
     #[must_use]
     pub fn get(&self) -> Arc<T> {
-        self.0.load_full()
+        Arc::clone(&self.0.borrow())
     }
 }
 
@@ -140,7 +150,10 @@ mod tests {
         };
         let file = FromFile::open(&path, parse).unwrap();
         assert_eq!(*file.get(), 0, "there is none");
+        let mut told = file.clone();
         fs::write(&path, "1").unwrap();
+        told.changed().await;
+        assert_eq!(*told.get(), 1);
         settles(&file, 1).await;
         // As Kubernetes does it: a link is moved into place.
         fs::write(directory.path().join("v2"), "2").unwrap();

@@ -5,13 +5,13 @@ use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 use anyhow::{Context as _, Result, anyhow, bail};
 use clap::Args;
 use ipnet::IpNet;
-use nsm_api::nsurl::NsUrl;
+use nsm_api::{nsurl::NsUrl, pb::registry::NetworkService};
 use nsm_cnf::{filter::Unfiltered, rules::Rules, works::Role};
 use nsm_dns::{Names, Options};
 use nsm_identity::SpiffeId;
 use nsm_manager::{Candidate, ExcludedPrefixes, tell::ToldOfRegistry};
-use nsm_mesh::{Inside, NextHop, auth::OnlyFrom, inspect::Neighbour, metrics::Metrics};
-use nsm_registry::{Cluster, node_labels};
+use nsm_mesh::{Inside, NextHop, auth::OnlyFrom, from_file::FromFile, inspect::Neighbour, metrics::Metrics};
+use nsm_registry::{Cluster, Directories, node_labels};
 use nsm_sdk::{
     client::{Client as SdkClient, ClientConfig, Wire},
     endpoint::{EndpointConfig, Provides},
@@ -53,7 +53,8 @@ pub(crate) struct Registry {
     /// What keeps the registrations
     #[arg(long, env = "NSM_STORE", default_value = "memory", value_enum)]
     store: Store,
-    /// YAML files with NetworkService resources (networkservicemesh.io/v1 or v1alpha1) to start with; for memory only
+    /// YAML files with NetworkService resources (networkservicemesh.io/v1 or v1alpha1), read again when they
+    /// change; for memory only
     #[arg(long, env = "NSM_NETWORK_SERVICE_FILES", value_delimiter = ',', value_name = "FILE")]
     network_services: Vec<PathBuf>,
     /// The Kubernetes namespace that resources are written into; those of all are read
@@ -103,10 +104,10 @@ impl Registry {
         let metrics = self.measured.start(&process).await?;
         metrics.register(|registry| guard.refusals.register(registry));
         // What is wrong with files and flags is said before anything is waited for.
-        let services = read_services(&self.network_services)?;
+        let files = ServiceFiles::open(&self.network_services)?;
         let cluster = match self.store {
             Store::Memory => None,
-            Store::Kubernetes if !services.is_empty() => bail!(
+            Store::Kubernetes if !files.0.is_empty() => bail!(
                 "--network-services are for --store memory; on Kubernetes apply them: kubectl apply -f {}",
                 self.network_services
                     .iter()
@@ -120,7 +121,7 @@ impl Registry {
             watches: nsm_registry::WatchLimit(guard.limits.watches_of_one),
             guard,
             listen_on: self.listen_on,
-            services,
+            services: files.now(),
             lifetime: self.expire_period,
             max_token_lifetime: self.tokens.max_token_lifetime,
         };
@@ -151,24 +152,46 @@ impl Registry {
         process.ready();
         let inspector = process.inspector();
         inspector.add(Arc::new(ToldOfRegistry(registry.directories())));
+        tokio::spawn(files.follow(registry.directories()));
         let looked_at = tonic::service::Routes::new(inspector.over_mtls());
         registry.serve_beside(looked_at, &[nsm_mesh::inspect::SERVICE], shutdown.wait()).await;
         Ok(())
     }
 }
 
-fn read_services(files: &[PathBuf]) -> Result<Vec<nsm_api::pb::registry::NetworkService>> {
-    let mut services = Vec::new();
-    for path in files {
-        let text =
-            std::fs::read_to_string(path).with_context(|| format!("{} cannot be read", path.display()))?;
-        let file = nsm_api::resource::parse(&text).with_context(|| path.display().to_string())?;
-        for warning in &file.warnings {
-            tracing::warn!(file = %path.display(), "{warning}");
-        }
-        services.extend(file.services);
+/// Network services of the operator, in files that are followed while the registry runs.
+struct ServiceFiles(Vec<FromFile<Vec<NetworkService>>>);
+
+impl ServiceFiles {
+    fn open(files: &[PathBuf]) -> Result<Self> {
+        let open = |path: &PathBuf| {
+            let shown = path.display().to_string();
+            FromFile::open(path, move |text| {
+                let text = text.ok_or_else(|| "there is no such file".to_owned())?;
+                let file = nsm_api::resource::parse(text).map_err(|error| error.to_string())?;
+                for warning in &file.warnings {
+                    tracing::warn!(file = shown, "{warning}");
+                }
+                Ok(file.services)
+            })
+        };
+        Ok(Self(files.iter().map(open).collect::<Result<_, _>>()?))
     }
-    Ok(services)
+
+    fn now(&self) -> Vec<NetworkService> {
+        self.0.iter().flat_map(|file| (*file.get()).clone()).collect()
+    }
+
+    /// Tells a registry that began with them whenever they change. Does not end.
+    async fn follow(mut self, known: Directories) {
+        let mut before = self.now();
+        while !self.0.is_empty() {
+            futures::future::select_all(self.0.iter_mut().map(|file| Box::pin(file.changed()))).await;
+            let now = self.now();
+            known.change_operators(&before, &now).await;
+            before = now;
+        }
+    }
 }
 
 /// One per node: takes requests of workloads and of other nodes, chooses the forwarder
@@ -399,7 +422,7 @@ pub(crate) struct Node {
     /// Serve the cluster's registry here, in this process, instead of asking the one at --registry-url
     #[arg(long, env = "NSM_REGISTRY_LISTEN_ON", value_delimiter = ',', value_name = "URL")]
     registry_listen_on: Vec<ListenUrl>,
-    /// For the registry here: YAML files with NetworkService resources to start with
+    /// For the registry here: YAML files with NetworkService resources, read again when they change
     #[arg(
         long,
         env = "NSM_NETWORK_SERVICE_FILES",
@@ -425,7 +448,7 @@ impl Node {
 
     pub(crate) async fn serve(self) -> Result<()> {
         let (process, shutdown) = (self.common.process(), Shutdown::on_signals()?);
-        let services = read_services(&self.network_services)?;
+        let files = ServiceFiles::open(&self.network_services)?;
         let metrics = self.hop.measured.start(&process).await?;
         let service = self.managing.forwarder_network_service_name.clone();
         let name = self.forwarder_name.unwrap_or_else(|| format!("forwarder-{}", self.name));
@@ -442,13 +465,14 @@ impl Node {
                 watches: nsm_registry::WatchLimit(guard.limits.watches_of_one),
                 guard,
                 listen_on: self.registry_listen_on,
-                services,
+                services: files.now(),
                 max_token_lifetime: self.hop.tokens.max_token_lifetime,
                 lifetime: nsm_registry::expiry::DEFAULT_LIFETIME,
             };
             let registry = nsm_registry::Registry::bind(config, source.clone()).await?;
             let known = registry.directories();
             process.inspector().add(Arc::new(ToldOfRegistry(known.clone())));
+            tokio::spawn(files.follow(known.clone()));
             (Some(registry), Cluster::Inside(known))
         };
         let config = self.managing.config(self.name, cluster, &self.hop, metrics).await?;

@@ -124,6 +124,33 @@ impl Directories {
         }
     }
 
+    /// Makes the services of the operator those of `now` that were those of `before`: what is new or has changed is theirs
+    /// from here on, and what is gone goes, unless it is a workload's by now.
+    pub async fn change_operators(&self, before: &[NetworkService], now: &[NetworkService]) {
+        let gone = before.iter().filter(|old| now.iter().all(|new| new.name != old.name));
+        let changed = now.iter().filter(|new| !before.contains(new));
+        for (service, stays) in gone.map(|old| (old, false)).chain(changed.map(|new| (new, true))) {
+            let operators = NetworkService { path_ids: Vec::new(), ..service.clone() };
+            let name = operators.name.clone();
+            // Without a deadline nothing stops us from having our turn.
+            let Ok(_lane) = self.service_lanes.enter(&name, None).await else { continue };
+            let cx = &mut Context::own(RegistrationPath::default());
+            let done = match self.services.known(&name) {
+                Some(known) if !stays && known.path_ids.is_empty() => {
+                    self.services.unregister(cx, operators).await
+                }
+                _ if stays => self.services.register(cx, operators).await.map(drop),
+                _ => Ok(()),
+            };
+            match done {
+                Ok(()) => info!(name, stays, "the operator has changed a network service"),
+                Err(reason) => {
+                    warn!(name, %reason, "what the operator says of a network service is not kept")
+                }
+            }
+        }
+    }
+
     /// All services.
     pub async fn services(&self) -> Vec<NetworkService> {
         all(&*self.services, NetworkService::default()).await

@@ -515,6 +515,42 @@ async fn services_are_shared_by_those_who_agree_and_the_operators_stay() {
 }
 
 #[tokio::test]
+async fn what_the_operator_changes_is_told_and_what_is_a_workloads_stays() {
+    let lab = Lab::new();
+    let leads_to = |name: &str, app: &str| {
+        let destination_selector = [("app".into(), app.into())].into();
+        let routes = vec![Destination { destination_selector, ..Default::default() }];
+        let matches = vec![Match { routes, ..Default::default() }];
+        NetworkService { matches, payload: "IP".into(), ..service(name) }
+    };
+    let before = [leads_to("chain", "a"), leads_to("gone", "a")];
+    let listen_on = vec![ListenUrl::Unix(lab.socket("registry.sock"))];
+    let config = Config { services: before.to_vec(), listen_on, ..Config::default() };
+    let registry = Registry::bind(config, lab.source("registry")).await.unwrap();
+    let (known, urls) = (registry.directories(), registry.urls());
+    let registry = Running::start(&urls, |shutdown| registry.serve(shutdown).boxed());
+    let workload = lab.raw("one", &registry.url()).await;
+    let own = workload.register_service(leads_to("own", "a")).await.unwrap();
+    let client = lab.client("x", &registry.url());
+    let mut watch = client.watch_services(service("chain")).await.unwrap();
+    assert_eq!(watch.next().await.unwrap().unwrap(), (before[0].clone(), false));
+
+    let now = [leads_to("chain", "b"), leads_to("new", "a")];
+    known.change_operators(&before, &now).await;
+    assert_eq!(watch.next().await.unwrap().unwrap(), (now[0].clone(), false));
+    let mut all = known.services().await;
+    all.sort_by(|a, b| a.name.cmp(&b.name));
+    assert_eq!(all, [now[0].clone(), now[1].clone(), own.clone()]);
+    // What a workload has made of a name that the operator gave up is not the operator's to end.
+    known.change_operators(&[leads_to("own", "a")], &[]).await;
+    assert!(known.services().await.contains(&own));
+    // And the operator may take a name.
+    known.change_operators(&[], &[leads_to("own", "c")]).await;
+    assert!(known.services().await.contains(&leads_to("own", "c")));
+    registry.stop().await;
+}
+
+#[tokio::test]
 async fn nonsense_is_refused_and_says_what_is_wrong() {
     let lab = Lab::new();
     let registry = lab.registry_with(Config { watches: WatchLimit(2), ..Config::default() }).await;
