@@ -1,5 +1,9 @@
-//! Follows the network services of live connections: one that its service does not lead to its endpoint any more is
-//! closed, and asked for again it goes to another endpoint (spec/control-plane.md 8.5).
+//! Follows the network services of live connections: one that its service does not lead to its endpoint any more goes
+//! to another endpoint (spec/control-plane.md 8.5).
+//!
+//! Its client is told to ask for it (10.2) while it stands, so that it carries packets until another endpoint has
+//! answered. Upstream's manager closes it at once; here it is closed when nothing has come of that. Of many, which one
+//! change leads away, each is told at a moment of its own, or all of their requests would come at once.
 //!
 //! All connections of a service share one watch of it and one of its endpoints. [`Service`] decides, purely; the tasks
 //! around it carry news in and verdicts out.
@@ -21,7 +25,9 @@ use nsm_api::{
         registry::{NetworkService, NetworkServiceEndpoint},
     },
 };
-use nsm_mesh::{Connections, Context, Element, Lease, Next, Reason, Release, Result, Scope, refresh};
+use nsm_mesh::{
+    Connections, Context, Element, Lease, Next, Reason, Release, Result, Scope, monitor::Hub, refresh,
+};
 use nsm_registry::ManagerRegistry;
 use parking_lot::Mutex;
 use tokio::{
@@ -29,6 +35,10 @@ use tokio::{
     task::JoinSet,
 };
 
+/// How long a connection that is led away stands for its client to go elsewhere.
+const GRACE: Duration = Duration::from_secs(1);
+/// Within how long after each other connections are told to go, on average.
+const APART: Duration = Duration::from_millis(1);
 /// How long a client that was led away may take to ask again: then its tokens have expired anyway.
 const REMEMBERED: Duration = Duration::from_secs(600);
 
@@ -44,8 +54,8 @@ pub struct News(mpsc::UnboundedReceiver<New>);
 enum New {
     /// A service has its first connection; it has no more when the receiver ends.
     Service(String, oneshot::Receiver<()>),
-    /// A service does not lead to this connection's endpoint.
-    Unmatched { service: String, id: String },
+    /// A service does not lead to this connection's endpoint; it is one of so many.
+    Unmatched { service: String, id: String, of: usize },
 }
 
 struct Followed {
@@ -54,10 +64,12 @@ struct Followed {
     tell: mpsc::UnboundedSender<New>,
 }
 
-/// A connection that was closed because its service led away from this endpoint.
+/// A connection that has to leave this endpoint because its service led away from it.
 struct LedAway {
     endpoint: String,
     at: Instant,
+    /// Its client knows nothing but that it fell.
+    closed: bool,
 }
 
 /// What is known of one service: its matches, its endpoints, and the connections that go by them.
@@ -148,8 +160,14 @@ impl FollowService {
         (Self(Arc::new(followed)), News(news))
     }
 
-    /// Watches the services that the element meets, and closes the connections that they lead away. Does not end.
-    pub async fn look_after(self, mut news: News, registry: ManagerRegistry, connections: Arc<Connections>) {
+    /// Watches the services that the element meets, and ends what they lead away; `hub` tells clients. Does not end.
+    pub async fn look_after(
+        self,
+        mut news: News,
+        registry: ManagerRegistry,
+        connections: Arc<Connections>,
+        hub: Arc<Hub>,
+    ) {
         let mut tasks = JoinSet::new();
         loop {
             tokio::select! {
@@ -163,10 +181,17 @@ impl FollowService {
                             }
                         });
                     }
-                    New::Unmatched { service, id } => {
+                    New::Unmatched { service, id, of } => {
                         let (this, connections) = (Arc::clone(&self.0), Arc::clone(&connections));
+                        let hub = Arc::clone(&hub);
                         // Closing may take as long as a neighbour lets it.
-                        tasks.spawn(async move { this.close(&service, &id, &connections).await });
+                        tasks.spawn(async move {
+                            tokio::time::sleep(spread(of, rand::random())).await;
+                            if this.tell(&service, &id, &hub) {
+                                tokio::time::sleep(GRACE).await;
+                                this.close(&service, &id, &connections).await;
+                            }
+                        });
                     }
                 },
                 Some(_) = tasks.join_next() => {}
@@ -192,7 +217,7 @@ impl Followed {
         if entry.leads(&entry.live[id]) == Some(true) {
             entry.live.entry(id.to_owned()).and_modify(|live| live.led = true);
         } else if entry.is_unmatched(id) {
-            let _ = self.tell.send(New::Unmatched { service: service.to_owned(), id: id.to_owned() });
+            let _ = self.tell.send(New::Unmatched { service: service.to_owned(), id: id.to_owned(), of: 1 });
         }
     }
 
@@ -224,8 +249,9 @@ impl Followed {
     /// Tells this of a service that is followed still, and has closed what it leads away.
     fn news(&self, service: &str, tell: impl FnOnce(&mut Service) -> Vec<String>) {
         let unmatched = self.services.lock().get_mut(service).map(tell).unwrap_or_default();
+        let of = unmatched.len();
         for id in unmatched {
-            let _ = self.tell.send(New::Unmatched { service: service.to_owned(), id });
+            let _ = self.tell.send(New::Unmatched { service: service.to_owned(), id, of });
         }
     }
 
@@ -265,31 +291,55 @@ impl Followed {
         }
     }
 
-    async fn close(&self, service: &str, id: &str, connections: &Arc<Connections>) {
-        let endpoint = {
-            let services = self.services.lock();
-            // A refresh may have led it elsewhere meanwhile.
-            let Some(entry) = services.get(service).filter(|entry| entry.is_unmatched(id)) else { return };
-            entry.live[id].endpoint.clone()
-        };
+    /// The endpoint that this connection has to leave; a refresh may have led it elsewhere meanwhile.
+    fn leaves(&self, service: &str, id: &str) -> Option<String> {
+        let services = self.services.lock();
+        let entry = services.get(service).filter(|entry| entry.is_unmatched(id))?;
+        Some(entry.live[id].endpoint.clone())
+    }
+
+    /// Has the client of a connection that its service leads away ask for it; `false`: there is no such connection.
+    fn tell(&self, service: &str, id: &str, hub: &Hub) -> bool {
+        let Some(endpoint) = self.leaves(service, id) else { return false };
         tracing::info!(
             connection = id,
             service,
             endpoint,
-            "the network service does not lead to this endpoint any more; the connection is closed"
+            "the network service does not lead to this endpoint any more; the client is told to go elsewhere"
         );
-        {
-            let mut led_away = self.led_away.lock();
-            led_away.retain(|_, away| away.at.elapsed() < REMEMBERED);
-            led_away.insert(id.to_owned(), LedAway { endpoint, at: Instant::now() });
-        }
+        let mut led_away = self.led_away.lock();
+        led_away.retain(|_, away| away.at.elapsed() < REMEMBERED);
+        led_away.insert(id.to_owned(), LedAway { endpoint, at: Instant::now(), closed: false });
+        drop(led_away);
+        hub.ask_again(id);
+        true
+    }
+
+    /// Closes a connection that has not left meanwhile.
+    async fn close(&self, service: &str, id: &str, connections: &Arc<Connections>) {
+        let Some(endpoint) = self.leaves(service, id) else { return };
+        tracing::info!(
+            connection = id,
+            service,
+            endpoint,
+            "the connection has not left the endpoint; it is closed"
+        );
+        let away = LedAway { endpoint, at: Instant::now(), closed: true };
+        self.led_away.lock().insert(id.to_owned(), away);
         connections.drop_connection(id, Reason::Unmatched).await;
     }
 
-    /// Whether this connection was closed because its service led away from that endpoint.
-    fn was_led_away(&self, id: &str, endpoint: &str) -> bool {
-        self.led_away.lock().get(id).is_some_and(|away| away.endpoint == endpoint)
+    /// Whether this connection has to leave that endpoint, and whether it is closed already.
+    fn led_away(&self, id: &str, endpoint: &str) -> Option<bool> {
+        let led_away = self.led_away.lock();
+        led_away.get(id).filter(|away| away.endpoint == endpoint).map(|away| away.closed)
     }
+}
+
+/// How long one of so many connections waits until its client is told.
+fn spread(of: usize, jitter: f64) -> Duration {
+    let others = u32::try_from(of.saturating_sub(1)).unwrap_or(u32::MAX);
+    APART.saturating_mul(others).min(GRACE).mul_f64(jitter)
 }
 
 impl fmt::Debug for Followed {
@@ -332,10 +382,12 @@ impl Element for FollowService {
     ) -> Result<Connection> {
         let conn = request.connection.get_or_insert_default();
         let (id, service) = (conn.id.clone(), conn.network_service.clone());
-        if self.0.was_led_away(&id, &conn.network_service_endpoint_name) {
-            // Its client only knows that the wire fell, and asks for it as it was.
+        if let Some(closed) = self.0.led_away(&id, &conn.network_service_endpoint_name) {
+            // Its client asks for it as it was: it knows only that it is asked to, or that the wire fell.
             conn.network_service_endpoint_name.clear();
-            conn.set_state(State::ReselectRequested);
+            if closed {
+                conn.set_state(State::ReselectRequested);
+            }
         }
         let led = conn.network_service_endpoint_name.is_empty();
         let labels = conn.labels.clone();
@@ -409,6 +461,13 @@ mod tests {
         assert!(s.changed(&service(&[("app", "b")])).is_empty());
         assert!(s.changed(&service(&[("app", "a")])).is_empty());
         assert_eq!(s.changed(&service(&[("app", "b")])), ["u1"]);
+    }
+
+    #[test]
+    fn many_are_not_told_at_once_and_one_is() {
+        assert_eq!(spread(1, 1.0), Duration::ZERO);
+        assert_eq!(spread(101, 0.5), Duration::from_millis(50));
+        assert_eq!(spread(usize::MAX, 1.0), GRACE);
     }
 
     #[tokio::test]

@@ -82,7 +82,7 @@ pub fn chain(
         LocalMechanisms,                                                        // … and does not aim tunnels
         ClientInfo(node_labels().into_iter().collect()),                        // where the client runs
         config.excluded_prefixes.clone(),    // what is taken in this cluster
-        follow_service,                      // ends what its service leads away
+        follow_service,                      // where its service leads away, it goes elsewhere
         DiscoverForwarder { registry, own }, // who builds the wire
         Dial::new(pool, &config.name, hub, config.dial_timeout), // the forwarder
     ]
@@ -162,7 +162,8 @@ impl Manager {
         let chain = chain(&config, registry.clone(), follow_service.clone(), own, Arc::clone(&hub), pool);
         let connections = Connections::serving(&config.name, chain, Arc::clone(&config.metrics));
         let told = workloads::follow(Arc::clone(&hub), config.workloads.clone());
-        let beside = follow_service.look_after(news, registry.clone(), Arc::clone(&connections));
+        let beside =
+            follow_service.look_after(news, registry.clone(), Arc::clone(&connections), Arc::clone(&hub));
         let mut routes = tonic::service::RoutesBuilder::default();
         let readers = Arc::new(config.monitor_readers.clone());
         nsm_mesh::server::add(&mut routes, connections, Arc::clone(&hub), readers);

@@ -89,17 +89,17 @@ pub fn follow(mine: &Connection, theirs: &Connection, kind: ConnectionEventType)
     (event != *mine).then_some(event)
 }
 
-/// Whether what a hop told while it was asked is of what it has answered, or of later: not of what stood there before.
-/// Each request gives our segment an end of its own.
-fn is_news(event: &ConnectionEvent, answered: &Known) -> bool {
-    let ours = path::index(&answered.conn);
+/// Whether what a next hop tells is of what it was asked for last, or of later: not of what stood there before, whose end
+/// may be told late, as events come over another connection than answers. Each request gives our segment an end of its own.
+/// Only an end is judged by that: whatever else is told brings no wire down.
+fn is_news(mine: &Connection, theirs: &Connection, kind: ConnectionEventType) -> bool {
+    let ours = path::index(mine);
     let end = |conn: &Connection| {
         let end = path::segments(conn).get(ours)?.expires.as_ref()?;
         Some((end.seconds, end.nanos))
     };
-    let of_it = |theirs: &&Connection| followable(theirs).any(|id| *id == answered.conn.id);
-    planted::is("events of a former life count")
-        || event.connections.values().filter(of_it).all(|theirs| end(theirs) >= end(&answered.conn))
+    let ends = kind == ConnectionEventType::Delete || theirs.state() == State::Down;
+    planted::is("events of a former life count") || !ends || end(theirs) >= end(mine)
 }
 
 /// The ids of the connections of ours that an event of the next hop may be about: of the segment that it is at, and of
@@ -385,6 +385,16 @@ impl Hub {
         self.tell_news(&mut self.state.lock(), vec![Known { conn, owner }], Why::Event);
     }
 
+    /// Whoever asked for a connection that is up shall ask for it again (spec/control-plane.md 10.2).
+    pub fn ask_again(&self, id: &str) {
+        let mut state = self.state.lock();
+        let up = state.connections.get(id).filter(|known| known.conn.state() == State::Up);
+        if let Some(mut known) = up.cloned() {
+            known.conn.set_state(State::RefreshRequested);
+            self.tell_news(&mut state, vec![known], Why::Event);
+        }
+    }
+
     /// The same, of a connection that `owner` is just answered; then, what its next hop has told of it meanwhile.
     pub fn answered(&self, conn: Connection, owner: Option<SpiffeId>) {
         let mut state = self.state.lock();
@@ -394,11 +404,7 @@ impl Hub {
         let why = if fell { Why::Event } else { Why::Answer };
         self.tell_news(&mut state, vec![Known { conn, owner }], why);
         match state.asked.remove(&id).and_then(|asked| asked.last) {
-            Some(Told::Event(event))
-                if state.connections.get(&id).is_some_and(|known| is_news(&event, known)) =>
-            {
-                self.apply(&mut state, &event, &BTreeSet::from([id]));
-            }
+            Some(Told::Event(event)) => self.apply(&mut state, &event, &BTreeSet::from([id])),
             Some(Told::Lost) => self.fall(&mut state, [&id]),
             _ => {}
         }
@@ -439,7 +445,9 @@ impl Hub {
         for theirs in event.connections.values() {
             for id in followable(theirs).filter(|id| ours.contains(*id)) {
                 let Some(known) = state.connections.get(id) else { continue };
-                if let Some(conn) = follow(&known.conn, theirs, event.r#type()) {
+                if is_news(&known.conn, theirs, event.r#type())
+                    && let Some(conn) = follow(&known.conn, theirs, event.r#type())
+                {
                     news.push(Known { conn, owner: known.owner.clone() });
                 }
             }
