@@ -39,10 +39,20 @@ fn scenario(topology: Topology, name: &str) -> String {
     );
     for ((pod, address), node) in ENDPOINTS.iter().zip(nodes) {
         text += &format!(
-            "- {{name: {pod}, node: {node}, endpoint: {{services: [heal], cidrPrefix: [{address}/31]}}}}\n"
+            "- {{name: {pod}, node: {node}, endpoint: {{services: [heal], labels: {{app: {pod}}}, cidrPrefix: [{address}/31]}}}}\n"
         );
     }
     text
+}
+
+/// The network service, which leads to one of the endpoints or to any.
+fn service(leads_to: Option<&str>) -> String {
+    let spec = leads_to
+        .map(|pod| format!("spec:\n  matches:\n  - routes:\n    - destination_selector: {{app: {pod}}}\n"));
+    format!(
+        "apiVersion: networkservicemesh.io/v1\nkind: NetworkService\nmetadata: {{name: heal}}\n{}",
+        spec.unwrap_or_default()
+    )
 }
 
 /// Everything about one topology, in a lab that is gone afterwards.
@@ -68,6 +78,8 @@ pub(crate) fn measure(
         progress(&format!("{topology}: {} killed, {} times", processes.join(", "), heal.times));
         rows.push(heal.daemons_killed(id, &processes)?);
     }
+    progress(&format!("{topology}: the network service leads elsewhere, {} times", heal.times));
+    rows.extend(heal.service_changed()?);
     if topology == Topology::TwoNodes {
         progress(&format!("{topology}: the endpoint's node is cut off, {} times", heal.times));
         rows.push(heal.node_cut()?);
@@ -163,6 +175,42 @@ impl Heal<'_> {
             Row::new(self.topology, "heal.process.lost", "… and pings lost", Value::count(lost as usize))
                 .target(Target::none_of(lost as usize))
                 .note(format!("of one each millisecond, {} times together", self.times)),
+        ])
+    }
+
+    fn service_changed(&self) -> Result<[Row; 2], Error> {
+        let (mut moved, mut lost) = (Vec::new(), Vec::new());
+        for _ in 0..self.times {
+            let server = self.server()?;
+            let (other, _) = *ENDPOINTS.iter().find(|(pod, _)| *pod != server).expect("there are two");
+            let mut changed = None;
+            let mut at = None;
+            let mut look = || {
+                let began = *changed.get_or_insert_with(Instant::now);
+                if at.is_none() && self.serving().ok().flatten() == Some(other) {
+                    at = Some(began.elapsed());
+                }
+                at.is_some()
+            };
+            let fault = Fault { apply: Some(service(Some(other))), ..self.fault() };
+            lost.push(self.lab.strike(&fault, &mut look)?.lost);
+            moved.push(at.unwrap_or(WITHIN));
+        }
+        // What is measured after this may go to either again.
+        self.lab.apply(&service(None))?;
+        let times = Times::of(moved);
+        let all = lost.iter().sum::<u64>() as usize;
+        Ok([
+            Row::new(self.topology, "heal.service", "matches of the network service changed: until the other serves", Value::Times(times))
+                .target(Target::at_most(times.max / 1e3, 200.0, " ms each"))
+                .note("from when the file that the registry follows was written until the client's routes lead to the other endpoint"),
+            Row::new(self.topology, "heal.service.lost", "… and pings lost", Value::count(all))
+                .target(Target::none_of(all))
+                .note(format!(
+                    "of one each millisecond, {} times together; at most {} at once",
+                    self.times,
+                    lost.iter().max().copied().unwrap_or_default()
+                )),
         ])
     }
 

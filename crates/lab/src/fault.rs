@@ -159,6 +159,10 @@ pub(crate) fn happen(lab: &Lab, fault: &Fault) -> Result<String, Error> {
         network::change(&*lab.namespace(&link.pod)?, &link.interface, LinkChange::Down)?;
         said.push("set down".to_owned());
     }
+    if let Some(service) = &fault.apply {
+        lab.apply(service)?;
+        said.push("applied".to_owned());
+    }
     if fault.lasts_a_while() {
         let lasting = Lasting::begin(lab, fault)?;
         thread::sleep(fault.lasts);

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use nsm_api::resource;
 use nsm_kernel::netns::Namespace;
 use parking_lot::Mutex;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock};
@@ -23,7 +24,7 @@ use crate::Error;
 use crate::disk;
 use crate::dns::DnsServer;
 use crate::network;
-use crate::plan::{Attested, Paths, Plan, Process, ROOT};
+use crate::plan::{Attested, BETWEEN, Paths, Plan, Process, ROOT};
 use crate::process::{Condition, ProcessId, Program, Supervisor};
 use crate::serve::HttpServer;
 
@@ -212,6 +213,20 @@ impl Lab {
         network::connect(&BTreeMap::from([(pod.to_owned(), made.clone())]), &self.plan.bridge, &[])?;
         self.namespaces.lock().insert(pod.to_owned(), made);
         self.furnish(&|of| of == pod, &mut |_| {})
+    }
+
+    /// Puts a NetworkService resource in place of that of the same name, in the file that the registry follows.
+    ///
+    /// # Errors
+    ///
+    /// A file that cannot be read or written.
+    pub fn apply(&self, service: &str) -> Result<(), Error> {
+        let path = self.plan.paths().network_services();
+        let text = fs::read_to_string(&path).map_err(Error::files("read", &path))?;
+        let name = |text: &str| resource::parse(text).ok()?.services.pop().map(|service| service.name);
+        let others = text.split(BETWEEN).filter(|other| name(other) != name(service));
+        let all: Vec<_> = others.chain([service]).map(|text| format!("{}\n", text.trim_end())).collect();
+        write_atomically(&path, all.join(BETWEEN).as_bytes())
     }
 
     /// Starts a process of the plan, for the first time or again.

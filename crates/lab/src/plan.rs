@@ -22,6 +22,8 @@ pub const ROOT: &str = "/run/nsm/lab";
 const CLOCK: &str = "NSM_TEST_CLOCK_OFFSET_FILE";
 /// What programs of ours keep while the machine runs.
 pub(crate) const RUN: &str = "/run/nsm";
+/// What stands between the documents of a YAML file.
+pub(crate) const BETWEEN: &str = "---\n";
 /// TCP port of managers (`spec/registry.md` 9).
 const MANAGER_PORT: u16 = 5001;
 /// TCP port of the registry (`spec/registry.md` 9).
@@ -208,9 +210,9 @@ impl Plan {
         let mut files = Vec::new();
         let mut services = Vec::new();
         if !scenario.network_services.is_empty() {
-            let path = at.root.join("network-services.yaml");
+            let path = at.network_services();
             services = strings(&["--network-services", &path.to_string_lossy()]);
-            files.push(PlannedFile { path, content: scenario.network_services.join("---\n") });
+            files.push(PlannedFile { path, content: scenario.network_services.join(BETWEEN) });
         }
         if let (Some(first), Daemons::Separate) = (scenario.nodes.first(), scenario.daemons) {
             let args = strings(&["registry", "--name", "registry", "--listen-on", &registry]);
@@ -496,6 +498,12 @@ impl Paths {
     #[must_use]
     pub fn notify(&self, process: &str) -> PathBuf {
         self.root.join("notify").join(process.replace('/', "."))
+    }
+
+    /// The NetworkService resources that the registry follows, [`BETWEEN`] each other.
+    #[must_use]
+    pub fn network_services(&self) -> PathBuf {
+        self.root.join("network-services.yaml")
     }
 
     /// The lab's own record, see [`crate::State`].

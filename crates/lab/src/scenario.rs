@@ -402,6 +402,8 @@ pub struct Fault {
     pub clock: Option<Shift>,
     /// A node whose disk is full for a while: nothing more can be written where its forwarder keeps its plans.
     pub full: Option<String>,
+    /// A NetworkService resource, as text (`apply: |`), in place of that of the same name.
+    pub apply: Option<String>,
     /// How long `freeze`, `cut`, `impair`, `clock` and `full` last.
     #[serde(rename = "for", deserialize_with = "duration")]
     pub lasts: Duration,
@@ -496,6 +498,7 @@ impl Default for Fault {
             impair: None,
             clock: None,
             full: None,
+            apply: None,
             lasts: LASTS,
             ping: None,
             lost: 0,
@@ -508,7 +511,11 @@ impl Default for Fault {
 impl Fault {
     /// Whether anything happens.
     pub(crate) fn is_some(&self) -> bool {
-        !self.kill.is_empty() || self.remove.is_some() || self.down.is_some() || self.lasts_a_while()
+        !self.kill.is_empty()
+            || self.remove.is_some()
+            || self.down.is_some()
+            || self.apply.is_some()
+            || self.lasts_a_while()
     }
 
     /// Whether some of it goes on for `lasts`.
@@ -552,6 +559,9 @@ impl fmt::Display for Fault {
         }));
         happens.extend(self.full.iter().map(|node| format!("the disk of {node} full for {lasts}")));
         happens.extend(self.down.iter().map(|link| format!("{} of {} set down", link.interface, link.pod)));
+        let service = |text| resource::parse(text).ok()?.services.pop();
+        let applied = self.apply.as_deref().and_then(service);
+        happens.extend(applied.map(|service| format!("network service {} changed", service.name)));
         f.write_str(&happens.join(", "))
     }
 }
@@ -710,6 +720,8 @@ impl Scenario {
             }
         }
         let processes = self.processes();
+        let services = self.network_services.iter().filter_map(|text| resource::parse(text).ok());
+        let services: Vec<_> = services.flat_map(|file| file.services).map(|service| service.name).collect();
         for (i, expectation) in self.expect.iter().enumerate() {
             let pods: Vec<(&str, &str)> = match expectation {
                 Expectation::Ping(ping) => vec![("ping.from", &ping.from)],
@@ -733,7 +745,7 @@ impl Scenario {
                 Expectation::Fault(fault) => {
                     let wrong = |message: String| (lines.expect[i], format!("expect[{i}].fault{message}"));
                     if !fault.is_some() {
-                        let expected = ": nothing happens; expected kill, remove, freeze, cut, impair, clock, full or down";
+                        let expected = ": nothing happens; expected kill, remove, freeze, cut, impair, clock, full, down or apply";
                         return Err(wrong(expected.to_owned()));
                     }
                     let named = |field, names: &[String]| {
@@ -764,6 +776,18 @@ impl Scenario {
                     }
                     if let Some(loss) = impair.map(|impairment| impairment.loss).filter(|loss| *loss > 100) {
                         return Err(wrong(format!(".impair.loss: {loss} of a hundred; expected 0 to 100")));
+                    }
+                    if let Some(text) = &fault.apply {
+                        let applied = resource::parse(text).map_err(|e| wrong(format!(".apply: {e}")))?;
+                        match &applied.services[..] {
+                            [service] if services.contains(&service.name) => {}
+                            _ => {
+                                let known = services.join(", ");
+                                return Err(wrong(format!(
+                                    ".apply: expected one resource of a network service that there is ({known})"
+                                )));
+                            }
+                        }
                     }
                     let cabled = |pod: &&String| self.cables.iter().flatten().any(|end| end.pod == **pod);
                     if let Some(pod) = fault.remove.as_ref().filter(cabled) {
@@ -1120,6 +1144,13 @@ expect:
         assert!(
             process.starts_with("a.yaml:33: expect[1].fault.kill: no process \"node2/mangler\""),
             "{process}"
+        );
+        let other =
+            "apply: '{apiVersion: networkservicemesh.io/v1, kind: NetworkService, metadata: {name: webb}}'";
+        let applied = error(&GOOD.replace("kill: node2/manager, restart: true", other));
+        assert!(
+            applied.starts_with("a.yaml:33: expect[1].fault.apply: ") && applied.ends_with("(web, other)"),
+            "{applied}"
         );
         let dns =
             GOOD.replace("- ping: {from: client", "- dns: {from: fw, name: web}\n- ping: {from: client");

@@ -107,12 +107,12 @@ fn what_traffic_notices_of_faults_is_measured() {
     let results: Value = serde_json::from_slice(&output.stdout).expect("JSON");
     assert_eq!(results["amounts"]["times"], 1);
     for topology in ["local", "two-nodes"] {
-        for id in ["heal.pod", "heal.process"] {
+        for id in ["heal.pod", "heal.process", "heal.service"] {
             let times = &row(&results, topology, id)["value"]["times"];
             assert_eq!(times["count"], 1, "{topology} {id}: {times}");
             assert!(times["max"].as_f64() > Some(0.0), "{topology} {id}: {times}");
         }
-        for id in ["process.lost", "identity", "registry", "manager", "forwarder", "all"] {
+        for id in ["process.lost", "service.lost", "identity", "registry", "manager", "forwarder", "all"] {
             let row = row(&results, topology, &format!("heal.{id}"));
             assert!(row["target"].is_object() && row["value"]["number"].is_object(), "{row}");
         }
