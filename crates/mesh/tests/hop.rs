@@ -628,6 +628,132 @@ async fn a_connection_whose_next_hop_falls_silent_is_down() {
     }
 }
 
+/// An event about what the next hop was asked for with the nth request.
+fn told_of(mesh: &Mesh, nth: usize, kind: ConnectionEventType, state: State) -> ConnectionEvent {
+    let mut theirs = mesh.next.asked.lock()[nth].connection.clone().unwrap();
+    path::step(&mut theirs, "nse", nsm_mesh::chain::new_id).unwrap();
+    theirs.set_state(state);
+    ConnectionEvent { r#type: kind.into(), connections: [("any".to_owned(), theirs)].into() }
+}
+
+#[tokio::test]
+async fn events_that_repeat_or_come_from_the_past_bring_nothing_down() {
+    let mesh = Mesh::start().await;
+    let mut events = mesh.watch().await;
+    events.next().await.unwrap().unwrap();
+    let first = mesh.ask(request()).await.unwrap();
+    let own = path::segments(&first)[1].id.clone();
+    while mesh.next.streams.lock().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    let mut state = async || events.next().await.unwrap().unwrap().connections[&own].state();
+    assert_eq!(state().await, State::Up);
+    mesh.ask(again(&first)).await.unwrap();
+    assert_eq!(state().await, State::Up);
+    // Of what it was asked for before, told late: neither its fall nor its end is one of what stands.
+    mesh.next.tell(Some(Ok(told_of(&mesh, 0, ConnectionEventType::Update, State::Down))));
+    mesh.next.tell(Some(Ok(told_of(&mesh, 0, ConnectionEventType::Delete, State::Up))));
+    // The same over and over is news once.
+    for _ in 0..1_000 {
+        mesh.next.tell(Some(Ok(told_of(&mesh, 1, ConnectionEventType::Update, State::RefreshRequested))));
+    }
+    assert_eq!(state().await, State::RefreshRequested);
+    for _ in 0..1_000 {
+        mesh.next.tell(Some(Ok(told_of(&mesh, 1, ConnectionEventType::Update, State::Down))));
+    }
+    assert_eq!(state().await, State::Down, "nothing in between");
+    mesh.next.tell(Some(Ok(told_of(&mesh, 1, ConnectionEventType::Update, State::Up))));
+    assert_eq!(state().await, State::Up, "nothing in between");
+}
+
+#[tokio::test]
+async fn an_answer_after_the_deadline_is_none_and_what_it_was_for_is_closed() {
+    let mesh = Mesh::start().await;
+    let turn = mesh.next.turn.lock().await;
+    let mut late = Request::new(request());
+    late.set_timeout(Duration::from_millis(300));
+    let status = NetworkServiceClient::new(mesh.channel().await).request(late).await.unwrap_err();
+    assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
+    while *mesh.next.calls.lock() != ["request", "close", "closed"] {
+        tokio::task::yield_now().await;
+    }
+    // It says all the same that it has it.
+    let of = mesh.next.closed.lock()[0].id.clone();
+    mesh.next.tell(Some(Ok(told_of(&mesh, 0, ConnectionEventType::Update, State::Up))));
+    drop(turn);
+    let answer = mesh.ask(request()).await.unwrap();
+    assert_ne!(path::segments(&answer)[1].id, of, "what was given up is not gone on with");
+    assert!(mesh.hub.get(&of).is_none(), "nothing is left");
+}
+
+/// Answers each request with a connection, then with another, and so on without end.
+#[derive(Clone)]
+struct Babbles;
+
+impl tonic::server::NamedService for Babbles {
+    const NAME: &'static str = "networkservice.NetworkService";
+}
+
+impl tonic::server::ServerStreamingService<NetworkServiceRequest> for Babbles {
+    type Response = Connection;
+    type ResponseStream = Pin<Box<dyn Stream<Item = Answer> + Send>>;
+    type Future = tonic::codegen::BoxFuture<Response<Self::ResponseStream>, Status>;
+
+    fn call(&mut self, request: Request<NetworkServiceRequest>) -> Self::Future {
+        let token = nsm_transport::client_token(request.metadata()).unwrap();
+        let mut conn = request.into_inner().connection.unwrap();
+        let asker = path::step(&mut conn, "nse", nsm_mesh::chain::new_id).unwrap();
+        token.jwt().clone_into(&mut path::previous_mut(&mut conn).unwrap().token);
+        path::restore(&mut conn, asker).unwrap();
+        let answers = (0..).map(move |nth| {
+            let labels = map(&[("nth", &u32::to_string(&nth))]);
+            Ok(Connection { labels, ..conn.clone() })
+        });
+        Box::pin(async { Ok(Response::new(Box::pin(tokio_stream::iter(answers)) as Self::ResponseStream)) })
+    }
+}
+
+impl tonic::codegen::Service<tonic::codegen::http::Request<tonic::body::Body>> for Babbles {
+    type Response = tonic::codegen::http::Response<tonic::body::Body>;
+    type Error = std::convert::Infallible;
+    type Future = tonic::codegen::BoxFuture<Self::Response, Self::Error>;
+
+    fn poll_ready(
+        &mut self,
+        _: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<std::result::Result<(), Self::Error>> {
+        std::task::Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: tonic::codegen::http::Request<tonic::body::Body>) -> Self::Future {
+        let this = self.clone();
+        Box::pin(async move {
+            let codec = tonic_prost::ProstCodec::default();
+            Ok(tonic::server::Grpc::new(codec).server_streaming(this, request).await)
+        })
+    }
+}
+
+#[tokio::test]
+async fn a_peer_that_answers_more_than_once_has_answered_not_at_all() {
+    let mesh = Mesh::start().await;
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("babbles.sock");
+    let server =
+        Server::bind(Source::fixed(mesh.identity("nse")), &[ListenUrl::Unix(socket.clone())]).await.unwrap();
+    let mut routes = RoutesBuilder::default();
+    routes.add_service(Babbles);
+    let served = tokio::spawn(server.serve(routes.routes(), &[], std::future::pending()));
+    let url: DialUrl = format!("unix://{}", socket.display()).parse().unwrap();
+    *mesh.to.lock() = url.into();
+    let mut babbled = Request::new(request());
+    babbled.set_timeout(Duration::from_secs(1));
+    let status = NetworkServiceClient::new(mesh.channel().await).request(babbled).await.unwrap_err();
+    assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
+    assert!(mesh.hub.ids().is_empty(), "nothing is left");
+    served.abort();
+}
+
 #[tokio::test]
 async fn a_connection_that_comes_back_is_not_ended_by_the_close_of_when_it_left() {
     for closes in [true, false] {
