@@ -52,6 +52,8 @@ pub struct SeenLink {
     pub up: bool,
     /// MTU in bytes.
     pub mtu: u32,
+    /// Its hardware address.
+    pub mac: Vec<u8>,
     /// Its alias, if it has one.
     pub alias: String,
     /// Its alternative names.
@@ -358,6 +360,7 @@ fn seen_link(link: &LinkMessage) -> SeenLink {
         kind: String::new(),
         up: link.header.flags.contains(LinkFlags::Up),
         mtu: 0,
+        mac: Vec::new(),
         alias: String::new(),
         altnames: Vec::new(),
     };
@@ -366,6 +369,7 @@ fn seen_link(link: &LinkMessage) -> SeenLink {
             LinkAttribute::IfName(name) => seen.name.clone_from(name),
             LinkAttribute::IfAlias(alias) => seen.alias.clone_from(alias),
             LinkAttribute::Mtu(mtu) => seen.mtu = *mtu,
+            LinkAttribute::Address(mac) => seen.mac.clone_from(mac),
             LinkAttribute::LinkInfo(infos) => {
                 let kind = infos.iter().find_map(|info| match info {
                     LinkInfo::Kind(kind) => Some(kind.to_string()),

@@ -2,7 +2,8 @@
 //! (spec/control-plane.md 10.1). The control plane does not notice an interface that is gone or a filter that drops.
 //!
 //! The sockets are ICMP datagram sockets, which need no privilege: the forwarder opens `net.ipv4.ping_group_range` in
-//! the namespaces of its wires. They are of the namespace of this process, which is that of the wires.
+//! the namespaces of its wires. They are of the namespace of this process, which is that of the wires, and of the wire's
+//! interface: what is answered over another says nothing.
 
 use std::{
     io,
@@ -11,7 +12,10 @@ use std::{
 };
 
 use ipnet::IpNet;
-use nsm_api::{mechanism::kind, pb::connection::Connection};
+use nsm_api::{
+    mechanism::{key, kind},
+    pb::connection::Connection,
+};
 use rustix::{
     io::Errno,
     net::{AddressFamily, SocketFlags, SocketType, bind, connect, ipproto, socket_with},
@@ -73,7 +77,8 @@ impl Liveness {
 
     /// Asks once. Dropping the future ends the check.
     pub async fn check(&self, conn: &Connection) -> Verdict {
-        let asked = pairs(conn).into_iter().map(|(from, to)| self.echo(from, to));
+        let wire = conn.mechanism.as_ref().and_then(|mechanism| mechanism.get(key::NAME));
+        let asked = pairs(conn).into_iter().map(|(from, to)| self.echo(wire, from, to));
         let mut unknown = None;
         for verdict in futures::future::join_all(asked).await {
             match verdict {
@@ -85,11 +90,20 @@ impl Liveness {
         unknown.map_or(Verdict::Alive, Verdict::Unknown)
     }
 
-    async fn echo(&self, from: IpAddr, to: IpAddr) -> Verdict {
+    async fn echo(&self, wire: Option<&str>, from: IpAddr, to: IpAddr) -> Verdict {
         let socket = match open(from, to) {
             Ok(socket) => socket,
             Err(verdict) => return verdict,
         };
+        // Whoever else has the address, or is on the way to one who has, does not answer for the wire. A kernel before 5.7
+        // does not let us say so, and then the addresses have to do.
+        if let Some(wire) = wire
+            && socket
+                .bind_device(Some(wire.as_bytes()))
+                .is_err_and(|e| e.raw_os_error() == Some(Errno::NODEV.raw_os_error()))
+        {
+            return Verdict::Dead(format!("our interface {wire} is gone"));
+        }
         let step = self.timeout / u32::from(REQUESTS);
         let mut why = "no answer".to_owned();
         for number in 1..=REQUESTS {
