@@ -22,13 +22,13 @@ const BARE: &str = "\
 const PROBED: &[&str] = &["--liveness-check-interval", "50ms", "--liveness-check-timeout", "1s"];
 
 /// Runs a program of the system in a pod.
-fn run_in(mesh: &Mesh, pod: &str, program: &str, args: &[&str]) {
+pub(crate) fn run_in(mesh: &Mesh, pod: &str, program: &str, args: &[&str]) {
     let namespace = mesh.lab.namespace(pod).expect("a pod");
     let output = namespace.run(|| Command::new(program).args(args).output()).expect("enter").expect("start");
     assert!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-fn has_program(test: &str, program: &str) -> bool {
+pub(crate) fn has_program(test: &str, program: &str) -> bool {
     let there = Command::new(program).arg("--help").output().is_ok();
     if !there {
         println!("SKIPPED {test}: {program} is not installed");

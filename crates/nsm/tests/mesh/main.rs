@@ -13,6 +13,7 @@ mod context;
 mod examples;
 mod functions;
 mod harness;
+mod healing;
 mod hostile;
 mod interop;
 mod killed;
@@ -34,6 +35,8 @@ fn inside() {
     let Some((job, lab)) = harness::job() else { return };
     match job.as_str() {
         "idle" => raw::wait_until_idle(&lab, &[]),
+        "ghosts" => healing::ghosts(&lab),
+        "changes" => healing::changes(&lab),
         // A manager remembers the connection of a wire that broke until its token expires: the client may choose anew.
         "idle wires" => raw::wait_until_idle(&lab, &["nsm.io.sock"]),
         "whole path" => node::whole_path(&lab),

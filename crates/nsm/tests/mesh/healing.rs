@@ -1,0 +1,348 @@
+//! Bad input of healing: what a mesh is told, or finds, that is not so, while it mends itself; and what changes while a
+//! connection lives.
+
+use std::{fs, path::Path, time::Duration};
+
+use nsm_api::pb::{
+    connection::Connection,
+    connectioncontext::{ConnectionContext, IpContext},
+    registry::NetworkServiceEndpoint,
+};
+use nsm_identity::Source;
+use nsm_registry::{Client, ClientConfig};
+use nsm_transport::{DialUrl, Pool, PoolConfig};
+use rustix::process::Signal;
+
+use crate::{
+    client::{has_program, run_in},
+    harness::{self, Mesh, NODES, eventually, links},
+    raw::{Raw, file, good, in_runtime},
+    state::restart_traced,
+};
+
+/// Pods without programs: tests start their own.
+const BARE: &str = "\
+- {name: a, node: node1}
+- {name: b, node: node1}
+- {name: x, node: node1}
+- {name: y, node: node1}
+";
+const GATEWAY: &str = "\
+- {name: a, node: node1}
+- {name: b, node: node1}
+- {name: gw, node: node1, endpoint: {services: [plain], cidrPrefix: [172.16.1.2/31]}}
+";
+/// A dead wire is noticed soon, and a busy machine does not make a living one look dead.
+const PROBED: &[&str] = &["--liveness-check-interval", "50ms", "--liveness-check-timeout", "1s"];
+/// Tokens that live so long are refreshed after a second.
+const SHORT: &[&str] = &["--max-token-lifetime", "6s"];
+
+/// Endpoints that nobody runs: at one place somebody refuses, at the other nobody is.
+const GHOSTS: [(&str, &str); 2] =
+    [("a-ghost-that-refuses", "tcp://127.0.0.1:9"), ("a-ghost-that-is-silent", "tcp://10.255.0.99:5001")];
+
+#[test]
+fn a_registry_that_invents_endpoints_costs_a_try_each() {
+    let Some(mesh) = Mesh::up("a_registry_that_invents_endpoints_costs_a_try_each", BARE) else { return };
+    for (name, prefix) in [("x", "172.16.1.2/31"), ("y", "172.16.2.2/31")] {
+        mesh.endpoint(name, name, &["--service-names", "plain", "--cidr-prefix", prefix]);
+    }
+    mesh.ready(&["x", "y"]);
+    mesh.inside("b", "ghosts");
+    mesh.client("client", "a", "kernel://plain/nsm0", &[]);
+    mesh.ready(&["client"]);
+    let (serves, other) = if mesh.links("x").is_empty() { ("y", "x") } else { ("x", "y") };
+    // Healing meets the ghosts too.
+    mesh.end(serves, Signal::KILL);
+    mesh.lab.remove_namespace(serves).expect("delete");
+    eventually("the other has the wire", || match &mesh.links(other)[..] {
+        [_] => Ok(()),
+        _ => Err(mesh.log("client")),
+    });
+    mesh.pings("a", if other == "x" { "172.16.1.2" } else { "172.16.2.2" });
+    mesh.end("client", Signal::TERM);
+    mesh.nothing_is_left(&["a", other]);
+}
+
+/// Tells the registry of endpoints that there are not.
+pub(crate) fn ghosts(lab: &str) {
+    in_runtime(async {
+        let url: DialUrl = harness::url(lab, "nsm.io.sock").parse().expect("a URL");
+        let pool = Pool::new(Source::from_env().await.expect("an identity"), PoolConfig::default());
+        let client = Client::new(pool, url, ClientConfig::default());
+        for (name, url) in GHOSTS {
+            let nse = NetworkServiceEndpoint {
+                name: name.into(),
+                url: url.into(),
+                network_service_names: vec!["plain".into()],
+                ..NetworkServiceEndpoint::default()
+            };
+            // It stays when this process ends.
+            std::mem::forget(
+                client.register_endpoint(nse, Duration::from_secs(10)).await.expect("registered"),
+            );
+        }
+    });
+}
+
+#[test]
+fn a_probe_that_somebody_else_answers_is_not_answered() {
+    let test = "a_probe_that_somebody_else_answers_is_not_answered";
+    if !has_program(test, "nft") || !has_program(test, "ip") {
+        return;
+    }
+    let Some(mesh) = Mesh::up(test, BARE) else { return };
+    mesh.endpoint("x", "x", &["--service-names", "plain", "--cidr-prefix", "172.16.1.2/31"]);
+    mesh.ready(&["x"]);
+    mesh.client("client", "a", "kernel://plain/nsm0", PROBED);
+    mesh.ready(&["client"]);
+    mesh.endpoint("y", "y", &["--service-names", "plain", "--cidr-prefix", "172.16.2.2/31"]);
+    mesh.ready(&["y"]);
+    // The pod has the endpoint's address itself, so that whoever pings it is answered whatever becomes of the wire.
+    run_in(&mesh, "a", "ip", &["address", "add", "172.16.1.2/32", "dev", "lo"]);
+    run_in(
+        &mesh,
+        "x",
+        "nft",
+        &["add table inet deaf; add chain inet deaf in { type filter hook input priority 0; policy drop; }"],
+    );
+    eventually("the other has the wire", || match (&mesh.links("x")[..], &mesh.links("y")[..]) {
+        ([], [_]) => Ok(()),
+        _ => Err(mesh.log("client")),
+    });
+    mesh.says("client", "packets do not pass");
+    mesh.end("client", Signal::TERM);
+    mesh.nothing_is_left(&["a", "x", "y"]);
+}
+
+#[test]
+fn a_heal_that_fails_half_way_leaves_nothing_each_time_and_comes_about_when_it_can() {
+    let test = "a_heal_that_fails_half_way_leaves_nothing_each_time_and_comes_about_when_it_can";
+    if !has_program(test, "ip") {
+        return;
+    }
+    let Some(mesh) = Mesh::up(test, GATEWAY) else { return };
+    mesh.client("client", "a", "kernel://plain/nsm0", PROBED);
+    mesh.ready(&["client"]);
+    let before = mesh.asked("node1/forwarder", "gw");
+    // The endpoint has given its only address and answered when the forwarder finds the name taken.
+    run_in(&mesh, "a", "ip", &["link", "del", "nsm0"]);
+    run_in(&mesh, "a", "ip", &["link", "add", "nsm0", "type", "veth", "peer", "name", "other"]);
+    mesh.has_asked("node1/forwarder", "gw", before + 3);
+    std::thread::sleep(Duration::from_secs(3));
+    let tries = mesh.asked("node1/forwarder", "gw") - before;
+    // Growing pauses from 50 ms on: some seven tries in three seconds, and each may ask twice.
+    assert!(tries <= 20, "{tries} tries: {}", mesh.log("client"));
+    eventually("nothing is left of a try", || {
+        let left = (mesh.links("gw"), harness::records(&mesh.lab.plan.lab));
+        if left.0.is_empty() && left.1.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
+    });
+    run_in(&mesh, "a", "ip", &["link", "del", "nsm0"]);
+    eventually("the wire is there", || match &mesh.links("gw")[..] {
+        [_] => Ok(()),
+        _ => Err(mesh.log("client")),
+    });
+    mesh.pings("a", "172.16.1.2");
+    mesh.end("client", Signal::TERM);
+    mesh.nothing_is_left(&["a", "b", "gw"]);
+}
+
+/// A name is for people: hops know each other by where they are, and connections by their ids.
+#[test]
+fn two_managers_of_one_name_do_not_mix_up_their_wires() {
+    let test = "two_managers_of_one_name_do_not_mix_up_their_wires";
+    let pods = "\
+- {name: a, node: node1}
+- {name: b, node: node2}
+- {name: x, node: node1, endpoint: {services: [plain], labels: {app: near}, cidrPrefix: [172.16.1.0/24]}}
+- {name: y, node: node2, endpoint: {services: [picky], labels: {app: vpn}, cidrPrefix: [172.16.2.0/24]}}
+";
+    let mesh = Mesh::up_with(test, pods, |plan| {
+        for process in &mut plan.processes {
+            process
+                .args
+                .iter_mut()
+                .filter(|arg| *arg == "manager-node2")
+                .for_each(|arg| *arg = "manager-node1".into());
+        }
+    });
+    let Some(mesh) = mesh else { return };
+    // One wire on each node, and one each way between them.
+    let both = "kernel://plain/nsm0,kernel://picky/nsm1";
+    for (client, pod) in [("left", "a"), ("right", "b")] {
+        mesh.client(client, pod, both, SHORT);
+    }
+    mesh.ready(&["left", "right"]);
+    let stand = || {
+        for pod in ["a", "b"] {
+            let namespace = mesh.lab.namespace(pod).expect("a pod");
+            let routes = nsm_lab::network::Seen::of(&namespace).expect("read").routes;
+            let far: Vec<_> = routes.iter().filter(|route| route.to.to_string().ends_with("/32")).collect();
+            assert_eq!(far.len(), 2, "{routes:?}");
+            far.iter().for_each(|route| mesh.pings(pod, &route.to.addr().to_string()));
+        }
+    };
+    stand();
+    let before = ["a", "b"].map(|pod| mesh.links(pod));
+    for node in NODES {
+        let manager = format!("{node}/manager");
+        mesh.end(&manager, Signal::KILL);
+        mesh.restart(&manager);
+        // Longer than until the next refresh, which has to find its hops again.
+        std::thread::sleep(Duration::from_secs(2));
+    }
+    stand();
+    assert_eq!(["a", "b"].map(|pod| mesh.links(pod)), before, "{}", mesh.log("left"));
+    for client in ["left", "right"] {
+        mesh.end(client, Signal::TERM);
+    }
+    mesh.nothing_is_left(&["a", "b", "x", "y"]);
+}
+
+#[test]
+fn a_store_of_yesterday_costs_a_wire_a_moment_and_leaves_nothing() {
+    let test = "a_store_of_yesterday_costs_a_wire_a_moment_and_leaves_nothing";
+    let Some(mesh) = Mesh::up(test, &GATEWAY.replace("172.16.1.2/31", "172.16.1.0/24")) else { return };
+    let store = mesh.state_dir("node1");
+    let yesterday = store.with_extension("yesterday");
+    mesh.client("gone", "a", "kernel://plain/nsm0", SHORT);
+    mesh.ready(&["gone"]);
+    copy(&store, &yesterday);
+    let gone = crate::state::record_of(&mesh, "node1").plan.id;
+    mesh.end("gone", Signal::TERM);
+    mesh.no_wire_is_left(&["a", "gw"]);
+    mesh.client("client", "b", "kernel://plain/nsm0", SHORT);
+    mesh.ready(&["client"]);
+    let pinging = mesh.flood("b", "172.16.1.0");
+    mesh.end("node1/forwarder", Signal::KILL);
+    fs::remove_dir_all(&store).expect("remove");
+    fs::rename(&yesterday, &store).expect("restore");
+    mesh.restart("node1/forwarder");
+    // The wire that yesterday knew is gone, and that which it did not know is claimed by a refresh.
+    eventually("what is kept is what there is", || {
+        let records = nsm_kernel::store::Store::look(&store).expect("read").records;
+        let log = mesh.log("node1/forwarder");
+        if records.len() == 1 && records[0].plan.id != gone {
+            Ok(())
+        } else {
+            Err(format!("{records:?}\n{log}"))
+        }
+    });
+    // It is made anew, as nothing tells what it was; whoever is refused in between asks again after 50 ms at first.
+    let row = pinging.end().expect("enter");
+    assert!(row.answered > 0 && row.silence < Duration::from_secs(5), "{row:?}\n{}", mesh.log("client"));
+    mesh.has("b", "nsm0");
+    mesh.pings("b", "172.16.1.0");
+    mesh.end("client", Signal::TERM);
+    mesh.nothing_is_left(&["a", "b", "gw"]);
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir(to).expect("create");
+    for entry in fs::read_dir(from).expect("list").flatten().filter(|entry| entry.path().is_file()) {
+        fs::copy(entry.path(), to.join(entry.file_name())).expect("copy");
+    }
+}
+
+#[test]
+fn what_changes_while_a_connection_lives_is_all_that_is_written() {
+    let test = "what_changes_while_a_connection_lives_is_all_that_is_written";
+    let Some(mesh) = Mesh::up(test, &GATEWAY.replace("172.16.1.2/31", "172.16.1.0/24")) else { return };
+    mesh.end("node1/forwarder", Signal::TERM);
+    restart_traced(&mesh, test, "node1");
+    mesh.inside("a", "changes");
+    mesh.nothing_is_left(&["a", "b", "gw"]);
+}
+
+/// Asks for a wire, and again with something changed, and compares what is there and what was written.
+pub(crate) fn changes(lab: &str) {
+    let trace = nsm_lab::plan::Paths::new(lab).root.join("trace");
+    let mut read = 0;
+    // Kinds of the changes that the forwarder has made since the last call; nothing where there is no strace.
+    let mut written = || {
+        let text = fs::read_to_string(&trace).unwrap_or_default();
+        let new = text.get(read..).unwrap_or_default().to_owned();
+        read = text.len();
+        let kinds = ["RTM_NEWLINK", "RTM_SETLINK", "RTM_DELLINK", "RTM_NEWADDR", "RTM_DELADDR"];
+        let kinds = kinds.into_iter().chain(["RTM_NEWROUTE", "RTM_DELROUTE", "RTM_NEWNEIGH", "RTM_DELNEIGH"]);
+        let of = |kind: &'static str| {
+            new.matches(&format!("nlmsg_type={kind}")).map(move |_| kind).collect::<Vec<_>>()
+        };
+        kinds.flat_map(of).collect::<Vec<_>>()
+    };
+    in_runtime(async {
+        let raw = Raw::connect(lab, "nsm.io.sock").await;
+        let (url, _) = file("/proc/self/ns/net");
+        let ask = async |before: Option<&Connection>, change: &dyn Fn(&mut Connection)| {
+            raw.fds.send(file("/proc/self/ns/net").1);
+            let mut request = good("raw-0", "nsm0", url);
+            let conn = request.connection.get_or_insert_default();
+            before.into_iter().for_each(|before| conn.clone_from(before));
+            change(conn);
+            raw.request(request, Some(raw.token()), Duration::from_secs(10)).await.expect("a wire")
+        };
+        let seen = || {
+            let all = [links(lab, "a"), links(lab, "gw")].concat();
+            all.into_iter().map(|link| (link.index, link.name.clone(), link.mac)).collect::<Vec<_>>()
+        };
+        let mtu = || links(lab, "a").iter().chain(&links(lab, "gw")).map(|link| link.mtu).collect::<Vec<_>>();
+        let first = ask(None, &|_| {}).await;
+        written();
+        let (before, large) = (seen(), mtu());
+        assert_eq!(before.len(), 2);
+        let same = |answer: &Connection, what: &str| {
+            let id = |conn: &Connection| {
+                conn.path
+                    .clone()
+                    .unwrap_or_default()
+                    .path_segments
+                    .iter()
+                    .map(|s| s.id.clone())
+                    .collect::<Vec<_>>()
+            };
+            assert_eq!(id(answer), id(&first), "{what}: the connection at every hop");
+            assert_eq!(seen(), before, "{what}: interfaces, their numbers and hardware addresses");
+        };
+
+        let answer = ask(Some(&first), &|_| {}).await;
+        same(&answer, "nothing");
+        assert_eq!(written(), [""; 0], "nothing has changed");
+
+        let answer =
+            ask(Some(&answer), &|conn| drop(conn.labels.insert("colour".into(), "red".into()))).await;
+        same(&answer, "labels");
+        assert_eq!(answer.labels["colour"], "red");
+        assert_eq!(written(), [""; 0], "labels are nothing of the kernel's");
+
+        let answer = ask(Some(&answer), &|conn| {
+            conn.context.get_or_insert_default().mtu = 1400;
+        })
+        .await;
+        same(&answer, "MTU");
+        assert_ne!(large, [1400, 1400]);
+        assert_eq!(mtu(), [1400, 1400]);
+        let kinds = written();
+        assert!(kinds.iter().all(|kind| kind.ends_with("LINK")), "{kinds:?}");
+
+        let address = |conn: &Connection| {
+            let ip = conn.context.clone().and_then(|context| context.ip_context).unwrap_or_default();
+            (ip.src_ip_addrs.concat(), ip.dst_ip_addrs.concat())
+        };
+        let had = address(&answer);
+        let answer = ask(Some(&answer), &|conn| {
+            let context: &mut ConnectionContext = conn.context.get_or_insert_default();
+            let ip: &mut IpContext = context.ip_context.get_or_insert_default();
+            ip.excluded_prefixes = vec!["172.16.1.0/31".into()];
+        })
+        .await;
+        same(&answer, "prefixes");
+        assert_ne!(address(&answer), had, "another pair, outside of what is excluded");
+        let kinds = written();
+        assert!(!kinds.iter().any(|kind| kind.ends_with("LINK")), "{kinds:?}");
+        assert!(
+            kinds.iter().filter(|kind| kind.ends_with("ADDR")).count() <= 4,
+            "one for one at each end: {kinds:?}"
+        );
+        raw.close(answer).await.expect("closed");
+    });
+}
