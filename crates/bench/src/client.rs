@@ -38,13 +38,15 @@ pub struct ClientOptions {
     pub connect_to: DialUrl,
 }
 
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) enum Order {
     /// Make so many wires, so many at a time; the first has that number.
     Open { first: usize, wires: usize, concurrency: usize },
     /// Ask every hop of each again, one after the other.
     Refresh,
+    /// Wait until all have left this endpoint.
+    Leave { endpoint: String },
     /// Close them all, one after the other.
     Close,
 }
@@ -55,6 +57,7 @@ pub(crate) enum Answer {
     Ready,
     Opened(Opened),
     Refreshed(Vec<Duration>),
+    Left(Left),
     Closed(Closed),
 }
 
@@ -83,6 +86,22 @@ pub(crate) struct Made {
     pub(crate) near: IpAddr,
     /// The endpoint's.
     pub(crate) far: IpAddr,
+}
+
+/// Wires that have another endpoint.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Left {
+    /// When each was answered by another, by [`monotonic`].
+    pub(crate) at: Vec<Duration>,
+    /// Those through which no ping came back afterwards.
+    pub(crate) failed: Vec<String>,
+}
+
+/// The clock that all processes of a machine share, and nobody sets.
+pub(crate) fn monotonic() -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    Duration::new(now.tv_sec.cast_unsigned(), u32::try_from(now.tv_nsec).unwrap_or_default())
 }
 
 /// Wires that were closed.
@@ -148,6 +167,31 @@ impl Workers {
     pub(crate) fn refresh(&mut self, lab: &Lab) -> Result<Vec<Duration>, Error> {
         let times: Vec<_> = self.0.iter_mut().map(|worker| worker.refresh(lab)).collect::<Result<_, _>>()?;
         Ok(times.concat())
+    }
+
+    /// Takes an endpoint away and waits until all wires have another: when it went, and when each of them had.
+    pub(crate) fn leave(
+        &mut self,
+        lab: &Lab,
+        endpoint: &str,
+        take: impl FnOnce() -> Result<(), Error>,
+    ) -> Result<(Duration, Left), Error> {
+        for worker in &mut self.0 {
+            worker.order(Order::Leave { endpoint: endpoint.to_owned() })?;
+        }
+        let began = monotonic();
+        take()?;
+        let mut all = Left::default();
+        for worker in &mut self.0 {
+            match worker.hear(lab, Duration::from_secs(60) + Duration::from_secs(worker.opened as u64))? {
+                Answer::Left(left) => {
+                    all.at.extend(left.at);
+                    all.failed.extend(left.failed);
+                }
+                other => return Err(unexpected(&other)),
+            }
+        }
+        Ok((began, all))
     }
 
     /// Has all wires closed.
@@ -339,6 +383,7 @@ pub async fn client(options: ClientOptions, source: Source) -> Result<(), Error>
                 }
                 tell(&Answer::Refreshed(times))?;
             }
+            Order::Leave { endpoint } => tell(&Answer::Left(leave(&wires, &endpoint).await))?,
             Order::Close => tell(&Answer::Closed(close(std::mem::take(&mut wires)).await))?,
         }
     }
@@ -422,6 +467,28 @@ async fn open_one(client: &Arc<Client>, index: usize) -> Result<(Made, Wire), St
         tokio::task::spawn_blocking(move || first_ping(far)).await.map_err(|error| error.to_string())?;
     pinged.map_err(|error| format!("{interface}: {error}"))?;
     Ok((Made { request, ping: began.elapsed(), interface, near, far }, wire))
+}
+
+/// Waits until all wires have left this endpoint, and pings the others.
+async fn leave(wires: &[Wire], endpoint: &str) -> Left {
+    let gone = wires.iter().map(async |wire| {
+        wire.until(|conn| conn.network_service_endpoint_name != endpoint).await;
+        monotonic()
+    });
+    let mut left = Left { at: futures::future::join_all(gone).await, ..Left::default() };
+    for wire in wires {
+        let context = wire.connection().context.and_then(|context| context.ip_context).unwrap_or_default();
+        let far = context.dst_ip_addrs.first().and_then(|text| text.parse::<IpNet>().ok());
+        let pinged = match far {
+            Some(far) => {
+                tokio::task::spawn_blocking(move || first_ping(far.addr())).await.map_err(io::Error::from)
+            }
+            None => Err(io::Error::from(io::ErrorKind::AddrNotAvailable)),
+        };
+        left.failed
+            .extend(pinged.and_then(|pinged| pinged).err().map(|error| format!("{}: {error}", wire.id())));
+    }
+    left
 }
 
 /// Pings until an answer comes. The address belongs to one wire alone, so that is the wire the answer came through.

@@ -18,6 +18,7 @@ mod error;
 mod figures;
 mod heal;
 mod interop;
+mod many;
 mod setup;
 mod traffic;
 
@@ -196,6 +197,7 @@ pub fn run(options: &Options, exe: &Path, progress: &mut dyn FnMut(&str)) -> Res
         }
         if options.measures.contains(&Measure::Heal) {
             heal::measure(options, *topology, exe, &supervisor, &mut results.rows, progress)?;
+            many::measure(options, *topology, exe, &supervisor, &mut results.rows, progress)?;
         }
     }
     Ok(results)

@@ -102,7 +102,9 @@ fn what_traffic_notices_of_faults_is_measured() {
         return;
     }
     let lab = name("heal");
-    let output = bench(&lab, &["heal", "--times", "1"]).output().expect("start nsm");
+    let output = bench(&lab, &["heal", "--times", "1", "--wires", "12", "--clients", "3"])
+        .output()
+        .expect("start nsm");
     assert!(output.status.success(), "{}", text(&output));
     let results: Value = serde_json::from_slice(&output.stdout).expect("JSON");
     assert_eq!(results["amounts"]["times"], 1);
@@ -117,6 +119,11 @@ fn what_traffic_notices_of_faults_is_measured() {
             assert!(row["target"].is_object() && row["value"]["number"].is_object(), "{row}");
         }
         assert_eq!(number(&results, topology, "heal.left"), 0.0);
+        assert_eq!(row(&results, topology, "heal.many")["value"]["times"]["count"], 12);
+        assert_eq!(number(&results, topology, "heal.many.lost"), 0.0);
+        // The count is one that sees calls: each wire was asked for again.
+        assert!(number(&results, topology, "heal.many.load.node1/manager") > 0.0);
+        assert!(row(&results, topology, "heal.many.load.registry").is_object());
     }
     assert_eq!(row(&results, "two-nodes", "heal.cut")["value"]["times"]["count"], 1);
     assert_eq!(traces(&lab), Vec::<String>::new());

@@ -357,6 +357,13 @@ impl Wire {
         let _ = answered.changed().await;
     }
 
+    /// Waits until an answer is so, the last one included.
+    pub async fn until(&self, is_so: impl FnMut(&Connection) -> bool) {
+        let mut answered = self.connection.clone();
+        // The keeper ends with the wire, and we borrow that.
+        let _ = answered.wait_for(is_so).await;
+    }
+
     /// Closes it, all the way to the endpoint.
     ///
     /// # Errors

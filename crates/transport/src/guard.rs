@@ -36,9 +36,17 @@ pub struct Guard {
     pub refusals: Refusals,
 }
 
-/// Counts what a server refuses, by status code and reason.
+/// Counts what a server is asked, by method, and what it refuses, by status code and reason.
 #[derive(Clone, Default)]
-pub struct Refusals(Family<Labels, Counter>);
+pub struct Refusals {
+    refused: Family<Labels, Counter>,
+    calls: Family<Method, Counter>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Method {
+    method: &'static str,
+}
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Labels {
@@ -97,7 +105,12 @@ impl Refusals {
         registry.register(
             "refusals",
             "Calls and connections that were refused, by code and reason",
-            self.0.clone(),
+            self.refused.clone(),
+        );
+        registry.register(
+            "calls",
+            "Calls that came, by method, those that were refused included",
+            self.calls.clone(),
         );
     }
 
@@ -106,12 +119,21 @@ impl Refusals {
     pub fn of(&self, reason: &str) -> u64 {
         let codes = (0..=16).map(Code::from);
         let labels = codes.map(|code| Labels { code: format!("{code:?}"), reason: word(reason) });
-        labels.filter_map(|labels| self.0.get(&labels).map(|counter| counter.get())).sum()
+        labels.filter_map(|labels| self.refused.get(&labels).map(|counter| counter.get())).sum()
     }
 
     /// Counts one.
     pub fn count(&self, code: Code, reason: &'static str) {
-        self.0.get_or_create(&Labels { code: format!("{code:?}"), reason }).inc();
+        self.refused.get_or_create(&Labels { code: format!("{code:?}"), reason }).inc();
+    }
+
+    /// Counts a call of this path, which anybody may have made up.
+    pub(crate) fn call(&self, path: &str) {
+        const METHODS: [&str; 6] =
+            ["Request", "Close", "MonitorConnections", "Register", "Unregister", "Find"];
+        let called = path.rsplit('/').next().unwrap_or_default();
+        let method = METHODS.into_iter().find(|method| *method == called).unwrap_or("other");
+        self.calls.get_or_create(&Method { method }).inc();
     }
 }
 

@@ -381,6 +381,7 @@ async fn connection(
         let (peer, refusals) = (handler.clone(), refusals.clone());
         let request = request.map(|body| Metered::new(body, in_flight.clone(), limits.in_flight));
         let mut request = request;
+        refusals.call(request.uri().path());
         // For what is refused after an answer has begun.
         request.extensions_mut().insert(refusals.clone());
         let answer = call(routes.clone(), peer.clone(), request);
