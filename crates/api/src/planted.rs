@@ -20,6 +20,7 @@ pub const BUGS: &[&str] = &[
     "a reselection keeps the endpoint",
     "an address is given twice",
     "events of a former life count",
+    "garbage is collected by the wall clock",
     "ipam keeps addresses",
     "nobody refreshes",
     "nobody undoes what its caller has left",

@@ -135,6 +135,7 @@ async fn settle(world: &mut World, checker: &mut Checker, calm: Instant) -> Resu
         sleep(LOOK).await;
         world.supervise()?;
         checker.look(world, Some(calm));
+        checker.asks_in_turn(world, false);
         if world.trace.is_violated() || checker.is_well() {
             return Ok(());
         }
@@ -147,6 +148,9 @@ async fn settle(world: &mut World, checker: &mut Checker, calm: Instant) -> Resu
 
 /// How long the mesh may take, while nothing else goes wrong, over what is done to it one at a time.
 const SOON: Duration = Duration::from_secs(15);
+
+/// How long it is seen that nobody asks who has no reason to.
+const QUIET: Duration = Duration::from_secs(2);
 
 /// Waits until `well` says so, for a bounded time.
 async fn soon(
@@ -163,7 +167,41 @@ async fn soon(
         sleep(LOOK).await;
         world.supervise()?;
         checker.look(world, Some(begin));
+        checker.asks_in_turn(world, true);
         seen = well(checker);
+    }
+    Ok(())
+}
+
+/// Whoever lives asks again before anything of his can expire, whatever the clock says; identities take their seconds.
+async fn clock_jumps(world: &mut World, checker: &mut Checker, seconds: i64) -> Result<()> {
+    world.trace.note(format_args!("only the clock jumps {seconds} s"));
+    let expired =
+        |world: &World| -> u64 { world.all(|_| true).iter().map(|slot| world.expired(*slot)).sum() };
+    let (begin, before) = (Instant::now(), expired(world));
+    ambient::jump(seconds);
+    while begin.elapsed() < SOON {
+        sleep(LOOK).await;
+        world.supervise()?;
+        checker.look(world, Some(begin));
+        checker.asks_in_turn(world, false);
+    }
+    let more = expired(world) - before;
+    if more > 0 {
+        world.trace.violated("a clock that jumps ends no connection", format!("{more} have expired"));
+    }
+    soon(world, checker, "a clock that jumps is got over", Checker::all_served).await?;
+    // Closes were refused too: what they were for goes with its token.
+    settle(world, checker, Instant::now()).await
+}
+
+/// While nothing more happens, whoever has been answered lately asks no more.
+async fn nobody_asks(world: &mut World, checker: &mut Checker) -> Result<()> {
+    let begin = Instant::now();
+    while begin.elapsed() < QUIET && !world.trace.is_violated() {
+        sleep(LOOK).await;
+        world.supervise()?;
+        checker.asks_in_turn(world, true);
     }
     Ok(())
 }
@@ -188,19 +226,27 @@ async fn drill(world: &mut World, checker: &mut Checker, chance: &mut Chance, de
         sleep(LOOK).await;
         world.supervise()?;
         checker.look(world, Some(begin));
+        checker.asks_in_turn(world, true);
         if !checker.is_well() || interfaces(world) != before {
             let mut seen = checker.complaints();
             seen.extend((interfaces(world) != before).then(|| "interfaces were made anew".to_owned()));
             world.trace.violated("what nothing happens to stays", seen.join("; "));
         }
     }
+    for seconds in [7200, -7200] {
+        if !world.trace.is_violated() {
+            clock_jumps(world, checker, seconds).await?;
+        }
+    }
 
     let endpoints = world.all(|what| matches!(what, What::Endpoint { .. }));
     if endpoints.len() > 1 && !deaf {
         for endpoint in endpoints {
+            checker.happens(world);
             world.kill(endpoint);
             world.slots[endpoint].wanted = false;
             soon(world, checker, "another endpoint serves", Checker::all_served).await?;
+            nobody_asks(world, checker).await?;
             world.slots[endpoint].wanted = true;
             settle(world, checker, Instant::now()).await?;
         }
@@ -224,6 +270,7 @@ async fn drill(world: &mut World, checker: &mut Checker, chance: &mut Chance, de
         }
     }
     world.trace.note(format_args!("a visitor asks in vain"));
+    checker.happens(world);
     world.kernels.set_refusals(1.0);
     world.slots[visitor].wanted = true;
     world.start(visitor)?;

@@ -222,6 +222,16 @@ impl World {
         self.slots[slot].running.is_some()
     }
 
+    /// How many connections of a program have expired since it was started.
+    pub(crate) fn expired(&self, slot: usize) -> u64 {
+        let Some(running) = &self.slots[slot].running else { return 0 };
+        let text = running.metrics.text();
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix("nsm_connections_ended_total{reason=\"expired\"} "));
+        line.and_then(|count| count.parse().ok()).unwrap_or_default()
+    }
+
     /// The slots that hold a kind of program.
     pub(crate) fn all(&self, kind: impl Fn(&What) -> bool) -> Vec<usize> {
         (0..self.slots.len()).filter(|slot| kind(&self.slots[*slot].what)).collect()
