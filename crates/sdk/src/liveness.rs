@@ -102,7 +102,7 @@ impl Liveness {
                 .bind_device(Some(wire.as_bytes()))
                 .is_err_and(|e| e.raw_os_error() == Some(Errno::NODEV.raw_os_error()))
         {
-            return Verdict::Dead(format!("our interface {wire} is gone"));
+            return Verdict::Gone(format!("our interface {wire} is gone"));
         }
         let step = self.timeout / u32::from(REQUESTS);
         let mut why = "no answer".to_owned();
