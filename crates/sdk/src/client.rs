@@ -581,7 +581,7 @@ fn reselect(conn: &mut Connection) {
 struct Probe {
     pairs: Vec<(IpAddr, IpAddr)>,
     checks: BoxStream<'static, (Verdict, Duration)>,
-    /// How long the far end took to answer at most.
+    /// How long the far end took to answer at most, lately.
     slowest: Option<Duration>,
     told: bool,
 }
@@ -625,7 +625,7 @@ impl Probe {
     async fn next(&mut self) -> Verdict {
         let Some((verdict, took)) = self.checks.next().await else { return std::future::pending().await };
         match &verdict {
-            Verdict::Alive => self.slowest = self.slowest.max(Some(took)),
+            Verdict::Alive => self.slowest = Some(liveness::slowest(self.slowest, took)),
             Verdict::Unknown(why) if !self.told => {
                 self.told = true;
                 tracing::warn!(%why, "the wire cannot be probed, so it counts as alive");

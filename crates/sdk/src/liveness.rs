@@ -67,6 +67,12 @@ pub enum Verdict {
     Unknown(String),
 }
 
+/// How long an answer took at most, after one more: a slow one counts less with each that follows, or one moment of a busy
+/// machine would make finding out slow for ever.
+pub(crate) fn slowest(so_far: Option<Duration>, took: Duration) -> Duration {
+    so_far.map_or(took, |so_far| took.max(so_far / 8 * 7))
+}
+
 impl Liveness {
     /// For a wire that is said to be down: time to find out counts then. `slowest` is how long an answer took so far.
     #[must_use]
@@ -217,6 +223,10 @@ mod tests {
         assert_eq!(within(Some(80)), LEAST);
         assert_eq!(within(Some(20_000)), Duration::from_millis(200));
         assert_eq!(within(Some(400_000)), liveness.timeout, "never longer than otherwise");
+        let after =
+            (0..10).fold(Duration::from_millis(30), |so_far, _| slowest(Some(so_far), Duration::ZERO));
+        assert!(after < Duration::from_millis(8), "{after:?}: it was slow once");
+        assert_eq!(slowest(None, after), after);
     }
 
     #[test]
