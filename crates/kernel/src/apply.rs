@@ -11,10 +11,12 @@
 //!
 //! A link is created down and in a device group of our own; alias and group change in the batch, one call of the kernel,
 //! that sets it up. So a link that we made and could not finish, because we were killed, is recognised as ours and
-//! replaced. So is what was set aside: the client's end of a wire that is made anew, with another endpoint most of all. It is
-//! renamed while it is up, and carries packets until the new end does; deletion alone takes the kernel 20 ms. Kernels before
-//! 6.2 do not rename what is up: there it is deleted first. What it is called it is told while it is down: of a link that is up the kernel announces each change, and as
+//! replaced. What it is called it is told while it is down: of a link that is up the kernel announces each change, and as
 //! long as the other end is down it goes through all IPv6 routes of the namespace each time.
+//!
+//! The client's end of a wire that is made anew, with another endpoint most of all, is set aside: renamed while it is up, and
+//! recognised as unfinished. It carries packets until the new end does; deletion alone takes the kernel 20 ms. Kernels
+//! before 6.2 do not rename what is up: there it is deleted first.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
