@@ -589,8 +589,11 @@ impl Connections {
                         let _ = give.send(Err(late));
                         return;
                     }
-                    // What the process before us has established stands whether this caller hears of it or not.
-                    let fresh = !held.established && !request.connection.as_ref().is_some_and(path::goes_on);
+                    // What the process before us has established stands whether this caller hears of it or not; what is
+                    // asked for with another endpoint has ended what stood.
+                    let conn = request.connection.as_ref();
+                    let reselects = conn.is_some_and(|conn| conn.state() == State::ReselectRequested);
+                    let fresh = reselects || !held.established && !conn.is_some_and(path::goes_on);
                     let result =
                         this.run_held(&id, &entry, &mut held, (call, waiting), deadline, request).await;
                     let answers = held.answers;

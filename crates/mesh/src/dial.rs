@@ -156,10 +156,17 @@ impl Dial {
             self.follower.leave(target, &asked.id);
         }
         if !stands && result.as_ref().is_err_and(|e| made(e) || e.code == Code::Unavailable) {
-            let farewell = Farewell { conn: asked, theirs: None, ..self.farewell(target) };
-            let close = farewell.clone();
-            let close = async move { hop.close(close.conn, None, Instant::now() + Release::TIME).await };
-            self.parting.begin(farewell, close);
+            let mut farewell = Farewell { conn: asked, theirs: None, ..self.farewell(target) };
+            // It ends, whatever it was asked for.
+            farewell.conn.set_state(State::Up);
+            let until = Instant::now() + Release::TIME;
+            if asker.is_over() {
+                // He closes next, perhaps, and ends then, and with him whatever goes on by itself.
+                let _ = self.parting.see_off(farewell, until).await;
+            } else {
+                let close = farewell.clone();
+                self.parting.begin(farewell, async move { hop.close(close.conn, None, until).await });
+            }
         }
         result
     }

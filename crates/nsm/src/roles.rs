@@ -167,7 +167,7 @@ impl ServiceFiles {
         let open = |path: &PathBuf| {
             let shown = path.display().to_string();
             FromFile::open(path, move |text| {
-                let text = text.ok_or_else(|| "there is no such file".to_owned())?;
+                let text = text.ok_or_else(|| "cannot be read: No such file or directory".to_owned())?;
                 let file = nsm_api::resource::parse(text).map_err(|error| error.to_string())?;
                 for warning in &file.warnings {
                     tracing::warn!(file = shown, "{warning}");
