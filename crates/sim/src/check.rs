@@ -23,10 +23,6 @@ const HEALED: Duration = Duration::from_secs(45);
 /// How long beyond the life of a token something may be there that nobody has any more.
 const GRACE: Duration = Duration::from_secs(20);
 
-/// Within so long after an answer a client asks for a wire that stands only because something tells it to: no token lives
-/// that short.
-const IN_TURN: Duration = Duration::from_secs(3);
-
 /// Remembers since when something is as it should not be.
 #[derive(Debug, Default)]
 pub(crate) struct Checker {
@@ -38,8 +34,6 @@ pub(crate) struct Checker {
     twice: BTreeMap<String, Instant>,
     /// When no endpoint had an address left, the last time.
     full: Option<Instant>,
-    /// How many answers each client has had, and since when.
-    answered: BTreeMap<String, (u64, Instant)>,
     panics: u64,
 }
 
@@ -101,36 +95,6 @@ impl Checker {
                 }
             }
         }
-    }
-
-    /// While at most one thing happens to a mesh a client asks once, and in turn: who has just been answered, and has the
-    /// wire, has nothing to ask. `quiet`: whether no more happens.
-    pub(crate) fn asks_in_turn(&mut self, world: &World, quiet: bool) {
-        let now = Instant::now();
-        for slot in world.all(|what| matches!(what, What::Client { .. })) {
-            let client = &world.slots[slot];
-            let Some(running) = &client.running else { continue };
-            let answers = answers(&running.metrics.text());
-            let (before, last) = self.answered.get(&client.name).copied().unwrap_or((answers, now - IN_TURN));
-            // A client that was started again counts from the beginning.
-            let more = answers.saturating_sub(before);
-            if quiet && (more > 1 || more == 1 && now - last < IN_TURN) {
-                let what = format!(
-                    "{} was answered {} ago, and {more} times since",
-                    client.name,
-                    (now - last).as_secs_f32()
-                );
-                world.trace.violated("nobody asks out of turn", what);
-            }
-            self.answered.insert(client.name.clone(), (answers, if more > 0 { now } else { last }));
-        }
-    }
-
-    /// Something is about to happen: whoever was answered just before may have to ask again.
-    pub(crate) fn happens(&mut self, world: &World) {
-        self.asks_in_turn(world, false);
-        let long_ago = Instant::now() - IN_TURN;
-        self.answered.values_mut().for_each(|(_, last)| *last = long_ago);
     }
 
     /// Whether every client that wants a wire has one, and nothing else is there.
@@ -209,12 +173,6 @@ impl Checker {
         }
         self.left = left;
     }
-}
-
-/// How many requests have been answered, in a program's metrics.
-fn answers(metrics: &str) -> u64 {
-    let line = metrics.lines().find_map(|line| line.strip_prefix("nsm_request_seconds_count{ok=\"true\"} "));
-    line.and_then(|count| count.parse().ok()).unwrap_or_default()
 }
 
 /// Whether endpoints run, and none of them has an address left.

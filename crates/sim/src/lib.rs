@@ -135,7 +135,6 @@ async fn settle(world: &mut World, checker: &mut Checker, calm: Instant) -> Resu
         sleep(LOOK).await;
         world.supervise()?;
         checker.look(world, Some(calm));
-        checker.asks_in_turn(world, false);
         if world.trace.is_violated() || checker.is_well() {
             return Ok(());
         }
@@ -148,9 +147,6 @@ async fn settle(world: &mut World, checker: &mut Checker, calm: Instant) -> Resu
 
 /// How long the mesh may take, while nothing else goes wrong, over what is done to it one at a time.
 const SOON: Duration = Duration::from_secs(15);
-
-/// How long it is seen that nobody asks who has no reason to.
-const QUIET: Duration = Duration::from_secs(2);
 
 /// Waits until `well` says so, for a bounded time.
 async fn soon(
@@ -167,7 +163,6 @@ async fn soon(
         sleep(LOOK).await;
         world.supervise()?;
         checker.look(world, Some(begin));
-        checker.asks_in_turn(world, true);
         seen = well(checker);
     }
     Ok(())
@@ -184,7 +179,6 @@ async fn clock_jumps(world: &mut World, checker: &mut Checker, seconds: i64) -> 
         sleep(LOOK).await;
         world.supervise()?;
         checker.look(world, Some(begin));
-        checker.asks_in_turn(world, false);
     }
     let more = expired(world) - before;
     if more > 0 {
@@ -192,17 +186,6 @@ async fn clock_jumps(world: &mut World, checker: &mut Checker, seconds: i64) -> 
     }
     // Whoever was refused meanwhile has the time that he has after other trouble.
     settle(world, checker, Instant::now()).await
-}
-
-/// While nothing more happens, whoever has been answered lately asks no more.
-async fn nobody_asks(world: &mut World, checker: &mut Checker) -> Result<()> {
-    let begin = Instant::now();
-    while begin.elapsed() < QUIET && !world.trace.is_violated() {
-        sleep(LOOK).await;
-        world.supervise()?;
-        checker.asks_in_turn(world, true);
-    }
-    Ok(())
 }
 
 /// One thing after the other is done to a mesh that is well. While much goes wrong at once tokens that expire clear up
@@ -225,7 +208,6 @@ async fn drill(world: &mut World, checker: &mut Checker, chance: &mut Chance, de
         sleep(LOOK).await;
         world.supervise()?;
         checker.look(world, Some(begin));
-        checker.asks_in_turn(world, true);
         if !checker.is_well() || interfaces(world) != before {
             let mut seen = checker.complaints();
             seen.extend((interfaces(world) != before).then(|| "interfaces were made anew".to_owned()));
@@ -241,11 +223,9 @@ async fn drill(world: &mut World, checker: &mut Checker, chance: &mut Chance, de
     let endpoints = world.all(|what| matches!(what, What::Endpoint { .. }));
     if endpoints.len() > 1 && !deaf {
         for endpoint in endpoints {
-            checker.happens(world);
             world.kill(endpoint);
             world.slots[endpoint].wanted = false;
             soon(world, checker, "another endpoint serves", Checker::all_served).await?;
-            nobody_asks(world, checker).await?;
             world.slots[endpoint].wanted = true;
             settle(world, checker, Instant::now()).await?;
         }
@@ -269,7 +249,6 @@ async fn drill(world: &mut World, checker: &mut Checker, chance: &mut Chance, de
         }
     }
     world.trace.note(format_args!("a visitor asks in vain"));
-    checker.happens(world);
     world.kernels.set_refusals(1.0);
     world.slots[visitor].wanted = true;
     world.start(visitor)?;
