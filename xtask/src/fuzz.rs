@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -35,11 +35,11 @@ impl Fuzz {
             bail!("no target {unknown:?} (targets: {})", known.join(", "));
         }
         let built = directory();
-        build(&built)?;
+        let programs = build(&built)?;
         let found = built.join("corpus");
         let mut failed = Vec::new();
         for target in if self.targets.is_empty() { &known } else { &self.targets } {
-            if !self.one(target, &built, &found.join(target))? {
+            if !self.one(target, &programs.join(target), &built, &found.join(target))? {
                 failed.push(target.as_str());
             }
         }
@@ -53,13 +53,13 @@ impl Fuzz {
     }
 
     /// Whether it found nothing. What is new to it is kept beside what is built: the next run goes on from there.
-    fn one(&self, target: &str, built: &Path, found: &Path) -> Result<bool> {
+    fn one(&self, target: &str, program: &Path, built: &Path, found: &Path) -> Result<bool> {
         fs::create_dir_all(found).with_context(|| found.display().to_string())?;
         let log = built.join(format!("{target}.log"));
         let output = fs::File::create(&log).with_context(|| log.display().to_string())?;
         let mut artifacts: OsString = "-artifact_prefix=".into();
         artifacts.push(built.join(format!("{target}-")));
-        let mut command = std::process::Command::new(program(built, target));
+        let mut command = Command::new(program);
         command.arg(format!("-max_total_time={}", self.seconds)).args(["-rss_limit_mb=1024", "-timeout=10"]);
         command.args(["-max_len=8192", "-print_final_stats=1"]).arg(artifacts);
         command.arg(found).arg(root().join("fuzz/corpus").join(target));
@@ -82,23 +82,21 @@ impl Fuzz {
     }
 }
 
-fn build(built: &Path) -> Result<()> {
+/// Where the fuzzers are then.
+fn build(built: &Path) -> Result<PathBuf> {
+    let host = host()?;
     let mut command = cargo(&["build", "--quiet", "--locked", "--manifest-path", "fuzz/Cargo.toml"]);
     // With a target named, what runs while it is built is not instrumented.
-    command.args(["--target", &host()?, "--target-dir"]).arg(built).env("RUSTFLAGS", INSTRUMENTED);
+    command.args(["--target", &host, "--target-dir"]).arg(built).env("RUSTFLAGS", INSTRUMENTED);
     let status = command.status().context("start cargo")?;
     if !status.success() {
         bail!("the fuzzers could not be built");
     }
-    Ok(())
-}
-
-fn program(built: &Path, target: &str) -> PathBuf {
-    built.join(host().unwrap_or_default()).join("debug").join(target)
+    Ok(built.join(host).join("debug"))
 }
 
 fn host() -> Result<String> {
-    let said = std::process::Command::new("rustc").arg("-vV").output().context("start rustc")?;
+    let said = Command::new("rustc").arg("-vV").output().context("start rustc")?;
     let said = String::from_utf8_lossy(&said.stdout).into_owned();
     let host = said.lines().find_map(|line| line.strip_prefix("host: "));
     host.map(str::to_owned).context("rustc does not say what it runs on")

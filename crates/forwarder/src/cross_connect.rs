@@ -281,7 +281,6 @@ impl Element for CrossConnect {
             self.wires.leave(&conn.id);
             Replaced { wires: &self.wires, id: Some(conn.id.clone()) }
         });
-        let reselects = reselected.is_some();
         // They are free again when this request ends, but for the one that is in a record then.
         let mut claims = Vec::new();
         let (mut near, vni_is_ours) = self.near(&mut request, &mut claims)?;
@@ -290,7 +289,7 @@ impl Element for CrossConnect {
         let id = conn.id.clone();
         let class = if local { LOCAL } else { REMOTE };
         // What was agreed with another endpoint is nothing to this one.
-        let moves = reselects || moves(cx, conn);
+        let moves = replaced.is_some() || moves(cx, conn);
         conn.mechanism = self.remembered(&id).filter(|m| m.cls == class && !moves);
         request.mechanism_preferences = self.offers(local);
 

@@ -245,13 +245,16 @@ impl Denial {
         }
     }
 
-    /// A word for what was wrong, for counters: the check that failed.
+    /// The word for what has expired: by another clock it may be valid, and by this one later.
+    pub const EXPIRED: &str = "tokens_expired";
+
+    /// A word for what was wrong, for counters and callers: the check that failed.
     #[must_use]
     pub fn check(&self) -> &'static str {
         match self {
             Self::Missing { .. } => "path_cut",
             Self::Malformed { .. } => "tokens_valid",
-            Self::Expired { .. } | Self::NoExpiry { .. } => "tokens_expired",
+            Self::Expired { .. } | Self::NoExpiry { .. } => Self::EXPIRED,
             Self::Unchained { .. } => "tokens_chained",
             Self::Unsigned { .. } => "peer_signed",
             Self::Impersonation { .. } => "own_name",

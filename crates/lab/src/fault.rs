@@ -215,9 +215,9 @@ impl<'a> Lasting<'a> {
             let underlay = lab.namespace(&cable.b.namespace)?;
             let ends = [format!("relay-{}", cable.b.interface), format!("plug-{}", cable.b.interface)];
             network::plug(&underlay, [&ends[0], &ends[1]], &lab.plan.bridge)?;
+            self.plugs.push(ends[0].clone());
             let harm = Harm { loss: *loss, delay: *delay };
             self.relay = Some(Relay::start(&underlay, [&cable.b.interface, &ends[0]], harm)?);
-            self.plugs.extend(ends.into_iter().next());
         }
         if let Some(shift) = &fault.clock {
             let path = lab.plan.paths().clock(&shift.of);

@@ -2,7 +2,7 @@
 //! many kernels have no `netem`.
 //!
 //! ```text
-//!   node1 eth0 ┄┄ port1   socket ─ thread ─ socket   relay1 ┄┄ plug1 ── br0
+//!   node1 eth0 ┄┄ port1   socket ─ thread ─ socket   relay-port1 ┄┄ plug-port1 ── br0
 //! ```
 //!
 //! Frames are taken and given with what the kernel knows about them (`virtio_net_hdr`): checksums that nobody has filled

@@ -174,9 +174,6 @@ pub enum Error {
     Panicked,
 }
 
-/// The word for what has expired ([`Denial::check`]).
-const EXPIRED: &str = "tokens_expired";
-
 impl Error {
     /// May the same call succeed later without anybody changing anything? A refusal is not tried
     /// again by those who wait for a first registration.
@@ -187,7 +184,7 @@ impl Error {
             Self::Refused(status) => match status.code() {
                 Code::InvalidArgument | Code::Unimplemented | Code::FailedPrecondition => false,
                 // A clock that is wrong may be right again.
-                Code::PermissionDenied => Refusal::of(status) == Some(EXPIRED),
+                Code::PermissionDenied => Refusal::of(status) == Some(Denial::EXPIRED),
                 _ => true,
             },
             Self::Deadline { .. }
