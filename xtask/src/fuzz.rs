@@ -73,8 +73,12 @@ impl Fuzz {
         let mut out = io::stdout().lock();
         writeln!(out, "{verdict:<6} {target:<18} {executed:>10} inputs in {took:.0} s").context("write")?;
         if !good {
-            let tail: Vec<_> = text.lines().rev().take(40).collect();
-            for line in tail.into_iter().rev() {
+            // Where it panicked, which stands far before the end, and what libFuzzer says of the input there.
+            let panicked = text.lines().skip_while(|line| !line.contains("panicked at"));
+            let frame = |line: &&str| !line.trim_start().starts_with("at /rustc/");
+            let tail: Vec<_> = text.lines().rev().take(12).collect();
+            for line in panicked.filter(frame).take(20).chain(["[...]"]).chain(tail.into_iter().rev()) {
+                let line: String = line.chars().take(200).collect();
                 writeln!(out, "    {line}").context("write")?;
             }
         }

@@ -32,6 +32,13 @@ pub trait Family: fmt::Debug + Send {
     const PROTOCOL: isize;
     /// What travels.
     type Message: NetlinkSerializable + NetlinkDeserializable + fmt::Debug + Send;
+
+    /// Whether the library that knows these messages can be given one of this type with what follows its `nlmsghdr`. It
+    /// is asked where the library trusts a length that it should look at, and panics if that lies.
+    #[must_use]
+    fn is_decodable(_kind: u16, _body: &[u8]) -> bool {
+        true
+    }
 }
 
 /// Links, addresses, routes, neighbours, rules, namespace ids (man 7 rtnetlink).
@@ -406,6 +413,11 @@ impl Raw<'_> {
                     Some(Answer::Status(Err(Refusal { errno: errno(code), text: self.text(HEADER + 4) })))
                 }
             },
+            kind if !F::is_decodable(kind, &self.bytes[HEADER..]) => {
+                return Err(Error::Protocol(format!(
+                    "a message of type {kind} was not asked for, or is garbled"
+                )));
+            }
             _ => self.message()?.map(Answer::Message),
         })
     }

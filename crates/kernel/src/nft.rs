@@ -19,7 +19,9 @@ use std::fmt;
 use std::ops::RangeInclusive;
 
 use ipnet::IpNet;
-use netlink_packet_core::{DefaultNla, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE};
+use netlink_packet_core::{
+    DefaultNla, NLA_HEADER_SIZE, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NlaBuffer, NlasIterator,
+};
 use netlink_packet_netfilter::nftables::{
     Bitwise, ChainAttribute, ChainMessage, Cmp, DataAttribute, ExpressionAttribute, Expressions,
     Hook as HookAttribute, HookNumber, Immediate, ListAttribute, Meta, MetaKey, NfTablesMessage, Operator,
@@ -382,6 +384,19 @@ impl fmt::Display for Change {
 impl netlink::Family for Netfilter {
     const PROTOCOL: isize = protocols::NETLINK_NETFILTER;
     type Message = NetfilterMessage;
+
+    /// Tables, chains and rules are what is asked for. Data in a rule's expression is an attribute in an attribute,
+    /// whose length the library does not look at.
+    fn is_decodable(kind: u16, body: &[u8]) -> bool {
+        match kind {
+            NEW_TABLE | NEW_CHAIN => true,
+            NEW_RULE => attributes(body.get(NFGENMSG..).unwrap_or_default())
+                .filter(|(kind, _)| *kind == NFTA_RULE_EXPRESSIONS)
+                .flat_map(|(_, list)| attributes(list))
+                .all(|(_, expression)| is_sound(expression)),
+            _ => false,
+        }
+    }
 }
 
 // === what is asked of the kernel ===
@@ -667,6 +682,17 @@ impl Batch {
 
 /// `NFNL_SUBSYS_NFTABLES`.
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
+/// `enum nf_tables_msg_types`, as message types of netlink.
+const NEW_TABLE: u16 = NFNL_SUBSYS_NFTABLES << 8;
+const NEW_CHAIN: u16 = NEW_TABLE + 3;
+const NEW_RULE: u16 = NEW_TABLE + 6;
+/// The length of `struct nfgenmsg`, which is before the attributes.
+const NFGENMSG: usize = 4;
+/// `enum nft_rule_attributes`.
+const NFTA_RULE_EXPRESSIONS: u16 = 4;
+/// `enum nft_expr_attributes`.
+const NFTA_EXPR_NAME: u16 = 1;
+const NFTA_EXPR_DATA: u16 = 2;
 const NF_DROP: u32 = 0;
 const NF_ACCEPT: u32 = 1;
 const NFPROTO_IPV4: u8 = 2;
@@ -834,6 +860,36 @@ fn ct_get(key: u32) -> Expressions {
 
 fn ct_set(key: u32) -> Expressions {
     other("ct", vec![word(NFTA_CT_SREG, u32::from(REGISTER)), word(NFTA_CT_KEY, key)])
+}
+
+/// The attributes up to the first that is garbled.
+fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    let whole = NlasIterator::new(bytes).map_while(Result::ok);
+    whole.map(|attribute| {
+        let (kind, length) = (attribute.kind(), usize::from(attribute.length()));
+        (kind, &attribute.into_inner()[NLA_HEADER_SIZE..length])
+    })
+}
+
+/// Whether the data nested in an expression is as long as it says.
+fn is_sound(expression: &[u8]) -> bool {
+    let mut name: &[u8] = &[];
+    attributes(expression).all(|(kind, value)| {
+        if kind == NFTA_EXPR_NAME {
+            name = value.strip_suffix(&[0]).unwrap_or(value);
+        }
+        let nested: &[u16] = match name {
+            // `NFTA_BITWISE_MASK`, `_XOR` and `_DATA`; `NFTA_CMP_DATA`; `NFTA_IMMEDIATE_DATA`.
+            b"bitwise" => &[4, 5, 7],
+            b"cmp" => &[3],
+            b"immediate" => &[2],
+            _ => &[],
+        };
+        kind != NFTA_EXPR_DATA
+            || attributes(value)
+                .filter(|(kind, _)| nested.contains(kind))
+                .all(|(_, data)| NlaBuffer::new_checked(data).is_ok())
+    })
 }
 
 fn word(kind: u16, number: u32) -> DefaultNla {

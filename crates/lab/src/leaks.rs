@@ -17,8 +17,9 @@ use netlink_packet_netfilter::nftables::{
 use netlink_packet_netfilter::{
     NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
 };
-use nsm_kernel::netlink::{Family, Socket};
+use nsm_kernel::netlink::Socket;
 use nsm_kernel::netns::{NAMED, Namespace};
+use nsm_kernel::nft::Netfilter;
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
@@ -79,16 +80,6 @@ const SYSCTLS: &[&str] = &[
     "ipv6/ip_nonlocal_bind",
     "netfilter/nf_conntrack_max",
 ];
-
-/// nf_tables (`linux/netfilter/nf_tables.h`).
-#[derive(Debug, Clone, Copy)]
-enum Netfilter {}
-
-impl Family for Netfilter {
-    /// `NETLINK_NETFILTER`.
-    const PROTOCOL: isize = 12;
-    type Message = NetfilterMessage;
-}
 
 // === impl Snapshot ===
 
