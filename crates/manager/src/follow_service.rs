@@ -19,6 +19,7 @@ use async_trait::async_trait;
 use futures::StreamExt as _;
 use nsm_api::{
     matching::{Labels, Policy},
+    path,
     pb::{
         connection::{Connection, State},
         networkservice::NetworkServiceRequest,
@@ -87,7 +88,8 @@ struct Service {
 struct Live {
     endpoint: String,
     labels: Labels,
-    /// Whether the matches led here, now or earlier. A client that names an endpoint which they do not lead to means it.
+    /// Whether the matches led here, now or earlier. A client that names an endpoint which they do not lead to means it;
+    /// not so one whose wire stood before we were restarted: the name is what it was told.
     led: bool,
 }
 
@@ -336,6 +338,16 @@ impl Followed {
     }
 }
 
+/// Other hops name the endpoint that their node has chosen.
+fn of_a_workload(cx: &Context<'_>) -> bool {
+    cx.caller.as_ref().is_some_and(|caller| caller.peer.unix().is_some())
+}
+
+/// Whether the caller knows who is behind us: somebody has answered it.
+fn stood_before(conn: &Connection) -> bool {
+    path::segments(conn).len() > path::index(conn) + 1
+}
+
 /// How long one of so many connections waits until its client is told.
 fn spread(of: usize, jitter: f64) -> Duration {
     let others = u32::try_from(of.saturating_sub(1)).unwrap_or(u32::MAX);
@@ -389,7 +401,8 @@ impl Element for FollowService {
                 conn.set_state(State::ReselectRequested);
             }
         }
-        let led = conn.network_service_endpoint_name.is_empty();
+        let led = conn.network_service_endpoint_name.is_empty()
+            || (cx.scope.get::<Follows>().is_none() && of_a_workload(cx) && stood_before(conn));
         let labels = conn.labels.clone();
         let answer = next.request(cx, request).await?;
         self.0.led_away.lock().remove(&id);

@@ -62,6 +62,36 @@ fn a_wire_that_its_service_leads_away_goes_to_another_endpoint() {
     mesh.nothing_is_left(&["a", "b", "x", "y"]);
 }
 
+#[test]
+fn a_wire_whose_service_led_away_while_its_manager_was_gone_leaves_the_endpoint_too() {
+    let test = "a_wire_whose_service_led_away_while_its_manager_was_gone_leaves_the_endpoint_too";
+    let Some(mesh) = Mesh::up(test, BARE) else { return };
+    for (name, prefix) in [("x", "172.16.1.0/24"), ("y", "172.16.2.0/24")] {
+        let label = format!("app:{name}");
+        mesh.endpoint(
+            name,
+            name,
+            &["--service-names", "steered", "--labels", &label, "--cidr-prefix", prefix],
+        );
+    }
+    mesh.ready(&["x", "y"]);
+    mesh.inside("a", "steer x");
+    mesh.client("guided", "b", "kernel://steered/nsm0", &[]);
+    mesh.ready(&["guided"]);
+    // The manager that comes back hears of the change before it hears of the wire, from a client that names x.
+    mesh.signal("guided", Signal::STOP);
+    mesh.end("node1/manager", Signal::KILL);
+    mesh.restart("node1/manager");
+    mesh.inside("a", "steer y");
+    mesh.signal("guided", Signal::CONT);
+    eventually("the wire is at y", || {
+        let at = ["x", "y"].map(|pod| mesh.links(pod).len());
+        if at == [0, 1] { Ok(()) } else { Err(format!("{at:?}\n{}", mesh.log("node1/manager"))) }
+    });
+    mesh.end("guided", Signal::TERM);
+    mesh.nothing_is_left(&["a", "b", "x", "y"]);
+}
+
 /// Makes the service `steered` lead to the endpoints with this label.
 pub(crate) fn steer(lab: &str, app: &str) {
     in_runtime(async {
