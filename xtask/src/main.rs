@@ -64,6 +64,8 @@ enum Task {
         args: Vec<String>,
     },
     Fuzz(fuzz::Fuzz),
+    /// Run threads that share memory in every order of what they do; LOOM_MAX_PREEMPTIONS=N: with more interruptions
+    Loom,
     /// Build nsm and measure: arguments are those of `nsm bench`
     Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -97,6 +99,7 @@ fn main() -> ExitCode {
         Task::Deploy => deploy(),
         Task::Sim { planted, args } => sim(planted.as_deref(), &args),
         Task::Fuzz(fuzz) => fuzz.run(),
+        Task::Loom => every_order(),
         Task::Bench { args } => bench(&args),
     };
     match done {
@@ -143,6 +146,16 @@ fn sim(planted: Option<&str>, args: &[String]) -> Result<()> {
     let status = command.args(args).status().context("start cargo")?;
     if !status.success() {
         bail!("the simulation ended with {status}");
+    }
+    Ok(())
+}
+
+/// A feature, and no `--cfg` for all: so of what is built already only the crate itself is built anew.
+fn every_order() -> Result<()> {
+    let tests = ["test", "--package", "nsm-kernel", "--lib", "--features", "nsm-kernel/loom", "orders::"];
+    let status = cargo(&tests).status().context("start cargo")?;
+    if !status.success() {
+        bail!("in some order of their steps threads do not do what they should");
     }
     Ok(())
 }

@@ -132,14 +132,14 @@ impl Kernel {
 
         // A link with our mark that is still to be deleted must neither be adopted, nor outlive its successor.
         self.reaper.settle(&plan.id)?;
-        let going = self.reaper.queued();
+        let going = self.reaper.backlog.queued();
         let mut aside = Vec::new();
         let (links, created) = loop {
-            let gone = self.reaper.ended();
+            let gone = self.reaper.backlog.ended();
             match links(&mut node, plan, &ends, &mut aside) {
                 // A link that is going, but not gone, may be in the way.
                 Err(Error::NameTaken { .. } | Error::VniTaken { .. }) if gone < going => {
-                    self.reaper.wait_beyond(gone);
+                    self.reaper.backlog.wait_beyond(gone);
                 }
                 Err(e) => {
                     self.reaper.end_aside(&plan.id, aside);

@@ -21,6 +21,8 @@
 //! ```
 
 mod apply;
+mod backlog;
+mod crew;
 mod error;
 pub mod join;
 pub mod joiner;
@@ -34,6 +36,7 @@ mod rt;
 mod snapshot;
 mod solicited;
 pub mod store;
+mod sync;
 mod sys;
 pub mod sysctl;
 pub mod travellers;

@@ -8,46 +8,29 @@
 //! Links are deleted by their mark, and a wire that is made again carries the same. So whoever makes a wire first
 //! settles what is left of its namesake: what still waits in the queue he does himself, what a thread is at he awaits.
 
-use std::collections::VecDeque;
-use std::fmt;
 use std::sync::{Arc, mpsc};
-use std::thread;
 use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
 use rustix::io::Errno;
 
 use crate::apply::{Kernel, Nsids, Sockets, delete, ends, find_missing};
+use crate::backlog::{Backlog, Job};
 use crate::error::{Error, Result};
 use crate::netlink::Request;
 use crate::netns::Namespace;
 use crate::plan::{Construction, Side, WirePlan};
 use crate::rt::{self, Link, Nsid, Which};
 
-/// The queue; its threads work it off before it is dropped.
+/// The queue, by connection; its threads work it off before it is dropped.
 #[derive(Debug)]
-pub(crate) struct Reaper(Arc<Shared>);
-
-#[derive(Debug)]
-struct Shared {
+pub(crate) struct Reaper {
     sockets: Arc<Sockets>,
-    queue: Mutex<Queue>,
-    /// Signalled when a wire is gone.
-    progress: Condvar,
-}
-
-#[derive(Debug, Default)]
-struct Queue {
-    waiting: VecDeque<Doomed>,
-    /// What somebody is deleting now, by connection.
-    under_way: Vec<String>,
-    threads: usize,
-    queued: u64,
-    ended: u64,
+    pub(crate) backlog: Backlog<Doomed>,
 }
 
 /// A wire to delete.
-struct Doomed {
+pub(crate) struct Doomed {
+    sockets: Arc<Sockets>,
     plan: WirePlan,
     nsids: Nsids,
     /// Links that carry no mark any more.
@@ -68,11 +51,10 @@ impl Kernel {
     /// Deletes a wire and waits until it is gone. Absence is no error, nor is a namespace that is gone with its links.
     pub fn remove(&self, plan: &WirePlan, nsids: Nsids, known: &[&Namespace]) -> Result<()> {
         let (tell, told) = mpsc::channel();
-        let doomed = Doomed::new(plan, nsids, known, move |result| {
+        let doomed = self.reaper.doomed(plan, nsids, known, move |result| {
             let _ = tell.send(result);
         });
-        self.reaper.0.queue.lock().push(doomed);
-        self.reaper.settle(&plan.id)?;
+        over(&plan.id, self.reaper.backlog.run(doomed, PATIENCE))?;
         told.recv().unwrap_or(Ok(()))
     }
 
@@ -88,7 +70,7 @@ impl Kernel {
         known: &[&Namespace],
         then: impl FnOnce(Result<()>) + Send + 'static,
     ) {
-        self.reaper.push(Doomed::new(plan, nsids, known, then));
+        self.reaper.backlog.push(self.reaper.doomed(plan, nsids, known, then));
     }
 
     /// Waits until no deletion of that connection's wire is queued or under way, and for nothing else.
@@ -120,7 +102,7 @@ impl Kernel {
 
     /// Waits until all that was queued is deleted, or could not be.
     pub fn flush(&self) {
-        self.reaper.wait_beyond(u64::MAX);
+        self.reaper.backlog.wait_beyond(u64::MAX);
     }
 }
 
@@ -128,7 +110,7 @@ impl Kernel {
 
 impl Reaper {
     pub(crate) fn new(sockets: Arc<Sockets>) -> Self {
-        Self(Arc::new(Shared { sockets, queue: Mutex::default(), progress: Condvar::new() }))
+        Self { sockets, backlog: Backlog::new("reaper", THREADS) }
     }
 
     /// Deletes what a wire's new links have taken the place of. Neither that wire nor the next of its connection waits for it.
@@ -138,115 +120,46 @@ impl Reaper {
         }
         let id = format!("{wire}, set aside");
         let plan = WirePlan { id, construction: Construction::Veth, near: None, far: None };
-        self.push(Doomed { aside, ..Doomed::new(&plan, Nsids::default(), &[], |_| {}) });
-    }
-
-    /// How many deletions were ever asked for.
-    pub(crate) fn queued(&self) -> u64 {
-        self.0.queue.lock().queued
-    }
-
-    /// How many of them have ended.
-    pub(crate) fn ended(&self) -> u64 {
-        self.0.queue.lock().ended
-    }
-
-    /// Waits until more deletions have ended than that, or none is left.
-    pub(crate) fn wait_beyond(&self, ended: u64) {
-        let mut queue = self.0.queue.lock();
-        self.0.progress.wait_while(&mut queue, |queue| queue.ended <= ended && queue.ended < queue.queued);
+        self.backlog.push(Doomed { aside, ..self.doomed(&plan, Nsids::default(), &[], |_| {}) });
     }
 
     pub(crate) fn settle(&self, id: &str) -> Result<()> {
-        let mut queue = self.0.queue.lock();
-        while let Some(at) = queue.waiting.iter().position(|doomed| doomed.plan.id == id)
-            && let Some(doomed) = queue.waiting.remove(at)
-        {
-            self.0.carry_out(&mut queue, doomed);
-        }
-        let is_doomed = |queue: &mut Queue| queue.under_way.iter().any(|other| other == id);
-        if self.0.progress.wait_while_for(&mut queue, is_doomed, PATIENCE).timed_out() {
-            return Err(Error::Protocol(format!("the wire of {id} is still being deleted; try again")));
-        }
-        Ok(())
+        over(id, self.backlog.settle(id, PATIENCE))
     }
 
-    fn push(&self, doomed: Doomed) {
-        let mut queue = self.0.queue.lock();
-        queue.push(doomed);
-        if queue.threads == THREADS {
-            return;
-        }
-        queue.threads += 1;
-        let others = queue.threads > 1;
-        drop(queue);
-        let shared = Arc::clone(&self.0);
-        let spawned = thread::Builder::new().name("reaper".into()).spawn(move || shared.work());
-        if let Err(error) = spawned {
-            tracing::warn!(%error, others, "cannot start a thread that deletes wires");
-            // It has to be done, and if nobody else does it, here and now.
-            self.0.work();
-        }
-    }
-}
-
-impl Drop for Reaper {
-    fn drop(&mut self) {
-        self.wait_beyond(u64::MAX);
-    }
-}
-
-impl Queue {
-    fn push(&mut self, doomed: Doomed) {
-        self.waiting.push_back(doomed);
-        self.queued += 1;
-    }
-}
-
-impl Shared {
-    /// What a thread does: it deletes until there is nothing left.
-    fn work(&self) {
-        let mut queue = self.queue.lock();
-        while let Some(doomed) = queue.waiting.pop_front() {
-            self.carry_out(&mut queue, doomed);
-        }
-        queue.threads -= 1;
-    }
-
-    /// Deletes what was taken out of the queue, which is free for others meanwhile.
-    fn carry_out(&self, queue: &mut MutexGuard<'_, Queue>, doomed: Doomed) {
-        let id = doomed.plan.id.clone();
-        queue.under_way.push(id.clone());
-        MutexGuard::unlocked(queue, || doomed.end(&self.sockets));
-        if let Some(at) = queue.under_way.iter().position(|other| *other == id) {
-            queue.under_way.swap_remove(at);
-        }
-        queue.ended += 1;
-        self.progress.notify_all();
-    }
-}
-
-// === impl Doomed ===
-
-impl Doomed {
-    fn new(
+    fn doomed(
+        &self,
         plan: &WirePlan,
         nsids: Nsids,
         known: &[&Namespace],
         then: impl FnOnce(Result<()>) + Send + 'static,
-    ) -> Self {
+    ) -> Doomed {
         let with_policies = || plan.ends().filter(|(_, end)| !end.policies.is_empty());
         let needed = known.iter().filter(|ns| with_policies().any(|(_, end)| end.ns == ns.id()));
         // One that cannot be held is looked for.
         let known = needed.filter_map(|ns| ns.try_clone().ok()).collect();
-        Self { plan: plan.clone(), nsids, aside: Vec::new(), known, then: Box::new(then) }
+        let sockets = Arc::clone(&self.sockets);
+        Doomed { sockets, plan: plan.clone(), nsids, aside: Vec::new(), known, then: Box::new(then) }
+    }
+}
+
+fn over(id: &str, over: bool) -> Result<()> {
+    let late = || Error::Protocol(format!("the wire of {id} is still being deleted; try again"));
+    over.then_some(()).ok_or_else(late)
+}
+
+// === impl Doomed ===
+
+impl Job for Doomed {
+    fn name(&self) -> &str {
+        &self.plan.id
     }
 
-    fn end(self, sockets: &Sockets) {
+    fn run(self) {
         // Rules stay when their interface goes, so they are deleted while its routes still say which they are.
         // Whatever becomes of them, the links go.
-        let mut errors: Vec<Error> = self.remove_policies(sockets).err().into_iter().collect();
-        match self.remove_links(sockets) {
+        let mut errors: Vec<Error> = self.remove_policies().err().into_iter().collect();
+        match self.remove_links() {
             Ok(refused) => errors.extend(refused),
             Err(error) => errors.push(error),
         }
@@ -256,8 +169,10 @@ impl Doomed {
         }
         (self.then)(Error::join(errors));
     }
+}
 
-    fn remove_policies(&self, sockets: &Sockets) -> Result<()> {
+impl Doomed {
+    fn remove_policies(&self) -> Result<()> {
         if self.plan.ends().all(|(_, end)| end.policies.is_empty()) {
             return Ok(());
         }
@@ -269,39 +184,33 @@ impl Doomed {
             Err(Error::NamespaceGone(_)) => return Ok(()),
             other => other?,
         };
-        let mut node = sockets.get()?;
+        let mut node = self.sockets.get()?;
         for end in ends(&mut node, &plan, &known, &found)? {
             let link = node
                 .links(vec![rt::get_link(Which::Name(&end.mark), Some(end.nsid), false)])?
                 .pop()
                 .flatten();
-            sockets.clear_policies(&end, link.as_ref())?;
+            self.sockets.clear_policies(&end, link.as_ref())?;
         }
-        sockets.give_back(node);
+        self.sockets.give_back(node);
         Ok(())
     }
 
     /// By their marks; one end of a veth pair takes the other along. What the kernel refused.
-    fn remove_links(&self, sockets: &Sockets) -> Result<Vec<Error>> {
+    fn remove_links(&self) -> Result<Vec<Error>> {
         let ends = [(Side::Near, self.nsids.near), (Side::Far, self.nsids.far)];
         let links: Vec<_> =
             ends.into_iter().filter_map(|(side, nsid)| Some((self.plan.mark(side), nsid?))).collect();
         let deletion =
             |(mark, nsid): &(String, _)| Request::new(rt::delete_link(Which::Name(mark), Some(*nsid)));
-        let mut socket = sockets.get()?;
+        let mut socket = self.sockets.get()?;
         delete(&mut socket, self.aside.iter().map(|(link, nsid)| (link, *nsid)))?;
         let refused = socket.commit(links.iter().map(deletion).collect())?;
-        sockets.give_back(socket);
+        self.sockets.give_back(socket);
         // No such link, or the number stands for no namespace any more.
         let refused =
             refused.into_iter().filter(|at| !matches!(at.refusal.errno, Errno::NODEV | Errno::INVAL));
         let what = |index| links.get(index).map_or_else(String::new, |(mark, _)| format!("delete {mark}"));
         Ok(refused.map(|at| Error::Refused { what: what(at.index), source: at.refusal }).collect())
-    }
-}
-
-impl fmt::Debug for Doomed {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Doomed").field(&self.plan.id).finish()
     }
 }
