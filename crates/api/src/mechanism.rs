@@ -46,6 +46,11 @@ pub mod key {
     /// Ours: the workload wants its interface without addresses and routes (a function that joins two
     /// wires). Upstream forwarders ignore it.
     pub const UNNUMBERED: &str = "nsmUnnumbered";
+    /// Ours: hardware address of the interface next to the client. Whoever is offered it answers [`DST_MAC`], and neither
+    /// end has to ask for the other's. Upstream forwarders ignore it.
+    pub const SRC_MAC: &str = "nsmSrcMac";
+    /// Ours: hardware address of the interface next to the endpoint.
+    pub const DST_MAC: &str = "nsmDstMac";
 }
 
 /// The fixed VXLAN port (RFC 7348, IANA).

@@ -183,27 +183,36 @@ impl Drop for Standing {
 ///
 /// Signals end it in good order, so it can be called once in the life of a process.
 ///
-/// # Errors
-///
-/// As soon as something cannot be measured, or a signal comes. Nothing is left then.
-pub fn run(options: &Options, exe: &Path, progress: &mut dyn FnMut(&str)) -> Result<Results, Error> {
-    let supervisor = Supervisor::default();
-    let signalled = supervisor.clone();
-    nsm_lab::on_signals(move |name| signalled.stop(name))?;
+/// What was measured comes back also where something cannot be measured or a signal ends it, with that error; nothing is
+/// left of the lab then.
+pub fn run(options: &Options, exe: &Path, progress: &mut dyn FnMut(&str)) -> (Results, Result<(), Error>) {
     let mut results = Results::of_this_machine(options);
-    for topology in &options.topologies {
-        if options.measures.iter().any(|measure| *measure != Measure::Heal) {
-            measure(options, *topology, exe, &supervisor, &mut results.rows, progress)?;
-        }
-        if options.measures.contains(&Measure::Heal) {
-            heal::measure(options, *topology, exe, &supervisor, &mut results.rows, progress)?;
-            many::measure(options, *topology, exe, &supervisor, &mut results.rows, progress)?;
-        }
-    }
-    Ok(results)
+    let ended = run_into(&mut results.rows, options, exe, progress);
+    (results, ended)
 }
 
 // === private helpers ===
+
+fn run_into(
+    rows: &mut Vec<Row>,
+    options: &Options,
+    exe: &Path,
+    progress: &mut dyn FnMut(&str),
+) -> Result<(), Error> {
+    let supervisor = Supervisor::default();
+    let signalled = supervisor.clone();
+    nsm_lab::on_signals(move |name| signalled.stop(name))?;
+    for topology in &options.topologies {
+        if options.measures.iter().any(|measure| *measure != Measure::Heal) {
+            measure(options, *topology, exe, &supervisor, rows, progress)?;
+        }
+        if options.measures.contains(&Measure::Heal) {
+            heal::measure(options, *topology, exe, &supervisor, rows, progress)?;
+            many::measure(options, *topology, exe, &supervisor, rows, progress)?;
+        }
+    }
+    Ok(())
+}
 
 /// Everything about one topology, in a lab that is gone afterwards.
 fn measure(

@@ -23,7 +23,7 @@ use nsm_api::{
 };
 use nsm_kernel::{
     netns::NsId,
-    plan::{ContextPolicy, ContextRoute, EndPlan, IpContext, Side, Vxlan, WirePlan},
+    plan::{ContextPolicy, ContextRoute, EndPlan, IpContext, Mac, Side, Vxlan, WirePlan},
 };
 use nsm_mesh::{
     Context, Element, Error, Lease, Next, NextHop, Reason, Release, Result, dial::dialed, fds::Fds,
@@ -141,9 +141,14 @@ impl CrossConnect {
     }
 
     /// What we offer the next hop.
-    fn offers(&self, local: bool) -> Vec<Mechanism> {
-        let mut offers =
-            if local { vec![Mechanism::new(LOCAL, kind::KERNEL)] } else { vec![self.tunnel.offer()] };
+    fn offers(&self, local: bool, id: &str) -> Vec<Mechanism> {
+        let mut offers = if local {
+            vec![Mechanism::new(LOCAL, kind::KERNEL)]
+        } else {
+            let mut tunnel = self.tunnel.offer();
+            tunnel.set(key::SRC_MAC, Mac::of(id, Side::Near).to_string());
+            vec![tunnel]
+        };
         prioritise(&mut offers, &self.priority);
         offers
     }
@@ -156,10 +161,22 @@ impl CrossConnect {
                 Ok(if carries_ip(conn) { introduced(plan, conn) } else { plan })
             }
             (kind::KERNEL, kind::VXLAN) => {
-                Ok(WirePlan::vxlan(&conn.id, self.vxlan(far, true)?, Side::Near, end(Side::Near, near)?))
+                let (end, side) = (end(Side::Near, near)?, Side::Near);
+                introduced_to(
+                    Side::Far,
+                    WirePlan::vxlan(&conn.id, self.vxlan(far, true)?, side, end),
+                    conn,
+                    far,
+                )
             }
             (kind::VXLAN, kind::KERNEL) => {
-                Ok(WirePlan::vxlan(&conn.id, self.vxlan(near, false)?, Side::Far, end(Side::Far, far)?))
+                let (end, side) = (end(Side::Far, far)?, Side::Far);
+                introduced_to(
+                    Side::Near,
+                    WirePlan::vxlan(&conn.id, self.vxlan(near, false)?, side, end),
+                    conn,
+                    near,
+                )
             }
             (near, far) => Err(Error::invalid(format!("nothing joins {near} with {far} on one node"))),
         }
@@ -189,6 +206,11 @@ impl CrossConnect {
     ) -> std::result::Result<Option<Traffic>, Unjoined> {
         for _ in 0..NAME_TRIES {
             let plan = self.plan(fds, conn, near, far)?;
+            if near.get(key::SRC_MAC).is_some()
+                && let Some(mac) = plan.far.as_ref().and_then(|end| end.mac)
+            {
+                near.set(key::DST_MAC, mac.to_string());
+            }
             let record = Record::new(plan, far.clone(), conn);
             match self.wires.apply(record, fds).await {
                 Ok(traffic) => return Ok(traffic),
@@ -291,7 +313,7 @@ impl Element for CrossConnect {
         // What was agreed with another endpoint is nothing to this one.
         let moves = replaced.is_some() || moves(cx, conn);
         conn.mechanism = self.remembered(&id).filter(|m| m.cls == class && !moves);
-        request.mechanism_preferences = self.offers(local);
+        request.mechanism_preferences = self.offers(local, &id);
 
         let name_is_ours = near.r#type == kind::KERNEL && near.get(key::NAME).is_none();
         if name_is_ours {
@@ -461,6 +483,20 @@ fn carries_ip(conn: &Connection) -> bool {
 fn introduced(plan: WirePlan, conn: &Connection) -> WirePlan {
     let (client, endpoint) = context::addresses(conn);
     plan.introduced(&client, &endpoint)
+}
+
+/// The same through a tunnel, where the forwarder at its other end is ours: that one says what has the addresses there.
+fn introduced_to(other: Side, plan: WirePlan, conn: &Connection, m: &Mechanism) -> Result<WirePlan> {
+    let ethernet = conn.context.as_ref().and_then(|context| context.ethernet_context.as_ref());
+    let (client, endpoint) = context::addresses(conn);
+    let (name, addresses, wanted) = match other {
+        Side::Near => (key::SRC_MAC, client, ethernet.map(|ethernet| &ethernet.src_mac)),
+        Side::Far => (key::DST_MAC, endpoint, ethernet.map(|ethernet| &ethernet.dst_mac)),
+    };
+    let Some(said) = m.get(name).filter(|_| carries_ip(conn)) else { return Ok(plan) };
+    let mac = wanted.map(String::as_str).filter(|mac| !mac.is_empty()).unwrap_or(said);
+    let mac = mac.parse().map_err(|e| Error::invalid(format!("the VXLAN parameter {name}: {e}")))?;
+    Ok(plan.introduced_to(&addresses, mac))
 }
 
 /// The wire's context in the kernel crate's own words.

@@ -324,13 +324,8 @@ impl WirePlan {
         {
             let near_mac = *near.mac.get_or_insert_with(|| Mac::of(&self.id, Side::Near));
             let far_mac = *far.mac.get_or_insert_with(|| Mac::of(&self.id, Side::Far));
-            for (end, others, mac) in [(near, dst, far_mac), (far, src, near_mac)] {
-                for &ip in others {
-                    if !end.neighbours.iter().any(|known| known.ip == ip) {
-                        end.neighbours.push(Neighbour { ip, mac, permanent: true });
-                    }
-                }
-            }
+            near.knows(dst, far_mac);
+            far.knows(src, near_mac);
         }
         self
     }
@@ -345,6 +340,16 @@ impl WirePlan {
             Side::Far => (None, Some(end)),
         };
         Self { id, construction: Construction::Vxlan(tunnel), near, far }
+    }
+
+    /// Tells the end of a tunnel that carries nothing but IP where the addresses behind the other are, as
+    /// [`Self::introduced`] does.
+    #[must_use]
+    pub fn introduced_to(mut self, others: &[IpAddr], mac: Mac) -> Self {
+        for end in [&mut self.near, &mut self.far].into_iter().flatten() {
+            end.knows(others, mac);
+        }
+        self
     }
 
     /// The ends that exist, near first.
@@ -662,6 +667,15 @@ impl EndPlan {
         }
         Policy { when, routes: sorted(last_of_each_destination(routes).into_iter()) }
     }
+
+    /// All of these are at that hardware address, but those of which something else is known.
+    fn knows(&mut self, others: &[IpAddr], mac: Mac) {
+        for &ip in others {
+            if !self.neighbours.iter().any(|known| known.ip == ip) {
+                self.neighbours.push(Neighbour { ip, mac, permanent: true });
+            }
+        }
+    }
 }
 
 impl fmt::Display for EndPlan {
@@ -867,7 +881,8 @@ impl FromStr for Mac {
 impl Mac {
     /// The address of an end of a wire whose plan leaves it open: local, of one interface (IEEE 802), from a hash of the
     /// wire's id (FNV-1a).
-    fn of(id: &str, side: Side) -> Self {
+    #[must_use]
+    pub fn of(id: &str, side: Side) -> Self {
         let side = match side {
             Side::Near => 0,
             Side::Far => 1,

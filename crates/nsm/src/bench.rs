@@ -171,12 +171,17 @@ fn measure(
     let mut progress = |text: &str| {
         let _ = writeln!(io::stderr(), "{text}");
     };
-    let results = match upstream {
-        Some(upstream) => nsm_bench::beside_upstream(&options, exe, upstream, &mut progress)?,
-        None => nsm_bench::run(&options, exe, &mut progress)?,
+    let (results, ended) = match upstream {
+        Some(upstream) => (nsm_bench::beside_upstream(&options, exe, upstream, &mut progress)?, Ok(())),
+        None => nsm_bench::run(&options, exe, &mut progress),
     };
+    if results.rows.is_empty() {
+        ended?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let text = if amounts.json { results.json() } else { results.text(Format::text()) };
     io::stdout().lock().write_all(text.as_bytes()).context("write the results")?;
+    ended.context("not everything was measured")?;
     if let Some(name) = amounts.save {
         let directory = PathBuf::from("bench/results");
         for path in results.save(&directory, &name)? {

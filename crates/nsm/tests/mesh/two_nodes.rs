@@ -29,15 +29,7 @@ fn vni(mesh: &Mesh, node: &str) -> u32 {
 
 /// Makes a VXLAN device in a node that no forwarder knows of: whoever wants this VNI there cannot have it.
 fn occupy(mesh: &Mesh, node: &str, vni: u32) {
-    let namespace = mesh.lab.namespace(node).unwrap_or_else(|e| panic!("{}", e.chain()));
-    let add = || {
-        std::process::Command::new("ip")
-            .args(["link", "add", "alien", "type", "vxlan", "id", &vni.to_string(), "dev", "eth0"])
-            .args(["remote", "10.255.0.99", "dstport", "4789"])
-            .output()
-    };
-    let added = namespace.run(add).expect("enter").expect("start ip");
-    assert!(added.status.success(), "{}", String::from_utf8_lossy(&added.stderr));
+    ip(mesh, node, &format!("link add alien type vxlan id {vni} dev eth0 remote 10.255.0.99 dstport 4789"));
 }
 
 /// Lets a client ask, and stops time just before the answer arrives at its forwarder: the gateway's side stands by
@@ -55,6 +47,48 @@ fn before_the_answer(mesh: &Mesh, more: &[&str]) -> u32 {
         other => Err(format!("{other:?}")),
     });
     vni(mesh, "node2")
+}
+
+/// What `ip` prints in a pod.
+fn ip(mesh: &Mesh, pod: &str, args: &str) -> String {
+    let namespace = mesh.lab.namespace(pod).unwrap_or_else(|e| panic!("{}", e.chain()));
+    let run = || std::process::Command::new("ip").args(args.split(' ')).output();
+    let output = namespace.run(run).expect("enter").expect("start ip");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[test]
+fn the_ends_of_a_wire_between_nodes_know_each_other() {
+    let Some(mesh) = Mesh::up("the_ends_of_a_wire_between_nodes_know_each_other", PODS) else { return };
+    mesh.client("client", "a", "kernel://plain/nsm0", SHORT);
+    mesh.ready(&["client"]);
+    // Before the first packet; and when the forwarders have agreed again, what the processes before them had made too.
+    for round in ["made", "refreshed", "taken over"] {
+        for (pod, address, other) in [("a", GATEWAY, "gw"), ("gw", "172.16.1.3", "a")] {
+            let known = ip(&mesh, pod, &format!("neigh show {address}"));
+            let [link] = &mesh.links(other)[..] else { panic!("one wire") };
+            let mac = link.mac.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(":");
+            assert!(
+                known.contains(&mac) && known.contains("PERMANENT"),
+                "{round}, {pod}: {known:?}, not {mac}"
+            );
+        }
+        let before = record_of(&mesh, "node1").data;
+        if round == "refreshed" {
+            ["node1/forwarder", "node2/forwarder"].iter().for_each(|forwarder| {
+                mesh.end(forwarder, Signal::KILL);
+                mesh.restart(forwarder);
+            });
+        }
+        eventually("the wire is refreshed", || {
+            let now = record_of(&mesh, "node1").data;
+            if now == before { Err(now.to_string()) } else { Ok(()) }
+        });
+    }
+    mesh.pings("a", GATEWAY);
+    mesh.end("client", Signal::TERM);
+    mesh.nothing_is_left(&["a", "gw"]);
 }
 
 #[test]
