@@ -48,6 +48,11 @@ const LONGEST_MARGIN: std::time::Duration = std::time::Duration::from_millis(300
 /// How long connecting for events may take: the neighbour has just been reached, and nobody waits for this.
 const FOLLOWING: std::time::Duration = std::time::Duration::from_secs(15);
 
+/// Connections of a lost neighbour that are told to be down at once, and the pause until others are: as many as a node
+/// makes wires meanwhile.
+const AT_ONCE: usize = 16;
+const PAUSE: std::time::Duration = std::time::Duration::from_millis(16);
+
 /// Hands requests to the next hop that an element above has set.
 #[derive(Debug)]
 pub struct Dial {
@@ -667,8 +672,11 @@ struct Follower {
     me: String,
     hub: Arc<Hub>,
     pool: Pool,
-    streams: Mutex<HashMap<NextHop, BTreeSet<String>>>,
+    streams: Mutex<Streams>,
 }
+
+/// Our connections by the hop that they go to.
+type Streams = HashMap<NextHop, BTreeSet<String>>;
 
 impl Follower {
     /// Follows the connection with this id (ours), which is about to be asked for there.
@@ -685,9 +693,7 @@ impl Follower {
             if let Err(status) = this.stream(&target).await {
                 tracing::info!(next = %target, %status, "the next hop's events ended");
             }
-            // Together: whoever asks there from now on finds no stream, and opens one.
-            let mut streams = this.streams.lock();
-            this.hub.lost(&target, &streams.remove(&target).unwrap_or_default());
+            lost(&this.hub, &this.streams, &target).await;
         });
     }
 
@@ -742,9 +748,26 @@ impl Follower {
     }
 }
 
+/// Tells that a neighbour is lost. Of many connections not all at once: each is asked for elsewhere then.
+async fn lost(hub: &Hub, streams: &Mutex<Streams>, target: &NextHop) {
+    // Whoever asks there from now on finds no stream, and opens one.
+    let mut left = streams.lock().remove(target).unwrap_or_default();
+    loop {
+        let rest = left.iter().nth(AT_ONCE).cloned().map(|first| left.split_off(&first));
+        {
+            let streams = streams.lock();
+            left.retain(|id| !streams.values().any(|ids| ids.contains(id)));
+            hub.lost(target, &left);
+        }
+        let Some(rest) = rest else { return };
+        left = rest;
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use nsm_api::pb::connection::Path;
+    use nsm_api::pb::connection::{Path, State};
 
     use super::*;
 
@@ -763,6 +786,35 @@ mod tests {
             }),
             ..Connection::default()
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn of_many_connections_of_a_lost_hop_some_fall_at_a_time() {
+        let hop = |url: &str| NextHop::from(url.parse::<nsm_transport::DialUrl>().expect("a URL"));
+        let (gone, other, hub) = (hop("tcp://10.0.0.1:1"), hop("tcp://10.0.0.2:1"), Hub::default());
+        let ids: BTreeSet<String> = (0..5 * AT_ONCE).map(|i| format!("id{i:03}")).collect();
+        for id in &ids {
+            hub.update(Connection { id: id.clone(), ..conn(0, &["t"]) }, None);
+        }
+        let fallen = || ids.iter().filter(|id| hub.get(id).expect("known").0.state() == State::Down).count();
+        let streams = Mutex::new(Streams::from([(gone.clone(), ids.clone())]));
+        let looking = async {
+            let mut seen = Vec::new();
+            tokio::time::sleep(PAUSE / 2).await;
+            for round in 0..4 {
+                seen.push(fallen());
+                if round == 1 {
+                    // These are elsewhere before they are told to go.
+                    let last = ids.iter().skip(4 * AT_ONCE).cloned().collect();
+                    streams.lock().insert(other.clone(), last);
+                }
+                tokio::time::sleep(PAUSE).await;
+            }
+            seen
+        };
+        let ((), seen) = tokio::join!(lost(&hub, &streams, &gone), looking);
+        assert_eq!(seen, [1, 2, 3, 4].map(|times| times * AT_ONCE));
+        assert_eq!(fallen(), 4 * AT_ONCE);
     }
 
     #[test]

@@ -12,6 +12,7 @@ pub mod chain;
 pub mod dial;
 pub mod error;
 pub mod fds;
+mod feed;
 pub mod from_file;
 pub mod hop;
 pub mod inside;

@@ -23,19 +23,16 @@ use nsm_api::{
 use nsm_identity::SpiffeId;
 use nsm_transport::{Guard, Refusals};
 use parking_lot::Mutex;
-use tokio::sync::mpsc::{self, error::TrySendError};
+use tokio::sync::mpsc;
 
 use crate::{
     chain::{Context, Element, Next},
     error::{Error, Result},
+    feed::{BEHIND, Ended, Feed, LAG, TOGETHER},
     hop::NextHop,
     scope::{Lease, Release},
 };
 
-/// Events that a watcher may lag behind before it is cut off: it is not buffered for without end.
-const LAG: usize = 256;
-/// Connections in one event: a few hundred kilobytes, below what a gRPC message may hold (4 MiB).
-const TOGETHER: usize = 128;
 /// Watchers of one process.
 const MAX_WATCHERS: usize = 65_536;
 
@@ -227,7 +224,7 @@ impl Watchers {
 struct Watcher {
     selector: MonitorScopeSelector,
     viewer: Viewer,
-    events: mpsc::Sender<Arc<ConnectionEvent>>,
+    events: Feed,
 }
 
 /// Who watches, and what he may see: events carry the path with its tokens.
@@ -304,7 +301,7 @@ impl Hub {
         selector: MonitorScopeSelector,
         viewer: Viewer,
     ) -> Result<mpsc::Receiver<Arc<ConnectionEvent>>> {
-        let (events, receiver) = mpsc::channel(LAG);
+        let (events, receiver) = Feed::new();
         let mut state = self.state.lock();
         let mut full = |of: &dyn Fn(&Watchers) -> bool| {
             if of(&state.watchers) && state.watchers.in_vain.is_none_or(|at| at.elapsed() > LOOK_AGAIN) {
@@ -357,7 +354,7 @@ impl Hub {
             let initial =
                 ConnectionEvent { r#type: ConnectionEventType::InitialStateTransfer.into(), connections };
             // The channel is new and empty.
-            let _ = events.try_send(Arc::new(initial));
+            let _ = events.tell(Arc::new(initial), BEHIND);
         }
         state.watchers.add(Watcher { selector, viewer, events });
         Ok(receiver)
@@ -492,6 +489,7 @@ impl HubState {
     /// Tells every watcher what it sees of this; returns how many were cut off.
     fn tell(&mut self, kind: ConnectionEventType, news: &[Known], why: Why) -> usize {
         let mut cut = 0;
+        let most = self.connections.len() + BEHIND;
         let event = |connections| Arc::new(ConnectionEvent { r#type: kind.into(), connections });
         let entry = |known: &Known| (known.conn.id.clone(), known.conn.clone());
         // Most see all of it, and share it.
@@ -518,10 +516,10 @@ impl HubState {
                     }
                     _ => event(seen.into_iter().map(entry).collect::<BTreeMap<_, _>>()),
                 };
-                // Full: the watcher reads too slowly and is cut off; it comes back and gets the state anew.
-                let sent = watcher.events.try_send(event);
-                cut += usize::from(matches!(sent, Err(TrySendError::Full(_))));
-                sent.is_ok()
+                // Who is cut off comes back and gets the state anew.
+                let told = watcher.events.tell(event, most);
+                cut += usize::from(told == Err(Ended::TooSlow));
+                told.is_ok()
             });
         }
         cut
@@ -784,17 +782,51 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_slow_watcher_is_cut_off() {
+    async fn who_reads_slowly_hears_the_last_of_each_connection() {
         let hub = Hub::default();
         let mut slow = hub.watch(selector(&[], &[]), Viewer::All).unwrap();
-        for _ in 0..=LAG {
-            hub.update(conn(1, PATH), None);
+        let named = |id: usize| conn(1, &[("nsc", "nsc-0"), ("mgr", &format!("u{id}"))]);
+        for round in 0..3 {
+            for id in 0..2 * LAG {
+                let mut conn = named(id);
+                conn.network_service = format!("round {round}");
+                hub.update(conn, None);
+            }
+        }
+        for id in 0..LAG {
+            hub.delete(&format!("u{id}"));
+        }
+        let mut last = BTreeMap::new();
+        while last.len() < 2 * LAG || last.values().any(|now| *now == Some("round 0".to_owned())) {
+            let event = slow.recv().await.unwrap();
+            assert!(event.connections.len() <= TOGETHER);
+            let gone = event.r#type() == ConnectionEventType::Delete;
+            let now = event.connections.iter();
+            last.extend(now.map(|(id, conn)| (id.clone(), (!gone).then(|| conn.network_service.clone()))));
+        }
+        for (id, now) in last {
+            let gone = id[1..].parse::<usize>().unwrap() < LAG;
+            assert_eq!(now, (!gone).then(|| "round 2".to_owned()), "{id}");
+        }
+        // In order again once he has caught up.
+        hub.update(named(7), None);
+        assert_eq!(slow.recv().await.unwrap().connections.keys().collect::<Vec<_>>(), ["u7"]);
+        assert_eq!(hub.refusals.of("slow_reader"), 0);
+    }
+
+    #[tokio::test]
+    async fn who_does_not_read_is_cut_off() {
+        let hub = Hub::default();
+        let mut slow = hub.watch(selector(&[], &[]), Viewer::All).unwrap();
+        for id in 0..=LAG + BEHIND {
+            hub.update(conn(1, &[("nsc", "nsc-0"), ("mgr", &format!("u{id}"))]), None);
+            hub.delete(&format!("u{id}"));
         }
         let mut seen = 0;
         while slow.recv().await.is_some() {
             seen += 1;
         }
-        assert_eq!(seen, LAG, "what was buffered, then the end");
+        assert_eq!(seen, LAG, "what was in order, then the end");
         assert_eq!(hub.refusals.of("slow_reader"), 1);
         // Who leaves by himself is none.
         drop(hub.watch(selector(&[], &[]), Viewer::All).unwrap());
