@@ -26,12 +26,12 @@ impl Addresses {
     /// All free but those that are nobody's.
     #[must_use]
     pub fn new(groups: &PrefixGroups) -> Self {
+        let all = groups.0.iter().flatten();
+        let broadcasts = all.clone().filter(|net| net.addr().is_ipv4()).map(IpNet::broadcast);
+        let nobodys: Vec<_> = all.map(IpNet::network).chain(broadcasts).collect();
         let pool = |net: &IpNet| {
             let mut pool = Pool::new(*net);
-            pool.take(net.network());
-            if let IpNet::V4(v4) = net {
-                pool.take(v4.broadcast().into());
-            }
+            nobodys.iter().for_each(|address| pool.take(*address));
             pool
         };
         let groups = groups.0.iter().map(|group| group.iter().map(pool).collect()).collect();
@@ -59,14 +59,13 @@ impl Addresses {
             nets.clear();
             let carried: Vec<IpNet> = ip.src_ip_addrs.iter().filter_map(|text| text.parse().ok()).collect();
             for group in 0..self.groups.len() {
-                let found = self.groups[group].iter_mut().find_map(|pool| {
+                let found = self.groups[group].iter().find_map(|pool| {
                     let known = carried.iter().find(|net| {
                         net.prefix_len() == pool.net().prefix_len()
                             && pool.is_free(net.addr())
                             && !is_excluded(net.addr())
                     });
                     let address = known.map(IpNet::addr).or_else(|| pool.lowest_free(&excluded))?;
-                    pool.take(address);
                     Some(pool.net_of(address))
                 });
                 let Some(net) = found else {
@@ -75,6 +74,8 @@ impl Addresses {
                     self.give(&nets);
                     return Err(Exhausted { prefixes: prefixes.join(", "), held, excluded: excluded.len() });
                 };
+                // Of all: prefixes may overlap.
+                self.groups.iter_mut().flatten().for_each(|pool| pool.take(net.addr()));
                 nets.push(net);
             }
             self.held.insert(id.to_owned(), nets.clone());
@@ -194,5 +195,63 @@ mod tests {
         assert!(full.contains("100:200::/127"), "{full}");
         all.release("a");
         assert_eq!(assigned(&mut all, "c", &mut IpContext::default()), "172.10.0.1/24 100:200::1/127");
+    }
+
+    proptest::proptest! {
+        /// Beside a list of what is free: the lowest address of the first prefix that has one, never twice, not of prefixes
+        /// that overlap either, none that is excluded or nobody's, and refused only when there is none.
+        #[test]
+        fn addresses_are_unique_lowest_and_refused_only_when_there_is_none(
+            prefixes in proptest::collection::vec((0u32..24, 27u8..33), 1..4),
+            parted in 0usize..4,
+            ops in proptest::collection::vec((0u8..8, 0u8..4, 0u32..24, 29u8..33), 0..40),
+        ) {
+            let net = |host: u32, length| {
+                IpNet::new(std::net::Ipv4Addr::from(0x0a00_0000 + host).into(), length).unwrap().trunc()
+            };
+            let prefixes: Vec<_> = prefixes.into_iter().map(|(host, length)| net(host, length)).collect();
+            let (first, second) = prefixes.split_at(parted.min(prefixes.len() - 1));
+            let groups: Vec<_> = [first, second].iter().filter(|g| !g.is_empty()).map(|g| g.to_vec()).collect();
+            let mut all = Addresses::new(&PrefixGroups(groups.clone()));
+            let nobodys: Vec<_> = prefixes.iter().flat_map(|net| [net.network(), net.broadcast()]).collect();
+            let mut live = HashMap::<u8, Vec<IpNet>>::new();
+            for (id, op, host, length) in ops {
+                if op == 0 {
+                    all.release(&id.to_string());
+                    live.remove(&id);
+                    continue;
+                }
+                let excluded: Vec<_> = (op == 1).then(|| net(host, length)).into_iter().collect();
+                let is_out = |address: &IpAddr| excluded.iter().any(|net| net.contains(address));
+                let keeps = live.remove(&id).filter(|held| !held.iter().any(|net| is_out(&net.addr())));
+                let mut taken: Vec<_> = live.values().flatten().map(IpNet::addr).collect();
+                let wanted = keeps.or_else(|| {
+                    let mut wanted = Vec::new();
+                    for group in &groups {
+                        let is_free = |a: &IpAddr| !taken.contains(a) && !nobodys.contains(a) && !is_out(a);
+                        let hosts = |net: &IpNet| (0..1u32 << (32 - net.prefix_len())).map({
+                            let IpAddr::V4(first) = net.network() else { unreachable!("all are IPv4") };
+                            move |n| IpAddr::from(std::net::Ipv4Addr::from(u32::from(first) + n))
+                        });
+                        let found = group.iter().find_map(|net| {
+                            Some(IpNet::new(hosts(net).find(is_free)?, net.prefix_len()).unwrap())
+                        })?;
+                        taken.push(found.addr());
+                        wanted.push(found);
+                    }
+                    Some(wanted)
+                });
+                let mut ip = IpContext {
+                    excluded_prefixes: excluded.iter().map(ToString::to_string).collect(),
+                    ..IpContext::default()
+                };
+                let got = all.assign(&id.to_string(), &mut ip).ok().map(|()| {
+                    ip.src_ip_addrs.iter().map(|net| net.parse().unwrap()).collect::<Vec<IpNet>>()
+                });
+                proptest::prop_assert_eq!(&got, &wanted);
+                live.extend(got.map(|got| (id, got)));
+                proptest::prop_assert_eq!(all.held.len(), live.len());
+            }
+        }
     }
 }
