@@ -252,6 +252,38 @@ mod tests {
     }
 
     #[test]
+    fn every_name_that_is_drawn_is_one_of_the_kernels() {
+        // Every character that fits into two bytes, and some that do not, at the beginning, and after 9 bytes.
+        for character in (0..0x0800).chain([0x2028, 0xfeff, 0x1_f600]).filter_map(char::from_u32) {
+            for service in [format!("{character}"), format!("123456789{character}rest")] {
+                for random in 0..=u8::MAX {
+                    let name = interface_name(&service, || random);
+                    assert_eq!(name.len(), 15, "{service:?}");
+                    assert!(
+                        name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.@".contains(&b)),
+                        "{name:?}"
+                    );
+                }
+            }
+        }
+    }
+
+    proptest::proptest! {
+        /// Both sides of a tunnel know by themselves who draws even numbers, and never both do.
+        #[test]
+        fn of_two_ends_one_draws_even_numbers(a: IpAddr, other: IpAddr, same: bool) {
+            let b = if same { a } else { other };
+            let even = |src: IpAddr, dst: IpAddr| {
+                let mut m = Mechanism::new(REMOTE, kind::VXLAN);
+                m.set(key::SRC_IP, src.to_string());
+                m.set(key::DST_IP, dst.to_string());
+                vni_is_even(&m)
+            };
+            proptest::prop_assert_eq!(even(a, b) == even(b, a), a.to_canonical() == b.to_canonical());
+        }
+    }
+
+    #[test]
     fn parameters() {
         let mut m = Mechanism::kernel("nsm0", None);
         assert_eq!((m.get(key::NAME), m.get(key::INODE_URL), m.inode()), (Some("nsm0"), None, Ok(None)));

@@ -284,10 +284,10 @@ pub fn check_interface_name(name: &str) -> Result<(), String> {
     }
     if name == "."
         || name == ".."
-        || name.contains(|c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control())
+        || name.contains(|c: char| "/:%".contains(c) || c.is_whitespace() || c.is_control())
     {
         return Err(format!(
-            "the interface name {name:?} holds what Linux does not take in one (a slash, a colon, white space, or it is a dot)"
+            "the interface name {name:?} holds what Linux does not take in one (a slash, a colon, a percent sign, white space, or it is a dot)"
         ));
     }
     Ok(())
@@ -401,6 +401,7 @@ mod tests {
             ),
             ("kernel://a/..", "holds what Linux does not take in one"),
             ("kernel://a/b%20c", "holds what Linux does not take in one"),
+            ("kernel://a/b%25d", "holds what Linux does not take in one"),
             (
                 "kernel://a/x,kernel://b/x",
                 "network service \"kernel://b/x\" (item 2 of 2): item 1 wants the interface \"x\" too, and a pod has one of each name: give one of them another name",

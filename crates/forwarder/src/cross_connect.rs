@@ -114,7 +114,7 @@ impl CrossConnect {
             return Ok((near, false));
         }
         self.tunnel.accept(&mut near);
-        tunnel::clamp_mtu(conn, near.number(key::MTU).unwrap_or(self.tunnel.mtu));
+        tunnel::clamp_mtu(conn, self.tunnel.carries(&near));
         self.tunnel.peer(&near, false).map_err(Error::invalid)?;
         // A refresh keeps its VNI; a peer that found it taken on its node proposes another.
         let kept = || self.wires.record(&conn.id).filter(|r| r.plan.near.is_none())?.vni();
@@ -345,10 +345,7 @@ impl Element for CrossConnect {
             let limit = answer.context.as_ref().map_or(0, |c| c.mtu);
             tunnel::clamp_mtu(&mut answer, if limit == 0 { tunnel::DEFAULT_MTU } else { limit });
             if far.r#type == kind::VXLAN {
-                tunnel::clamp_mtu(
-                    &mut answer,
-                    far.number(key::MTU).unwrap_or(self.tunnel.mtu).min(self.tunnel.mtu),
-                );
+                tunnel::clamp_mtu(&mut answer, self.tunnel.carries(&far));
             }
             let far_vni = far.vni().filter(|_| far.r#type == kind::VXLAN);
             let claim = far_vni.map(|vni| self.wires.claim(vni, &id));

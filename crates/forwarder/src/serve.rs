@@ -21,7 +21,6 @@ use nsm_identity::{Source, SpiffeId, policy::Policies};
 use nsm_kernel::{
     Nsid, Uplink,
     netns::Namespace,
-    plan::vxlan_overhead,
     watch::{Event, Watch},
 };
 use nsm_mesh::{
@@ -147,12 +146,8 @@ impl Forwarder {
     }
 
     fn with(config: Config, wires: Wires, uplink: &Uplink, events: mpsc::Receiver<Event>) -> Self {
-        let ip = uplink.ip;
-        let tunnel = TunnelEnd {
-            ip,
-            port: if config.vxlan_port == 0 { VXLAN_PORT } else { config.vxlan_port },
-            mtu: uplink.mtu.saturating_sub(vxlan_overhead(ip)),
-        };
+        let port = if config.vxlan_port == 0 { VXLAN_PORT } else { config.vxlan_port };
+        let tunnel = TunnelEnd::over(uplink.ip, port, uplink.mtu);
         tracing::info!(%tunnel, device = %uplink.ifname, "tunnels end here");
         Self { config, wires: Arc::new(wires), tunnel, events }
     }

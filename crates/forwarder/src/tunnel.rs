@@ -7,6 +7,7 @@ use nsm_api::{
     mechanism::{REMOTE, VXLAN_PORT, key, kind, vni_is_even},
     pb::connection::{Connection, Mechanism},
 };
+use nsm_kernel::plan::vxlan_overhead;
 
 /// What a connection is given when it asks for no MTU: the kernel's largest common one.
 pub const DEFAULT_MTU: u32 = 9000;
@@ -23,6 +24,19 @@ pub struct TunnelEnd {
 }
 
 impl TunnelEnd {
+    /// At that address of a device with that MTU.
+    #[must_use]
+    pub fn over(ip: IpAddr, port: u16, uplink: u32) -> Self {
+        // 0 would say nothing, and the kernel take its own; of 1 it says that it is too little.
+        Self { ip, port, mtu: uplink.saturating_sub(vxlan_overhead(ip)).max(1) }
+    }
+
+    /// What a tunnel carries: the less of what both ends say. 0 says nothing.
+    #[must_use]
+    pub fn carries(&self, m: &Mechanism) -> u32 {
+        m.number(key::MTU).filter(|mtu| *mtu != 0).map_or(self.mtu, |theirs: u32| theirs.min(self.mtu))
+    }
+
     /// What we offer as the side next to the client.
     #[must_use]
     pub fn offer(&self) -> Mechanism {
@@ -37,9 +51,7 @@ impl TunnelEnd {
     pub fn accept(&self, m: &mut Mechanism) {
         m.set(key::DST_IP, self.ip.to_string());
         m.set(key::DST_PORT, self.port.to_string());
-        let mtu =
-            m.number(key::MTU).filter(|mtu| *mtu != 0).map_or(self.mtu, |theirs: u32| theirs.min(self.mtu));
-        m.set(key::MTU, mtu.to_string());
+        m.set(key::MTU, self.carries(m).to_string());
     }
 
     /// The peer's end in a complete mechanism.
@@ -111,6 +123,10 @@ impl Vnis {
 
 #[cfg(test)]
 mod tests {
+    use nsm_api::{mechanism::interface_name, nsurl::check_interface_name};
+    use nsm_kernel::plan::validate_ifname;
+    use proptest::prelude::*;
+
     use super::*;
 
     const A: TunnelEnd =
@@ -158,5 +174,119 @@ mod tests {
         A.accept(&mut reversed);
         assert_eq!(vnis.draw(&reversed, "c", || 5), Some(11));
         assert_ne!(vnis.draw(&m, "d", || 0), Some(0), "0 reads as unset");
+    }
+
+    /// A hop's MTU is what a VXLAN packet leaves of the device below it, at every device that there can be.
+    #[test]
+    fn no_tunnel_says_that_it_carries_more_than_its_uplink() {
+        // Ethernet header of the inner packet, VXLAN, UDP, IP.
+        for (ip, around) in [("10.0.0.1", 14 + 8 + 8 + 20), ("fd00::1", 14 + 8 + 8 + 40)] {
+            let ip: IpAddr = ip.parse().unwrap();
+            for uplink in (0..=65_535).chain([u32::MAX]) {
+                let mtu = TunnelEnd::over(ip, 4789, uplink).mtu;
+                assert!(mtu >= 1, "it says something");
+                assert!(mtu == 1 || mtu + around <= uplink, "{mtu} over {uplink}");
+                assert!(mtu + around + 4 >= uplink, "{mtu} over {uplink}: a VLAN tag at most is spared");
+            }
+        }
+    }
+
+    fn mechanism_mtu() -> impl Strategy<Value = String> {
+        prop_oneof![
+            Just(String::new()),
+            Just("0".into()),
+            "[0-9]{1,12}",
+            "[ -~]{0,6}",
+            (1u32..10_000).prop_map(|n| n.to_string())
+        ]
+    }
+
+    proptest! {
+        /// Whatever client, endpoint and peers say or leave out, both sides of a chain of tunnels get an MTU, and no hop a
+        /// larger one than its tunnels carry.
+        #[test]
+        fn an_mtu_only_shrinks_on_its_way_and_is_never_more_than_a_tunnel_carries(
+            asked: u32,
+            hops in prop::collection::vec((1u32..10_000, mechanism_mtu()), 1..5),
+        ) {
+            let mut conn = Connection::default();
+            conn.context.get_or_insert_default().mtu = asked;
+            let mut before = asked;
+            let mut least = u32::MAX;
+            for (own, said) in hops {
+                let end = TunnelEnd { mtu: own, ..A };
+                let mut m = B.offer();
+                m.set(key::MTU, said.clone());
+                let theirs = said.parse().ok().filter(|mtu| *mtu != 0);
+                let carried = theirs.unwrap_or(own).min(own);
+                prop_assert_eq!(end.carries(&m), carried);
+                end.accept(&mut m);
+                prop_assert_eq!(m.number(key::MTU), Some(carried));
+                prop_assert_eq!(end.carries(&m), carried, "agreed on, it stays");
+                clamp_mtu(&mut conn, end.carries(&m));
+                let now = conn.context.as_ref().unwrap().mtu;
+                least = least.min(carried);
+                prop_assert!(now != 0 && now <= least && (before == 0 || now <= before));
+                before = now;
+            }
+            prop_assert_eq!(before, if asked == 0 { least } else { asked.min(least) });
+        }
+
+        /// No number has two connections, whatever is drawn, claimed and given back; each drawn one is of the parity that
+        /// its tunnel demands, and the next free one from where chance began.
+        #[test]
+        fn no_vni_has_two_connections(
+            ops in prop::collection::vec((0u8..4, 0u8..3, prop_oneof![0u32..6, Just(u32::MAX), Just(0x7f_fffe), any::<u32>()]), 0..60),
+        ) {
+            const END: u32 = 1 << 24;
+            let mut held = HashMap::<u32, u8>::new();
+            let mut vnis = Vnis::default();
+            for (id, op, number) in ops {
+                let name = id.to_string();
+                let vni = number % END;
+                match op {
+                    0 => {
+                        let even = number % 2 == 0;
+                        let (source, destination) = if even { (A, B) } else { (B, A) };
+                        let mut m = source.offer();
+                        destination.accept(&mut m);
+                        let drawn = vnis.draw(&m, &name, || number).unwrap();
+                        prop_assert!((1..END).contains(&drawn) && (drawn % 2 == 0) == even);
+                        prop_assert!(held.insert(drawn, id).is_none(), "{drawn} is taken");
+                        let start = number.wrapping_mul(2) % END + u32::from(!even);
+                        let mut passed = start;
+                        while passed != drawn {
+                            prop_assert!(passed == 0 || held.contains_key(&passed), "{passed} was free");
+                            passed = (passed + 2) % END;
+                        }
+                    }
+                    1 => {
+                        let holder = *held.entry(vni).or_insert(id);
+                        prop_assert_eq!(vnis.claim(vni, &name), holder == id);
+                    }
+                    _ => {
+                        vnis.release(vni, &name);
+                        if held.get(&vni) == Some(&id) {
+                            held.remove(&vni);
+                        }
+                    }
+                }
+                let mut known: Vec<_> = vnis.iter().collect();
+                known.sort_unstable();
+                let mut wanted: Vec<_> = held.keys().copied().collect();
+                wanted.sort_unstable();
+                prop_assert_eq!(known, wanted);
+            }
+        }
+
+        /// What is drawn for a wire, and what a URL may ask for, is a name for its interface.
+        #[test]
+        fn the_kernel_takes_every_name_that_we_draw_or_let_pass(
+            service in ".{0,20}", random: u8, asked in "[a-z%/:. \\t\u{a0}é]{0,16}",
+        ) {
+            let drawn = interface_name(&service, || random);
+            prop_assert_eq!(validate_ifname(&drawn), Ok(()));
+            prop_assert_eq!(check_interface_name(&asked).is_ok(), validate_ifname(&asked).is_ok(), "{:?}", asked);
+        }
     }
 }
