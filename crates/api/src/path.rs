@@ -377,6 +377,134 @@ mod tests {
         assert_eq!((conn.id.as_str(), names(&conn)), ("fresh", vec![("nsc", "nsc-0"), ("mgr", "fresh")]));
     }
 
+    /// Every path of up to four segments with these names, every place in it, with an id that is the sender's and one that
+    /// is not.
+    fn every_path() -> impl Iterator<Item = Connection> {
+        const NAMES: [&str; 3] = ["me", "a", "b"];
+        let segment = |at: usize, name: &str| PathSegment {
+            name: name.into(),
+            id: format!("id-{at}"),
+            metrics: [("hop".to_owned(), at.to_string())].into(),
+            ..PathSegment::default()
+        };
+        let paths = (0..=4usize).flat_map(move |len| {
+            (0..NAMES.len().pow(len as u32)).map(move |n| {
+                let name = |at: usize| NAMES[n / NAMES.len().pow(at as u32) % NAMES.len()];
+                (0..len).map(|at| segment(at, name(at))).collect::<Vec<_>>()
+            })
+        });
+        paths.flat_map(|path_segments| {
+            (0..=5u32).chain([u32::MAX]).flat_map(move |index| {
+                let own = path_segments.get(index as usize).map_or("", |own| &own.id);
+                let path = Path { unknown: None, index, path_segments: path_segments.clone() };
+                let conn = |id: &str| Connection {
+                    id: id.into(),
+                    path: Some(path.clone()),
+                    ..Connection::default()
+                };
+                [conn(own), conn("foreign")]
+            })
+        })
+    }
+
+    #[test]
+    fn a_step_of_every_path_changes_its_own_segment_at_most() {
+        let mut taken = 0;
+        for before in every_path() {
+            let mut conn = before.clone();
+            let (old, at) = (segments(&before), index(&before));
+            let stepped = step(&mut conn, "me", || "new".into());
+            let new = segments(&conn);
+            let Some(sender) = old.get(at) else {
+                assert_eq!(stepped.is_ok(), old.is_empty(), "{before:?}");
+                continue;
+            };
+            // Who is there already only says so again; anybody else must be who he claims to be.
+            let again = sender.name == "me";
+            assert_eq!(stepped.is_ok(), again || sender.id == before.id, "{before:?}");
+            let Ok(asker) = stepped else {
+                assert_eq!(conn, before, "a refusal changes nothing");
+                continue;
+            };
+            taken += 1;
+            let mine = if again { at } else { at + 1 };
+            assert_eq!((index(&conn), asker.0 as usize), (mine, at));
+            assert_eq!((new[mine].name.as_str(), &new[mine].id), ("me", &conn.id));
+            assert_eq!(new.len(), old.len().max(mine + 1));
+            let known = old.get(mine).is_some_and(|there| there.name == "me");
+            assert_eq!(new[mine].id, if known { old[mine].id.as_str() } else { "new" });
+            for (at, kept) in old.iter().enumerate().filter(|(at, _)| *at != mine) {
+                assert_eq!(&new[at], kept, "{before:?}");
+            }
+            // A second step of the same hop changes nothing, and the answer is the asker's.
+            let once = conn.clone();
+            assert_eq!(step(&mut conn, "me", || "other".into()), Ok(Asker(mine as u32)));
+            assert_eq!(conn, once);
+            restore(&mut conn, asker).unwrap();
+            assert_eq!((index(&conn), &conn.id), (at, &sender.id));
+        }
+        assert!(taken > 400, "{taken}");
+    }
+
+    #[test]
+    fn what_is_cut_of_every_path_stands_right_of_the_current_segment() {
+        for before in every_path() {
+            let (old, at) = (segments(&before), index(&before));
+            let kept = old.len().min(at.saturating_add(1));
+            let mut conn = before.clone();
+            trim(&mut conn);
+            assert_eq!((segments(&conn), index(&conn), &conn.id), (&old[..kept], at, &before.id));
+            assert!(!goes_on(&conn));
+            assert_eq!(goes_on(&before), old.len() > kept);
+            let trimmed = conn.clone();
+            trim(&mut conn);
+            assert_eq!(conn, trimmed);
+            begin_anew(&mut conn, "fresh".into());
+            let new = segments(&conn);
+            assert_eq!((conn.id.as_str(), index(&conn), new.len()), ("fresh", at, kept));
+            let left = at.min(old.len());
+            assert_eq!(new[..left], old[..left]);
+            for own in &new[left..] {
+                assert_eq!((own.id.as_str(), &own.name, own.metrics.len()), ("fresh", &old[at].name, 0));
+            }
+        }
+    }
+
+    #[test]
+    fn no_answer_says_anything_left_of_its_asker() {
+        let asked: Vec<_> = every_path().filter(|conn| conn.id != "foreign").collect();
+        let lie = |len: usize| Connection {
+            id: "lie".into(),
+            path: Some(Path {
+                unknown: None,
+                index: 3,
+                path_segments: vec![
+                    PathSegment {
+                        name: "liar".into(),
+                        id: "lie".into(),
+                        ..PathSegment::default()
+                    };
+                    len
+                ],
+            }),
+            ..Connection::default()
+        };
+        for (asked, len) in asked.iter().flat_map(|asked| (0..=5).map(move |len| (asked, len))) {
+            let (mut answer, at) = (lie(len), index(asked));
+            let grafted = graft(&mut answer, asked);
+            assert_eq!(grafted.is_ok(), at < segments(asked).len() && at < len);
+            if grafted.is_err() {
+                assert_eq!(segments(&answer), segments(&lie(len)));
+                continue;
+            }
+            let (new, old) = (segments(&answer), segments(asked));
+            assert_eq!((index(&answer), &answer.id, new.len()), (at, &old[at].id, len));
+            assert_eq!(new[..at], old[..at]);
+            assert_eq!((&new[at].name, &new[at].id), (&old[at].name, &old[at].id));
+            assert_eq!(new[at + 1..], segments(&lie(len))[at + 1..]);
+        }
+    }
+
     proptest::proptest! {
         #[test]
         fn steps_never_panic_and_answers_come_back_to_the_asker(

@@ -183,6 +183,57 @@ fn good_paths_pass() {
     tokens_chained(&path[..1]).unwrap();
 }
 
+/// Every path of up to three tokens, of each of three signers, for each of them or nobody, valid or, where there are no
+/// more than two, expired; at every place, before every peer. What passes is what may.
+#[test]
+fn of_all_paths_pass_those_whose_tokens_lead_from_hop_to_hop_and_are_the_peers() {
+    struct Made {
+        jwt: String,
+        signer: usize,
+        audience: Option<usize>,
+        expired: bool,
+    }
+    let cast = cast();
+    let hops = [&cast.client, &cast.manager, &cast.forwarder];
+    let mut made = Vec::new();
+    for (expired, signer, audience) in [false, true].into_iter().flat_map(|expired| {
+        (0..3).flat_map(move |signer| [None, Some(0), Some(1), Some(2)].map(|to| (expired, signer, to)))
+    }) {
+        let at = if expired { now() - 20 * MINUTE } else { now() };
+        let to = audience.map(|hop| id(["client", "manager", "forwarder"][hop]));
+        let jwt = mint(hops[signer], to.as_ref(), None, 10 * MINUTE, at).unwrap().jwt().to_owned();
+        made.push(Made { jwt, signer, audience, expired });
+    }
+    let mut paths = vec![Vec::new()];
+    paths.extend(made.iter().map(|one| vec![one]));
+    paths.extend(made.iter().flat_map(|first| made.iter().map(move |second| vec![first, second])));
+    let valid: Vec<_> = made.iter().filter(|token| !token.expired).collect();
+    for first in &valid {
+        paths.extend(valid.iter().flat_map(|second| valid.iter().map(|third| vec![*first, *second, *third])));
+    }
+    let leads = |path: &[&Made]| {
+        path.iter().all(|token| !token.expired)
+            && path.windows(2).all(|hops| hops[0].audience == Some(hops[1].signer))
+    };
+    let mut passed = [0, 0];
+    for path in &paths {
+        let tokens: Vec<_> = path.iter().map(|token| token.jwt.as_str()).collect();
+        for (peer, index) in (0..3).flat_map(|peer| (0..=3).map(move |index| (peer, index))) {
+            let is_peers =
+                |at: Option<usize>| at.and_then(|at| path.get(at)).is_some_and(|t| t.signer == peer);
+            let said = path.iter().map(|t| (t.signer, t.audience, t.expired)).collect::<Vec<_>>();
+            let server = path.get(..=index).is_some_and(leads) && is_peers(index.checked_sub(1));
+            let verdict = check_server(&tokens, index, hops[peer].leaf(), now());
+            assert_eq!(verdict.is_ok(), server, "server {said:?} at {index} of {peer}: {verdict:?}");
+            let client = leads(path) && is_peers(Some(index + 1));
+            let verdict = check_client(&tokens, index, hops[peer].leaf(), now());
+            assert_eq!(verdict.is_ok(), client, "client {said:?} at {index} of {peer}: {verdict:?}");
+            passed = [passed[0] + u32::from(server), passed[1] + u32::from(client)];
+        }
+    }
+    assert!(passed.iter().all(|count| *count > 100), "{passed:?}");
+}
+
 #[test]
 fn each_policy_denies_what_it_must() {
     let cast = Cast::new();
