@@ -10,6 +10,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -594,7 +595,34 @@ fn gone_within(processes: &[ProcessId], within: Duration) -> bool {
 }
 
 pub(crate) fn write_atomically(path: &Path, text: &[u8]) -> Result<(), Error> {
-    let new = path.with_extension("new");
+    // Its own, whoever else writes this file now, or one that is called alike.
+    static WRITTEN: AtomicU64 = AtomicU64::new(0);
+    let mut new = path.as_os_str().to_owned();
+    new.push(format!(".{}.new", WRITTEN.fetch_add(1, Ordering::Relaxed)));
+    let new = PathBuf::from(new);
     let written = File::create(&new).and_then(|mut file| io::Write::write_all(&mut file, text));
-    written.and_then(|()| fs::rename(&new, path)).map_err(Error::files("write", path))
+    let renamed = written.and_then(|()| fs::rename(&new, path)).inspect_err(|_| drop(fs::remove_file(&new)));
+    renamed.map_err(Error::files("write", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_that_are_called_alike_are_written_side_by_side() {
+        let directory = tempfile::tempdir().unwrap();
+        thread::scope(|scope| {
+            for name in ["identity.yaml", "identity.clock", "identity.clock"] {
+                let path = directory.path().join(name);
+                scope.spawn(move || {
+                    for _ in 0..200 {
+                        write_atomically(&path, name.as_bytes()).unwrap();
+                        assert_eq!(fs::read_to_string(&path).unwrap(), name);
+                    }
+                });
+            }
+        });
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 2);
+    }
 }
