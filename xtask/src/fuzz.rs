@@ -18,12 +18,19 @@ const INSTRUMENTED: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sa
      -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
      -Cllvm-args=-sanitizer-coverage-trace-compares -Cllvm-args=-simplifycfg-branch-fold-threshold=0 -Ccodegen-units=1";
 
+/// So many inputs at most, which a busy machine gets done too: or time would decide what is tried.
+const SAME: &str = "-runs=100000";
+
 /// Fuzz every decoder of what others send, for a while each
 #[derive(clap::Args)]
 pub(crate) struct Fuzz {
     /// How long each is fuzzed
     #[arg(long, default_value_t = 60)]
     seconds: u64,
+    /// Begin with the corpora of the tree alone, and with the same chance each time: what is found here is found
+    /// everywhere, and by nobody before something changes
+    #[arg(long)]
+    same: bool,
     /// Only these; see fuzz/fuzz_targets
     targets: Vec<String>,
 }
@@ -54,7 +61,6 @@ impl Fuzz {
 
     /// Whether it found nothing. What is new to it is kept beside what is built: the next run goes on from there.
     fn one(&self, target: &str, program: &Path, built: &Path, found: &Path) -> Result<bool> {
-        fs::create_dir_all(found).with_context(|| found.display().to_string())?;
         let log = built.join(format!("{target}.log"));
         let output = fs::File::create(&log).with_context(|| log.display().to_string())?;
         let mut artifacts: OsString = "-artifact_prefix=".into();
@@ -62,6 +68,14 @@ impl Fuzz {
         let mut command = Command::new(program);
         command.arg(format!("-max_total_time={}", self.seconds)).args(["-rss_limit_mb=1024", "-timeout=10"]);
         command.args(["-max_len=8192", "-print_final_stats=1"]).arg(artifacts);
+        // libFuzzer writes what is new to the first of its directories.
+        let mut found = found.to_owned();
+        if self.same {
+            command.args(["-seed=1", SAME]);
+            found.set_file_name(format!("{target}.same"));
+            let _ = fs::remove_dir_all(&found);
+        }
+        fs::create_dir_all(&found).with_context(|| found.display().to_string())?;
         command.arg(found).arg(root().join("fuzz/corpus").join(target));
         let began = Instant::now();
         let status = command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output).status();

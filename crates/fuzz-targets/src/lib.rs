@@ -203,7 +203,11 @@ pub fn record(bytes: &[u8]) {
     if record.plan.validate().is_ok() {
         let written = serde_json::to_vec(&record).expect("what was read can be written");
         let same: Record = serde_json::from_slice(&written).expect("what we write we read");
-        assert!(same == record, "it has changed by writing and reading it");
+        // The forwarder's data is any JSON; of its numbers those are not exact that no f64 is.
+        assert!(
+            same.plan == record.plan && same.nsids == record.nsids,
+            "it has changed by writing and reading it"
+        );
     }
 }
 
