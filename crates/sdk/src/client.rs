@@ -48,6 +48,8 @@ const UNREACHED: Duration = Duration::from_millis(500);
 const SOON: Duration = Duration::from_millis(5);
 /// A wire that goes down sooner than this after it was asked for has not come up in truth.
 const SETTLED: Duration = Duration::from_secs(1);
+/// How long a wire at most waits that the mesh wants asked for again: whoever wants that may close it a second later.
+const WHILE_IT_STANDS: Duration = Duration::from_millis(500);
 
 /// What a client is told from outside.
 #[derive(Debug, Clone)]
@@ -423,8 +425,8 @@ impl GiveUp {
 enum Woke {
     /// Its tokens have lived long enough.
     Refresh,
-    /// The mesh says that it is down, or asks for a request.
-    Down,
+    /// The mesh says that it is down, or, while it stands, asks for a request.
+    Down { stands: bool },
     /// Packets do not pass.
     Dead(String),
 }
@@ -456,10 +458,11 @@ async fn keep(
             let woke = tokio::select! {
                 () = tokio::time::sleep(wait) => Woke::Refresh,
                 why = wants_a_request(&client.hub, &selector, &id, &mut events) => {
-                    if why == State::RefreshRequested && client.config.refreshes_together {
+                    let stands = why == State::RefreshRequested;
+                    if stands && client.config.refreshes_together {
                         client.wanted.send_replace(id.clone());
                     }
-                    Woke::Down
+                    Woke::Down { stands }
                 }
                 () = another_is_wanted(&mut others, &id) => Woke::Refresh,
                 () = now.notified() => Woke::Refresh,
@@ -468,9 +471,11 @@ async fn keep(
             let pause;
             match woke {
                 Woke::Refresh => pause = Duration::ZERO,
-                Woke::Down => {
+                Woke::Down { stands } => {
                     fell = true;
-                    (pause, falls) = after_fall(up_since.elapsed(), falls, rand::random());
+                    let after;
+                    (after, falls) = after_fall(up_since.elapsed(), falls, rand::random());
+                    pause = if stands { after.min(WHILE_IT_STANDS) } else { after };
                     dead = client.is_dead(&conn, probe.slowest()).await;
                     // Packets may stop only now: who was killed first, its pod after it.
                     probe = probe.hurried(client.config.liveness, &conn);
