@@ -116,20 +116,16 @@ impl Heal<'_> {
     /// The one that serves, once one has for a while.
     fn server(&self) -> Result<&'static str, Error> {
         let end = Instant::now() + WITHIN;
-        loop {
-            match self.serving()? {
-                Some(server) => {
-                    std::thread::sleep(STANDS);
-                    if self.serving()? == Some(server) {
-                        return Ok(server);
-                    }
+        while Instant::now() < end {
+            if let Some(server) = self.serving()? {
+                std::thread::sleep(STANDS);
+                if self.serving()? == Some(server) {
+                    return Ok(server);
                 }
-                None if Instant::now() >= end => {
-                    return Err(Error::Client("has no wire, long after the last fault".into()));
-                }
-                None => std::thread::sleep(LOOK),
             }
+            std::thread::sleep(LOOK);
         }
+        Err(Error::Client("has no wire that stands, long after the last fault".into()))
     }
 
     fn fault(&self) -> Fault {

@@ -160,26 +160,16 @@ impl CrossConnect {
                 let plan = WirePlan::veth(&conn.id, end(Side::Near, near)?, end(Side::Far, far)?);
                 Ok(if carries_ip(conn) { introduced(plan, conn) } else { plan })
             }
-            (kind::KERNEL, kind::VXLAN) => {
-                let (end, side) = (end(Side::Near, near)?, Side::Near);
-                introduced_to(
-                    Side::Far,
-                    WirePlan::vxlan(&conn.id, self.vxlan(far, true)?, side, end),
-                    conn,
-                    far,
-                )
-            }
-            (kind::VXLAN, kind::KERNEL) => {
-                let (end, side) = (end(Side::Far, far)?, Side::Far);
-                introduced_to(
-                    Side::Near,
-                    WirePlan::vxlan(&conn.id, self.vxlan(near, false)?, side, end),
-                    conn,
-                    near,
-                )
-            }
+            (kind::KERNEL, kind::VXLAN) => self.tunnelled(Side::Near, end(Side::Near, near)?, far, conn),
+            (kind::VXLAN, kind::KERNEL) => self.tunnelled(Side::Far, end(Side::Far, far)?, near, conn),
             (near, far) => Err(Error::invalid(format!("nothing joins {near} with {far} on one node"))),
         }
+    }
+
+    /// The end that is ours of what two forwarders have agreed on.
+    fn tunnelled(&self, side: Side, end: EndPlan, m: &Mechanism, conn: &Connection) -> Result<WirePlan> {
+        let tunnel = self.vxlan(m, matches!(side, Side::Near))?;
+        introduced_to(WirePlan::vxlan(&conn.id, tunnel, side, end), side, m, conn)
     }
 
     fn vxlan(&self, m: &Mechanism, we_are_source: bool) -> Result<Vxlan> {
@@ -483,12 +473,12 @@ fn introduced(plan: WirePlan, conn: &Connection) -> WirePlan {
 }
 
 /// The same through a tunnel, where the forwarder at its other end is ours: that one says what has the addresses there.
-fn introduced_to(other: Side, plan: WirePlan, conn: &Connection, m: &Mechanism) -> Result<WirePlan> {
+fn introduced_to(plan: WirePlan, side: Side, m: &Mechanism, conn: &Connection) -> Result<WirePlan> {
     let ethernet = conn.context.as_ref().and_then(|context| context.ethernet_context.as_ref());
     let (client, endpoint) = context::addresses(conn);
-    let (name, addresses, wanted) = match other {
-        Side::Near => (key::SRC_MAC, client, ethernet.map(|ethernet| &ethernet.src_mac)),
-        Side::Far => (key::DST_MAC, endpoint, ethernet.map(|ethernet| &ethernet.dst_mac)),
+    let (name, addresses, wanted) = match side {
+        Side::Near => (key::DST_MAC, endpoint, ethernet.map(|ethernet| &ethernet.dst_mac)),
+        Side::Far => (key::SRC_MAC, client, ethernet.map(|ethernet| &ethernet.src_mac)),
     };
     let Some(said) = m.get(name).filter(|_| carries_ip(conn)) else { return Ok(plan) };
     let mac = wanted.map(String::as_str).filter(|mac| !mac.is_empty()).unwrap_or(said);
@@ -527,5 +517,46 @@ impl fmt::Display for TunnelEnd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ip: IpAddr = self.ip;
         write!(f, "{ip} port {} MTU {}", self.port, self.mtu)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nsm_api::pb::connectioncontext::{ConnectionContext, EthernetContext, IpContext as PbIpContext};
+
+    use super::*;
+
+    /// What the client's end is told of the endpoint, where that is said of it.
+    fn told(said: Option<&str>, ethernet: &str) -> Result<Vec<String>> {
+        let (here, there) = ([10, 0, 0, 1], [10, 0, 0, 2]);
+        let tunnel =
+            Vxlan { vni: 2, local: here.into(), remote: there.into(), port: 4789, remote_port: 4789 };
+        let end = EndPlan::new(Side::Near, NsId { dev: 4, ino: 1 }, "nsm0", "client-0");
+        let ip = PbIpContext { dst_ip_addrs: vec!["172.16.1.2/32".into()], ..PbIpContext::default() };
+        let ethernet = EthernetContext { dst_mac: ethernet.into(), ..EthernetContext::default() };
+        let context = ConnectionContext {
+            ip_context: Some(ip),
+            ethernet_context: Some(ethernet),
+            ..ConnectionContext::default()
+        };
+        let conn = Connection { context: Some(context), ..Connection::default() };
+        let mut m = Mechanism::new(REMOTE, kind::VXLAN);
+        said.into_iter().for_each(|mac| m.set(key::DST_MAC, mac));
+        let plan = introduced_to(WirePlan::vxlan("w", tunnel, Side::Near, end), Side::Near, &m, &conn)?;
+        Ok(plan.near.into_iter().flat_map(|end| end.neighbours).map(|known| known.to_string()).collect())
+    }
+
+    #[test]
+    fn an_end_of_a_tunnel_is_told_what_the_other_forwarder_says_and_nothing_by_one_that_does_not() {
+        let known = ["172.16.1.2 at 02:00:00:00:00:01 permanent"];
+        assert_eq!(told(Some("02:00:00:00:00:01"), "").unwrap(), known);
+        assert_eq!(
+            told(Some("02:00:00:00:00:09"), "02:00:00:00:00:01").unwrap(),
+            known,
+            "the context's wins"
+        );
+        assert!(told(None, "02:00:00:00:00:01").unwrap().is_empty(), "upstream's may choose another");
+        let error = told(Some("nonsense"), "").unwrap_err().to_string();
+        assert!(error.contains("the VXLAN parameter nsmDstMac") && error.contains("nonsense"), "{error}");
     }
 }

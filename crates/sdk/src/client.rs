@@ -473,16 +473,15 @@ async fn keep(
                 Woke::Refresh => pause = Duration::ZERO,
                 Woke::Down { stands } => {
                     fell = true;
-                    let after;
-                    (after, falls) = after_fall(up_since.elapsed(), falls, rand::random());
-                    pause = if stands { after.min(WHILE_IT_STANDS) } else { after };
+                    let most = if stands { WHILE_IT_STANDS } else { Duration::MAX };
+                    (pause, falls) = after_fall(up_since.elapsed(), falls, most, rand::random());
                     dead = client.is_dead(&conn, probe.slowest()).await;
                     // Packets may stop only now: who was killed first, its pod after it.
                     probe = probe.hurried(client.config.liveness, &conn);
                 }
                 Woke::Dead(why) => {
                     let lasted = if probe.slowest().is_some() { SETTLED } else { Duration::ZERO };
-                    (pause, falls) = after_fall(lasted, falls, rand::random());
+                    (pause, falls) = after_fall(lasted, falls, Duration::MAX, rand::random());
                     dead = true;
                     tracing::warn!(connection = %id, endpoint = conn.network_service_endpoint_name, %why,
                         "packets do not pass; asking for another endpoint (where endpoints do not answer pings: NSM_LIVENESS_CHECK_ENABLED=false)");
@@ -661,10 +660,10 @@ impl Probe {
 
 /// How long to wait before a wire that went down `up_for` after its last answer is asked for, given how many times in a
 /// row it fell at once, and that count from now on. A wire that has lasted is asked for without delay; one that every
-/// answer brings up and that falls at once is asked for in growing pauses, or it would load the whole mesh.
-fn after_fall(up_for: Duration, falls: u32, jitter: f64) -> (Duration, u32) {
+/// answer brings up and that falls at once is asked for in growing pauses, up to `most`, or it would load the whole mesh.
+fn after_fall(up_for: Duration, falls: u32, most: Duration, jitter: f64) -> (Duration, u32) {
     match up_for < SETTLED {
-        true => (refresh::backoff(falls, jitter), falls.saturating_add(1)),
+        true => (refresh::backoff(falls, jitter).min(most), falls.saturating_add(1)),
         false => (Duration::ZERO, 0),
     }
 }
@@ -780,15 +779,23 @@ mod tests {
         let (mut falls, mut pauses) = (0, Vec::new());
         for _ in 0..12 {
             let pause;
-            (pause, falls) = after_fall(Duration::from_millis(3), falls, 0.0);
+            (pause, falls) = after_fall(Duration::from_millis(3), falls, Duration::MAX, 0.0);
             pauses.push(pause);
         }
         assert!(pauses.is_sorted() && pauses[0] > Duration::ZERO && pauses[1] > pauses[0], "{pauses:?}");
         assert_eq!(pauses.last(), Some(&Duration::from_secs(5)));
-        assert!(after_fall(Duration::ZERO, falls, 1.0).0 < Duration::from_secs(5), "jittered");
-        assert_eq!(after_fall(Duration::ZERO, u32::MAX, 0.0), (Duration::from_secs(5), u32::MAX));
+        assert!(after_fall(Duration::ZERO, falls, Duration::MAX, 1.0).0 < Duration::from_secs(5), "jittered");
         assert_eq!(
-            after_fall(SETTLED, falls, 0.0),
+            after_fall(Duration::ZERO, u32::MAX, Duration::MAX, 0.0),
+            (Duration::from_secs(5), u32::MAX)
+        );
+        assert_eq!(
+            after_fall(Duration::ZERO, 11, WHILE_IT_STANDS, 0.0),
+            (WHILE_IT_STANDS, 12),
+            "it is to be asked for before its hop closes it"
+        );
+        assert_eq!(
+            after_fall(SETTLED, falls, Duration::MAX, 0.0),
             (Duration::ZERO, 0),
             "it has lasted: at once, and all is forgotten"
         );

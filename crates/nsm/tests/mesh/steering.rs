@@ -21,10 +21,9 @@ const BARE: &str = "\
 - {name: y, node: node1}
 ";
 
-#[test]
-fn a_wire_that_its_service_leads_away_goes_to_another_endpoint() {
-    let test = "a_wire_that_its_service_leads_away_goes_to_another_endpoint";
-    let Some(mesh) = Mesh::up(test, BARE) else { return };
+/// A mesh with a service of two endpoints, which leads to x.
+fn steered(test: &str) -> Option<Mesh> {
+    let mesh = Mesh::up(test, BARE)?;
     for (name, prefix) in [("x", "172.16.1.0/24"), ("y", "172.16.2.0/24")] {
         let label = format!("app:{name}");
         mesh.endpoint(
@@ -35,6 +34,13 @@ fn a_wire_that_its_service_leads_away_goes_to_another_endpoint() {
     }
     mesh.ready(&["x", "y"]);
     mesh.inside("a", "steer x");
+    Some(mesh)
+}
+
+#[test]
+fn a_wire_that_its_service_leads_away_goes_to_another_endpoint() {
+    let test = "a_wire_that_its_service_leads_away_goes_to_another_endpoint";
+    let Some(mesh) = steered(test) else { return };
     mesh.client("guided", "b", "kernel://steered/nsm0", &[]);
     mesh.client("other", "a", "kernel://steered/nsm0", &[]);
     mesh.ready(&["guided", "other"]);
@@ -65,17 +71,7 @@ fn a_wire_that_its_service_leads_away_goes_to_another_endpoint() {
 #[test]
 fn a_wire_whose_service_led_away_while_its_manager_was_gone_leaves_the_endpoint_too() {
     let test = "a_wire_whose_service_led_away_while_its_manager_was_gone_leaves_the_endpoint_too";
-    let Some(mesh) = Mesh::up(test, BARE) else { return };
-    for (name, prefix) in [("x", "172.16.1.0/24"), ("y", "172.16.2.0/24")] {
-        let label = format!("app:{name}");
-        mesh.endpoint(
-            name,
-            name,
-            &["--service-names", "steered", "--labels", &label, "--cidr-prefix", prefix],
-        );
-    }
-    mesh.ready(&["x", "y"]);
-    mesh.inside("a", "steer x");
+    let Some(mesh) = steered(test) else { return };
     mesh.client("guided", "b", "kernel://steered/nsm0", &[]);
     mesh.ready(&["guided"]);
     // The manager that comes back hears of the change before it hears of the wire, from a client that names x.
