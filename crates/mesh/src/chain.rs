@@ -166,8 +166,31 @@ pub struct Context<'c> {
     pub next_hop: Option<NextHop>,
     /// Which candidates there were, and what became of each: for whoever asks why.
     pub trail: Trail,
+    /// What is done once the request is over, and all elements have made what they make.
+    pub afterwards: Afterwards,
     /// What the connection holds.
     pub scope: &'c mut Scope,
+}
+
+/// What is begun when a request is over, whatever came of it. It is given what the connection holds then.
+#[derive(Default)]
+pub struct Afterwards(Vec<Box<dyn FnOnce(&Scope) + Send>>);
+
+impl Afterwards {
+    /// After what is to come before it.
+    pub fn push(&mut self, then: impl FnOnce(&Scope) + Send + 'static) {
+        self.0.push(Box::new(then));
+    }
+
+    fn begin(self, scope: &Scope) {
+        self.0.into_iter().for_each(|then| then(scope));
+    }
+}
+
+impl fmt::Debug for Afterwards {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Afterwards").field(&self.0.len()).finish()
+    }
 }
 
 impl Context<'_> {
@@ -648,7 +671,7 @@ impl Connections {
             Next { rest: &self.chain, metrics: &self.metrics }.request(&mut cx, request).await
         });
         let result = run.catch_unwind().await;
-        let (fds, trail) = (cx.fds, cx.trail);
+        let (fds, trail, afterwards) = (cx.fds, cx.trail, cx.afterwards);
         let result = result.unwrap_or_else(|_| {
             self.metrics.panicked();
             Err(Error::internal("a panic was contained; the request was undone")
@@ -662,6 +685,7 @@ impl Connections {
                 self.metrics.inspector().answered(&answer);
                 held.established = true;
                 self.arm(id, entry, held, &answer, own);
+                afterwards.begin(&held.scope);
                 Ok(Answer { connection: answer, fds })
             }
             Err(error) => {
@@ -670,6 +694,7 @@ impl Connections {
                 if !planted::is("a failed request keeps what it took") {
                     held.scope.unwind_to(mark, &Release::now(Reason::Failed)).await;
                 }
+                afterwards.begin(&held.scope);
                 if !held.established {
                     self.forget(id, entry, held);
                 }
@@ -777,6 +802,7 @@ impl Connections {
             fds: call.fds,
             next_hop: None,
             trail: Trail::default(),
+            afterwards: Afterwards::default(),
             scope,
         }
     }

@@ -244,10 +244,16 @@ impl Element for Dial {
             && let Some(old) = cx.scope.take::<Dialed>()
         {
             // The connection has moved to another hop; the old one may be dead, and nobody waits for it. What it still tells
-            // is not about this connection any more.
-            self.follower.leave(&old.farewell.target, &old.farewell.conn.id);
-            let close = old.farewell.clone().say(Instant::now() + Release::TIME);
-            self.parting.begin(old.farewell, close);
+            // is not about this connection any more. But it carries its packets until the elements above have made the way
+            // to the new one.
+            let (old, parting) = (old.farewell, self.parting.clone());
+            self.follower.leave(&old.target, &old.conn.id);
+            cx.afterwards.push(move |scope| {
+                if dialed(scope) != Some(&old.target) {
+                    let close = old.clone().say(Instant::now() + Release::TIME);
+                    parting.begin(old, close);
+                }
+            });
         }
         let farewell = Farewell { conn: answer.clone(), theirs, ..self.farewell(&target) };
         match cx.scope.get_mut::<Dialed>() {

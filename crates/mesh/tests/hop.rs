@@ -170,9 +170,9 @@ impl MonitorConnection for Peer {
     }
 }
 
-/// Where every request goes at present.
+/// Where every request goes at present; then makes the way there, while nobody else has the turn.
 #[derive(Debug)]
-struct To(Arc<Mutex<NextHop>>);
+struct To(Arc<Mutex<NextHop>>, Arc<tokio::sync::Mutex<()>>);
 
 #[async_trait]
 impl Element for To {
@@ -187,7 +187,9 @@ impl Element for To {
         next: Next<'_>,
     ) -> Result<Connection> {
         cx.next_hop = Some(self.0.lock().clone());
-        next.request(cx, request).await
+        let answer = next.request(cx, request).await;
+        drop(self.1.lock().await);
+        answer
     }
 }
 
@@ -197,6 +199,8 @@ struct Mesh {
     _directory: tempfile::TempDir,
     url: DialUrl,
     to: Arc<Mutex<NextHop>>,
+    /// The way there is made by whoever has this.
+    making: Arc<tokio::sync::Mutex<()>>,
     next: Peer,
     /// Another, to which requests go when `to` says so.
     other: (NextHop, Peer),
@@ -244,6 +248,7 @@ impl Mesh {
             .add_service(MonitorConnectionServer::new(other.clone()));
         served.push(tokio::spawn(server.serve(routes.routes(), &[], std::future::pending())));
         let to = Arc::new(Mutex::new(NextHop::from(dial("nse.sock"))));
+        let making = Arc::default();
 
         let hub = Arc::new(Hub::default());
         let own = source("mgr");
@@ -251,7 +256,7 @@ impl Mesh {
         let chain = chain![
             Authorize { max_token_lifetime: Duration::from_secs(600), policies: Arc::new(policies) },
             Monitor { hub: Arc::clone(&hub), terminates: false },
-            To(Arc::clone(&to)),
+            To(Arc::clone(&to), Arc::clone(&making)),
             Dial::new(pool, "mgr", Arc::clone(&hub), PATIENCE),
         ];
         let connections = Connections::serving("mgr", chain, Arc::new(Metrics::default()));
@@ -261,7 +266,18 @@ impl Mesh {
         served.push(tokio::spawn(server.serve(routes.routes(), &[], std::future::pending())));
         let url = dial("mgr.sock");
         let other = (dial("other.sock").into(), other);
-        Self { authority, _directory: directory, url, to, next, other, nse: nse.current(), hub, served }
+        Self {
+            authority,
+            _directory: directory,
+            url,
+            to,
+            making,
+            next,
+            other,
+            nse: nse.current(),
+            hub,
+            served,
+        }
     }
 
     fn identity(&self, name: &str) -> Identity {
@@ -794,6 +810,31 @@ async fn a_connection_that_comes_back_is_not_ended_by_the_close_of_when_it_left(
     }
 }
 
+/// Packets go the old way until then.
+#[tokio::test]
+async fn the_hop_before_is_told_to_close_when_the_way_to_the_new_one_is_made() {
+    let mesh = Mesh::start().await;
+    let answer = mesh.ask(request()).await.unwrap();
+    let making = mesh.making.lock().await;
+    let home = std::mem::replace(&mut *mesh.to.lock(), mesh.other.0.clone());
+    let asked = async {
+        while *mesh.other.1.calls.lock() != ["request"] {
+            tokio::task::yield_now().await;
+        }
+        // Long enough for a Close that does not wait.
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert_eq!(*mesh.next.calls.lock(), ["request"]);
+        drop(making);
+    };
+    let (answer, ()) = tokio::join!(mesh.ask(again(&answer)), asked);
+    while mesh.next.closed.lock().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    *mesh.to.lock() = home;
+    mesh.ask(again(&answer.unwrap())).await.unwrap();
+    assert_eq!(*mesh.next.calls.lock(), ["request", "close", "closed", "request"]);
+}
+
 /// A node that was cut off comes back, and its endpoint has kept the connection's address, which nobody else gets.
 #[tokio::test]
 async fn a_hop_that_cannot_be_told_to_close_is_told_again_until_the_connection_is_back() {
@@ -1030,7 +1071,7 @@ async fn what_a_hop_behind_our_neighbour_did_not_sign_is_no_answer() {
     let mesh = Mesh::start().await;
     let pool = Pool::new(Source::fixed(mesh.identity("nsc")), PoolConfig::default());
     let edge = chain![
-        To(Arc::new(Mutex::new(mesh.url.clone().into()))),
+        To(Arc::new(Mutex::new(mesh.url.clone().into())), Arc::default()),
         Dial::new(pool, "nsc", Arc::default(), PATIENCE).checking_answers(),
     ];
     let edge = Connections::asking("nsc", edge, Arc::new(Metrics::default()));
