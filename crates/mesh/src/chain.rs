@@ -174,11 +174,11 @@ pub struct Context<'c> {
 
 /// What is begun when a request is over, whatever came of it. It is given what the connection holds then.
 #[derive(Default)]
-pub struct Afterwards(Vec<Box<dyn FnOnce(&Scope) + Send>>);
+pub struct Afterwards(Vec<Box<dyn FnOnce(&Scope) + Send + Sync>>);
 
 impl Afterwards {
     /// After what is to come before it.
-    pub fn push(&mut self, then: impl FnOnce(&Scope) + Send + 'static) {
+    pub fn push(&mut self, then: impl FnOnce(&Scope) + Send + Sync + 'static) {
         self.0.push(Box::new(then));
     }
 
