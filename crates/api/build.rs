@@ -46,6 +46,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         // What a process tells of itself is shown as JSON and YAML.
         .type_attribute(".nsm.introspect.v1", "#[derive(serde::Serialize, serde::Deserialize)]")
         .type_attribute(".nsm.introspect.v1", "#[serde(rename_all = \"camelCase\")]")
+        // … and read again by another version of the program.
+        .message_attribute(".nsm.introspect.v1", "#[serde(default)]")
         .compile_fds(set)?;
     for (package, name, free) in passed_on {
         keep_unknown(&out.join(format!("{package}.rs")), name, &free)?;

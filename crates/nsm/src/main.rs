@@ -16,9 +16,13 @@ mod telemetry;
 mod webhook;
 mod wires;
 
-use std::{ffi::OsString, path::Path, process::ExitCode};
+use std::{
+    ffi::{OsStr, OsString},
+    path::Path,
+    process::ExitCode,
+};
 
-use clap::{CommandFactory as _, Parser};
+use clap::{CommandFactory as _, FromArgMatches as _, Parser};
 
 /// A network service mesh: ask for a network service by name, get a wire to it.
 ///
@@ -64,6 +68,7 @@ enum Nsm {
     Explain(operate::explain::Explain),
     Check(operate::check::Check),
     Log(operate::log::Log),
+    Tell(operate::tell::Tell),
     Convert(convert::Convert),
     /// Prints a completion script for a shell
     Completions {
@@ -72,8 +77,24 @@ enum Nsm {
     },
 }
 
+/// As kubectl calls its plugin `nsm`, and what this is for there: roles are for pods.
+const PLUGIN: &str = "kubectl-nsm";
+const OF_PLUGIN: [&str; 8] =
+    ["get", "explain", "check", "log", "install", "uninstall", "convert", "completions"];
+/// Of these, what asks a mesh: that of the cluster.
+const ASKING: [&str; 4] = ["get", "explain", "check", "log"];
+
 fn main() -> ExitCode {
-    let command = Nsm::parse_from(as_ours(std::env::args_os().collect()));
+    let args: Vec<_> = std::env::args_os().collect();
+    let mut command = Nsm::command();
+    if called(&args) == Some(PLUGIN.as_ref()) {
+        command = command.mut_subcommands(|of| {
+            let is_role = !OF_PLUGIN.contains(&of.get_name());
+            of.hide(is_role)
+        });
+    }
+    let matches = command.try_get_matches_from_mut(as_ours(args)).unwrap_or_else(|error| error.exit());
+    let command = Nsm::from_arg_matches(&matches).unwrap_or_else(|error| error.format(&mut command).exit());
     let result = match command {
         Nsm::Registry(role) => common::run(&role.common.clone(), "registry", &role.name(), role.serve()),
         Nsm::Manager(role) => common::run(&role.common.clone(), "manager", &role.name(), role.serve()),
@@ -97,6 +118,7 @@ fn main() -> ExitCode {
         Nsm::Explain(explain) => return code(explain.run()),
         Nsm::Check(check) => return code(check.run()),
         Nsm::Log(log) => return code(log.run()),
+        Nsm::Tell(tell) => return code(tell.run()),
         Nsm::Convert(convert) => convert.run(),
         Nsm::Completions { shell } => {
             clap_complete::generate(shell, &mut Nsm::command(), "nsm", &mut std::io::stdout());
@@ -106,9 +128,22 @@ fn main() -> ExitCode {
     code(result.map(|()| ExitCode::SUCCESS))
 }
 
-/// The command line as it would be given to `nsm`: whoever is called by the name of one of upstream's programs has its role.
-fn as_ours(args: Vec<OsString>) -> Vec<OsString> {
-    let called = args.first().and_then(|program| Path::new(program).file_name());
+/// By which name it was called.
+fn called(args: &[OsString]) -> Option<&OsStr> {
+    args.first().and_then(|program| Path::new(program).file_name())
+}
+
+/// The command line as it would be given to `nsm`: whoever is called by the name of one of upstream's programs has its role,
+/// and kubectl's plugin asks kubectl's cluster.
+fn as_ours(mut args: Vec<OsString>) -> Vec<OsString> {
+    let called = called(&args);
+    if called == Some(PLUGIN.as_ref()) {
+        args[0] = PLUGIN.replace('-', " ").into();
+        if args.get(1).is_some_and(|command| ASKING.iter().any(|asking| command == asking)) {
+            args.insert(2, "--cluster".into());
+        }
+        return args;
+    }
     let all = programs::PROGRAMS.iter().chain(&programs::INSIDE);
     let Some(program) = all.into_iter().find(|program| called == Some(program.name.as_ref())) else {
         return args;
@@ -150,6 +185,9 @@ mod tests {
             ),
             ("nsm get -o json", "nsm get -o json"),
             ("/bin/nsm", "/bin/nsm"),
+            ("/usr/bin/kubectl-nsm get wires", "kubectl nsm get --cluster wires"),
+            ("kubectl-nsm install --tag v1", "kubectl nsm install --tag v1"),
+            ("kubectl-nsm", "kubectl nsm"),
         ] {
             assert_eq!(ours(given), means);
         }

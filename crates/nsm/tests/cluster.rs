@@ -1,6 +1,9 @@
 //! The mesh on a real cluster of two nodes, as somebody installs it: one manifest, one annotation.
 #![allow(clippy::unwrap_used, clippy::print_stderr, clippy::print_stdout, reason = "a test")]
 
+#[path = "common/plugin.rs"]
+mod plugin;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
@@ -13,6 +16,7 @@ use std::{
 
 use nsm_cluster::{Cluster, cluster};
 use nsm_image::{Contents, libraries};
+use plugin::Plugin;
 
 /// Where both nodes have what is of ours.
 const OURS: [&str; 3] = ["/run/nsm", "/run/spire", "/var/lib/networkservicemesh"];
@@ -412,6 +416,65 @@ fn whoever_looks_at_a_pod_sees_what_becomes_of_its_wire() {
     assert!(ups() == before || downs > 1, "{}", described());
     let _said = mesh.cluster.kubectl(&["delete", "deployment", "near"]);
     until("nothing is said of a wire that nobody has", || get(&["wires", "--output=name"]).is_empty());
+    mesh.no_wires();
+}
+
+/// From a machine that has kubectl and nothing else of the cluster.
+#[test]
+fn whoever_has_kubectl_looks_at_the_mesh_from_outside() {
+    let Some(mesh) = Mesh::start("whoever_has_kubectl_looks_at_the_mesh_from_outside") else { return };
+    mesh.install();
+    mesh.applied(ENDPOINT);
+    mesh.rolled_out("deployment/gateway", "default");
+    mesh.applied(&client("far", "node2", ANNOTATION));
+    mesh.rolled_out("deployment/far", "default");
+    let plugin = Plugin::new((*mesh.cluster).clone());
+    let says = |args: &[&str]| {
+        let output = plugin.run(args);
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success(), "{args:?}: {said}{}", String::from_utf8_lossy(&output.stderr));
+        said
+    };
+    let processes = says(&["get", "processes"]);
+    println!("{processes}");
+    for process in ["nsm-node-node1", "nsm-node-node2", "nsm-registry-"] {
+        assert!(processes.contains(process), "{process} is not there: {processes}");
+    }
+    assert_eq!(processes.matches("registry ").count(), 2, "{processes}");
+    assert!(says(&["get", "services"]).contains("finance"));
+    let pod = mesh.cluster.kubectl(&["get", "pods", "--selector=app=far", "--output=name"]);
+    let pod = pod.trim();
+    let connections = says(&["get", "connections", "-o", "wide"]);
+    assert!(connections.contains(pod.trim_start_matches("pod/")), "{connections}");
+    // Of both nodes: the tunnel has an end on each.
+    let explained = says(&["explain", pod]);
+    println!("{explained}");
+    for (hop, tells) in [
+        ("nsm-node-node2", "asked by spiffe://k8s.nsm/ns/default/pod/far-"),
+        ("forwarder-nsm-node-node2", "wire vxlan"),
+        ("nsm-node-node1", "asked by spiffe://k8s.nsm/ns/nsm-system/node/node2"),
+        ("forwarder-nsm-node-node1", "wire vxlan"),
+    ] {
+        let told = explained.lines().skip_while(|line| !line.contains(&format!(" {hop} "))).nth(1);
+        assert!(told.is_some_and(|line| line.contains(tells)), "{hop}: {explained}");
+    }
+    assert!(explained.contains("not asked: only the mesh's own pods are"), "{explained}");
+    let checked = says(&["check"]);
+    println!("{checked}");
+    for fit in ["node1 is fit", "node2 is fit", "wires are as planned", "connections"] {
+        assert!(checked.contains(fit), "{fit}: {checked}");
+    }
+    let logs = says(&["log", "debug", "--process", "nsm-node-node1"]);
+    assert_eq!(logs.trim(), "nsm-node-node1: debug");
+    let levels = says(&["get", "processes", "-o", "json"]);
+    let levels: serde_json::Value = serde_json::from_str(&levels).unwrap();
+    let level = |name: &str| {
+        let found = levels.as_array().unwrap().iter().find(|process| process["name"] == name);
+        found.unwrap_or_else(|| panic!("{name}: {levels}"))["logLevel"].as_str().unwrap().to_owned()
+    };
+    assert_eq!((level("nsm-node-node1").as_str(), level("nsm-node-node2").as_str()), ("debug", "info"));
+
+    let _said = mesh.cluster.kubectl(&["delete", "deployment", "far", "gateway"]);
     mesh.no_wires();
 }
 

@@ -2,6 +2,7 @@
 //! function, so that every verdict can be made to happen.
 
 use std::{
+    borrow::Cow,
     fs, io,
     net::{IpAddr, UdpSocket},
     path::Path,
@@ -22,10 +23,9 @@ use nsm_lab::{
     report::{plain_table, render},
 };
 use nsm_mesh::inspect;
-use nsm_transport::DialUrl;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-use super::{At, Seen, View, age, get, left, put, view};
+use super::{At, Mesh, Seen, View, age, get, left, put, without_controls};
 
 /// Failures older than this are history.
 const LATELY: Duration = Duration::from_secs(300);
@@ -36,8 +36,8 @@ const LEAST_MTU: u32 = 1280;
 
 /// Says whether this node is fit for a mesh, whether the mesh is healthy, and what to do
 ///
-/// It changes nothing: what it tries, it tries in network namespaces of its own that are gone when it ends. Status 0:
-/// all is well, warnings included; 1: something fails.
+/// It changes nothing: what it tries, it tries in network namespaces of its own that are gone when it ends. Of a cluster
+/// it asks all nodes. Status 0: all is well, warnings included; 1: something fails.
 #[derive(Debug, Args)]
 pub(crate) struct Check {
     /// For programs
@@ -54,7 +54,7 @@ pub(crate) struct Check {
 }
 
 /// How bad it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum Level {
     Ok,
@@ -63,48 +63,56 @@ enum Level {
 }
 
 /// One line.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Finding {
     level: Level,
     /// Stable, for programs.
-    check: &'static str,
+    check: Cow<'static, str>,
     what: String,
     /// What to do about it.
-    #[serde(skip_serializing_if = "String::is_empty")]
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     hint: String,
 }
 
 impl Finding {
     fn ok(check: &'static str, what: impl Into<String>) -> Self {
-        Self { level: Level::Ok, check, what: what.into(), hint: String::new() }
+        Self { level: Level::Ok, check: check.into(), what: what.into(), hint: String::new() }
     }
 
     fn warn(check: &'static str, what: impl Into<String>, hint: impl Into<String>) -> Self {
-        Self { level: Level::Warn, check, what: what.into(), hint: hint.into() }
+        Self { level: Level::Warn, check: check.into(), what: what.into(), hint: hint.into() }
     }
 
     fn fail(check: &'static str, what: impl Into<String>, hint: impl Into<String>) -> Self {
-        Self { level: Level::Fail, check, what: what.into(), hint: hint.into() }
+        Self { level: Level::Fail, check: check.into(), what: what.into(), hint: hint.into() }
     }
 }
 
 impl Check {
     pub(crate) fn run(&self) -> Result<ExitCode> {
-        if self.node {
-            return At::run_alone(self.check(Vec::new()));
+        if self.node && !self.at.is_cluster() {
+            return At::run_alone(self.check(Mesh::Sockets(Vec::new())));
         }
-        self.at.run(async |urls| self.check(urls).await)
+        self.at.run(async |mesh| self.check(mesh).await)
     }
 
-    async fn check(&self, urls: Vec<DialUrl>) -> Result<ExitCode> {
+    async fn check(&self, mesh: Mesh) -> Result<ExitCode> {
         let mut findings = Vec::new();
-        if !self.mesh {
-            // Namespaces are entered on threads of their own; nothing here waits for the runtime.
-            findings.extend(NodeFacts::gather().judge());
-            findings.push(own_identity().await);
+        match &mesh {
+            _ if self.mesh => {}
+            Mesh::Cluster(cluster) => {
+                for (node, said) in cluster.on_nodes(&["check", "--node", "--json"]).await? {
+                    findings.extend(judge_node(&node, said));
+                }
+            }
+            Mesh::Sockets(_) => {
+                // Namespaces are entered on threads of their own; nothing here waits for the runtime.
+                findings.extend(NodeFacts::gather().judge());
+                findings.push(own_identity().await);
+            }
         }
         if !self.node {
-            findings.extend(judge_mesh(&view(&urls, &[], true).await, SystemTime::now()));
+            findings.extend(judge_mesh(&mesh.view(&[], true).await?, SystemTime::now()));
         }
         let worst = findings.iter().map(|finding| finding.level).max();
         match self.json {
@@ -123,12 +131,36 @@ fn text(findings: &[Finding]) -> String {
             Level::Warn => "warn",
             Level::Fail => "FAILED",
         };
-        table.add_row([mark, finding.check, &finding.what]);
+        table.add_row([mark, &finding.check, &finding.what]);
         if !finding.hint.is_empty() {
             table.add_row(["", "", &format!("  do: {}", finding.hint)]);
         }
     }
     render(&table, Format::text()) + "\n"
+}
+
+/// What a node of a cluster said of itself: one line where all is well.
+fn judge_node(node: &str, said: Result<String>) -> Vec<Finding> {
+    let found = said.and_then(|said| Ok(serde_json::from_str::<Vec<Finding>>(&said)?));
+    let found = match found {
+        Ok(found) => found,
+        Err(error) => {
+            let hint = "kubectl describe and kubectl logs of its pod say more";
+            return vec![Finding::fail("node", format!("{node} was not asked: {error:#}"), hint)];
+        }
+    };
+    let fit = found.iter().all(|finding| finding.level != Level::Fail);
+    let well = found.iter().filter(|finding| finding.level == Level::Ok).count();
+    let fit =
+        fit.then(|| Finding::ok("node", format!("{node} is fit: {well} of {} checks are well", found.len())));
+    let bad = found.into_iter().filter(|finding| finding.level != Level::Ok);
+    let bad = bad.map(|finding| Finding {
+        what: format!("{node}: {}", without_controls(&finding.what)),
+        hint: without_controls(&finding.hint),
+        check: without_controls(&finding.check).into(),
+        ..finding
+    });
+    fit.into_iter().chain(bad).collect()
 }
 
 // === the node ===
@@ -333,6 +365,11 @@ fn judge_mesh(view: &View, now: SystemTime) -> Vec<Finding> {
                 format!("{}: {}", silent.url, silent.why),
                 "it was killed: start it again, or remove the socket file",
             ),
+            false if view.of_cluster => Finding::fail(
+                "pod",
+                format!("{}: {}", silent.url, silent.why),
+                "kubectl describe and kubectl logs of it say more",
+            ),
             false => Finding::fail(
                 "process",
                 format!("{}: {}", silent.url, silent.why),
@@ -514,7 +551,10 @@ mod tests {
         change(&mut facts);
         let bad = facts.judge().into_iter().filter(|finding| finding.level != Level::Ok);
         bad.inspect(|finding| assert!(!finding.hint.is_empty(), "{finding:?}"))
-            .map(|finding| (finding.level, finding.check))
+            .map(|finding| match finding.check {
+                Cow::Borrowed(check) => (finding.level, check),
+                Cow::Owned(check) => panic!("{check} is of another node"),
+            })
             .collect()
     }
 
@@ -545,6 +585,27 @@ mod tests {
         let process = nsm_api::pb::introspect::Process { panics: 1, ready: true, ..Default::default() };
         let view = View { seen: vec![Seen { process, ..Seen::default() }], ..View::default() };
         let found = judge_mesh(&view, SystemTime::now());
-        assert!(found.iter().any(|f| (f.level, f.check) == (Level::Warn, "panics")), "{found:?}");
+        assert!(found.iter().any(|f| f.level == Level::Warn && f.check == "panics"), "{found:?}");
+    }
+
+    #[test]
+    fn a_node_of_a_cluster_takes_one_line_and_one_for_each_thing_that_is_wrong() {
+        let told = |facts: NodeFacts| serde_json::to_string(&facts.judge()).unwrap_or_default();
+        let lines = |said| {
+            judge_node("node1", said).into_iter().map(|f| (f.level, f.what, f.hint)).collect::<Vec<_>>()
+        };
+        let fit_lines = lines(Ok(told(fit())));
+        assert_eq!(fit_lines.len(), 1, "{fit_lines:?}");
+        assert_eq!((fit_lines[0].0, &fit_lines[0].1[..16]), (Level::Ok, "node1 is fit: 8 "));
+        let warned = lines(Ok(told(NodeFacts { user_namespaces: false, ..fit() })));
+        assert_eq!(warned.iter().map(|line| line.0).collect::<Vec<_>>(), [Level::Ok, Level::Warn]);
+        let bad = lines(Ok(told(NodeFacts { veth: "not\x1b[2J supported".into(), ..fit() })));
+        assert_eq!(bad.len(), 1, "{bad:?}");
+        assert!(bad[0].1.starts_with("node1: the kernel makes no such wire: not [2J"), "{bad:?}");
+        for said in [Ok("error: unrecognized".to_owned()), Err(anyhow::anyhow!("no such container"))] {
+            let not_asked = lines(said);
+            assert!(not_asked.len() == 1 && not_asked[0].0 == Level::Fail, "{not_asked:?}");
+            assert!(not_asked[0].1.starts_with("node1 was not asked: "), "{not_asked:?}");
+        }
     }
 }

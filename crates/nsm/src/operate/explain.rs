@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use clap::Args;
 use nsm_api::pb::introspect::{Connection, Decision, End, Failure, Wire};
 
-use super::{At, Seen, View, Wired, age, get, left, put, view};
+use super::{At, Seen, View, Wired, age, get, left, put};
 
 /// Tells why a wire is as it is, or why there is none
 ///
@@ -29,12 +29,14 @@ pub(crate) struct Explain {
 
 impl Explain {
     pub(crate) fn run(&self) -> Result<ExitCode> {
-        self.at.run(async |urls| {
-            let view = view(&urls, &[], false).await;
+        self.at.run(async |mesh| {
+            let view = mesh.view(&[], false).await?;
             view.demand()?;
-            let told = Told::of(&view, &self.what);
+            // As kubectl names pods.
+            let what = self.what.strip_prefix("pod/").unwrap_or(&self.what);
+            let told = Told::of(&view, what);
             if told.is_empty() {
-                bail!("{}", unknown(&view, &self.what));
+                bail!("{}", unknown(&view, what));
             }
             match self.json {
                 true => put(&(serde_json::to_string_pretty(&told.json())? + "\n"))?,
@@ -56,6 +58,13 @@ fn unknown(view: &View, what: &str) -> String {
     )
 }
 
+/// Whether a client has that name, or is that pod: the webhook puts a UUID behind the names of pods that could come again.
+fn is_of(client: &str, name: &str) -> bool {
+    let uuid = |text: &str| text.len() == 36 && text.split('-').map(str::len).eq([8, 4, 4, 4, 12]);
+    let rest = client.strip_prefix(name);
+    rest.is_some_and(|rest| rest.is_empty() || rest.strip_prefix('-').is_some_and(uuid))
+}
+
 /// What is known of what was asked for.
 struct Told<'v> {
     view: &'v View,
@@ -72,7 +81,7 @@ impl<'v> Told<'v> {
         let of_path = |wired: &Wired<'v>| {
             let any = wired.path().iter().any(|hop| hop.id == what);
             let own = wired.hops.iter().any(|(_, c)| c.id == what || c.service == what || c.endpoint == what);
-            any || own || wired.path().first().is_some_and(|first| first.name == what)
+            any || own || wired.path().first().is_some_and(|first| is_of(&first.name, what))
         };
         let mut wires: Vec<_> = view.wired().into_iter().filter(of_path).collect();
         let process = view.named(what);
@@ -82,7 +91,7 @@ impl<'v> Told<'v> {
             wires = view.wired().into_iter().filter(through).collect();
         }
         let about = |f: &&Failure| {
-            f.client == what
+            is_of(&f.client, what)
                 || f.connection == what
                 || f.service == what
                 || (f.hop == what && wires.is_empty())
@@ -231,6 +240,9 @@ impl<'v> Told<'v> {
             line(out, 1, &format!("hop {at} {} {role} ({}): {token}", hop.name, hop.id));
             match asked {
                 Some((seen, connection)) => tell_hop(out, seen, connection, now),
+                // Who makes wires in the manager's own process (`nsm node`) tells of the wire, not of himself.
+                None if let Some(wire) = self.made_by(&hop.id) => tell_kernel(out, wire),
+                None if self.view.of_cluster => line(out, 2, "not asked: only the mesh's own pods are"),
                 None => line(
                     out,
                     2,
@@ -244,6 +256,11 @@ impl<'v> Told<'v> {
             line(out, 1, "failed lately");
             own.iter().for_each(|failure| tell_failure(out, failure, now));
         }
+    }
+
+    /// The wire of a connection at whoever makes wires.
+    fn made_by(&self, connection: &str) -> Option<&'v Wire> {
+        self.view.seen.iter().flat_map(|seen| &seen.wires).find(|wire| wire.connection == connection)
     }
 }
 
@@ -350,4 +367,18 @@ fn tell_failure(out: &mut String, f: &Failure, now: SystemTime) {
 
 fn line(out: &mut String, depth: usize, text: &str) {
     let _ = writeln!(out, "{:indent$}{}", "", text.trim_end(), indent = depth * 2);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_of;
+
+    #[test]
+    fn a_client_is_known_by_its_pod() {
+        let uuid = "4a6b1f0e-6c5f-4f5e-9a1e-0d8b6c1f2a3b";
+        assert!(is_of("web", "web") && is_of(&format!("web-{uuid}"), "web"));
+        for other in ["web-1", "web-7c9f6d5b4-abcde", &format!("web-1-{uuid}"), &format!("web{uuid}")] {
+            assert!(!is_of(other, "web"), "{other}");
+        }
+    }
 }

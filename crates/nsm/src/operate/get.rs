@@ -15,7 +15,7 @@ use nsm_lab::{
 };
 use serde::Serialize;
 
-use super::{At, Seen, View, Wired, age, left, put, view};
+use super::{At, Seen, View, Wired, age, left, put};
 
 /// How often `--watch` asks.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -75,11 +75,14 @@ enum Output {
 
 impl Get {
     pub(crate) fn run(&self) -> Result<ExitCode> {
-        self.at.run(async |urls| {
+        self.at.run(async |mesh| {
             let mut shown = String::new();
             loop {
-                let view = view(&urls, &self.what.kinds(), false).await;
-                let text = view.demand().and_then(|()| self.text(&view));
+                let view = mesh.view(&self.what.kinds(), false).await;
+                let text = view.and_then(|view| {
+                    view.demand()?;
+                    self.text(&view)
+                });
                 match text {
                     Err(error) if !self.watch => return Err(error),
                     // It may come.

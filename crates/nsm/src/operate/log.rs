@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use clap::Args;
 use nsm_transport::DialUrl;
 
-use super::{At, put, set_log, view};
+use super::{At, Mesh, put, set_log};
 
 /// Changes what running processes log, until they end
 ///
@@ -26,8 +26,8 @@ pub(crate) struct Log {
 
 impl Log {
     pub(crate) fn run(&self) -> Result<ExitCode> {
-        self.at.run(async |urls| {
-            let view = view(&urls, &[nsm_api::pb::introspect::Kind::Process], false).await;
+        self.at.run(async |mesh| {
+            let view = mesh.view(&[nsm_api::pb::introspect::Kind::Process], false).await?;
             view.demand()?;
             let meant = |name: &String, role: &String| {
                 self.process.is_empty() || self.process.iter().any(|p| p == name || p == role)
@@ -35,8 +35,15 @@ impl Log {
             let level = if self.level == "reset" { "" } else { &self.level };
             let mut changed = 0;
             for seen in view.seen.iter().filter(|seen| meant(&seen.process.name, &seen.process.role)) {
-                let now = set_log(&seen.url.parse::<DialUrl>()?, level).await?;
-                put(&format!("{}: {now}\n", seen.process.name))?;
+                match (&mesh, &seen.pod) {
+                    (Mesh::Cluster(cluster), Some(pod)) => {
+                        put(&cluster.set_log(pod, &self.level, &seen.process.name).await?)?;
+                    }
+                    _ => {
+                        let now = set_log(&seen.url.parse::<DialUrl>()?, level).await?;
+                        put(&format!("{}: {now}\n", seen.process.name))?;
+                    }
+                }
                 changed += 1;
             }
             if changed == 0 {

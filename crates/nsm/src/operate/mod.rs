@@ -1,10 +1,12 @@
 //! What an operator asks: `nsm get`, `nsm explain`, `nsm check`, `nsm log`. Everything comes from the introspection
-//! sockets of the processes (`nsm.introspect.v1`); this module finds and asks them.
+//! sockets of the processes (`nsm.introspect.v1`); this module finds and asks them, [`cluster`] those of a Kubernetes.
 
 pub(crate) mod check;
+pub(crate) mod cluster;
 pub(crate) mod explain;
 pub(crate) mod get;
 pub(crate) mod log;
+pub(crate) mod tell;
 
 use std::{
     collections::BTreeMap,
@@ -24,14 +26,16 @@ use nsm_identity::explain;
 use nsm_lab::{Front, plan::Paths};
 use nsm_mesh::inspect;
 use nsm_transport::{DialUrl, Pool, PoolConfig};
-use serde::{Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
+
+use self::cluster::Cluster;
 
 /// How long a process may take to tell all it knows.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Which processes are asked.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Clone, Default, Args)]
 pub(crate) struct At {
     /// The lab whose processes are asked; without it those of this node, or else those of the only lab that runs
     #[arg(long, value_name = "NAME")]
@@ -40,13 +44,19 @@ pub(crate) struct At {
     /// SPIFFE_ENDPOINT_SOCKET that the process lists in NSM_INTROSPECT_READERS
     #[arg(long, value_name = "URL", value_delimiter = ',')]
     at: Vec<DialUrl>,
+    #[command(flatten)]
+    cluster: Cluster,
 }
 
 /// One process, and what it told.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub(crate) struct Seen {
     /// Where it was asked.
     pub(crate) url: String,
+    /// The pod that it is in, where it is in one of a cluster.
+    #[serde(skip)]
+    pub(crate) pod: Option<cluster::Pod>,
     pub(crate) process: Process,
     pub(crate) connections: Vec<Connection>,
     pub(crate) failures: Vec<Failure>,
@@ -56,15 +66,20 @@ pub(crate) struct Seen {
 }
 
 /// All that was told.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub(crate) struct View {
     pub(crate) seen: Vec<Seen>,
     /// Who did not tell, and why.
     pub(crate) silent: Vec<Silent>,
+    /// By the pods of a cluster, in which workloads are not asked.
+    #[serde(skip)]
+    pub(crate) of_cluster: bool,
 }
 
 /// A socket without an answer.
-#[derive(Debug)]
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub(crate) struct Silent {
     pub(crate) url: String,
     pub(crate) why: String,
@@ -72,24 +87,33 @@ pub(crate) struct Silent {
     pub(crate) stale: bool,
 }
 
+/// Whom to ask.
+#[derive(Debug, Clone)]
+pub(crate) enum Mesh {
+    Sockets(Vec<DialUrl>),
+    Cluster(Cluster),
+}
+
 /// Where to ask, found.
 enum Found {
-    Sockets(Vec<DialUrl>),
+    Mesh(Mesh),
     /// Asked elsewhere already: this is the exit status.
     Elsewhere(i32),
 }
 
 impl At {
     /// Runs a command on the processes; for a lab of an ordinary user, where the lab is.
-    pub(crate) fn run(
-        &self,
-        command: impl AsyncFnOnce(Vec<DialUrl>) -> Result<ExitCode>,
-    ) -> Result<ExitCode> {
-        let urls = match self.find()? {
-            Found::Sockets(urls) => urls,
+    pub(crate) fn run(&self, command: impl AsyncFnOnce(Mesh) -> Result<ExitCode>) -> Result<ExitCode> {
+        let mesh = match self.find()? {
+            Found::Mesh(mesh) => mesh,
             Found::Elsewhere(status) => return Ok(ExitCode::from(u8::try_from(status).unwrap_or(1))),
         };
-        Self::run_alone(command(urls))
+        Self::run_alone(command(mesh))
+    }
+
+    /// Whether the processes are those of a cluster.
+    pub(crate) fn is_cluster(&self) -> bool {
+        self.cluster.is_meant()
     }
 
     /// Runs a command that asks nobody.
@@ -99,8 +123,12 @@ impl At {
     }
 
     fn find(&self) -> Result<Found> {
+        let found = |urls| Ok(Found::Mesh(Mesh::Sockets(urls)));
+        if self.is_cluster() {
+            return Ok(Found::Mesh(Mesh::Cluster(self.cluster.clone())));
+        }
         if !self.at.is_empty() {
-            return Ok(Found::Sockets(self.at.clone()));
+            return found(self.at.clone());
         }
         let exe = PathBuf::from("/proc/self/exe");
         let front = Front { exe, name: None, format: nsm_lab::Format::text() };
@@ -116,8 +144,8 @@ impl At {
                 let live = |url: &DialUrl| matches!(url, DialUrl::Unix(path) if !is_stale(path));
                 let mut of_labs = labs.iter();
                 match (of_labs.next(), of_labs.next()) {
-                    _ if sockets.iter().any(live) => return Ok(Found::Sockets(sockets)),
-                    (None, _) => return Ok(Found::Sockets(sockets)),
+                    _ if sockets.iter().any(live) => return found(sockets),
+                    (None, _) => return found(sockets),
                     (Some(only), None) => only,
                     _ => bail!("several labs run here: say --lab NAME; {}", known(labs.iter())),
                 }
@@ -127,7 +155,7 @@ impl At {
         if let Some(status) = front.inside(lab, &args)? {
             return Ok(Found::Elsewhere(status));
         }
-        Ok(Found::Sockets(sockets(&Paths::new(lab).introspect())?))
+        found(sockets(&Paths::new(lab).introspect())?)
     }
 }
 
@@ -160,8 +188,18 @@ fn is_stale(path: &Path) -> bool {
     std::os::unix::net::UnixStream::connect(path).err().is_some_and(refused)
 }
 
+impl Mesh {
+    /// What there is.
+    pub(crate) async fn view(&self, kinds: &[Kind], verify: bool) -> Result<View> {
+        match self {
+            Self::Sockets(urls) => Ok(view(urls, kinds, verify).await),
+            Self::Cluster(cluster) => cluster.view(kinds, verify).await,
+        }
+    }
+}
+
 /// Asks all of them at once.
-pub(crate) async fn view(urls: &[DialUrl], kinds: &[Kind], verify: bool) -> View {
+async fn view(urls: &[DialUrl], kinds: &[Kind], verify: bool) -> View {
     let query = Query { kinds: kinds.iter().map(|kind| (*kind).into()).collect(), verify };
     let asked = futures::future::join_all(urls.iter().map(async |url| {
         if let DialUrl::Unix(path) = url
