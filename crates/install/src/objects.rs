@@ -304,7 +304,7 @@ fn node(settings: &Settings) -> Vec<Value> {
         settings,
         "node",
         &[
-            rule("networkservicemesh.io", "wires", &["get", "list", "create", "delete"]),
+            rule("networkservicemesh.io", "wires", &["get", "list", "watch", "create", "delete"]),
             rule("networkservicemesh.io", "wires/status", &["patch"]),
             rule("", "events", &["create", "patch"]),
             rule("", "pods/status", &["patch"]),

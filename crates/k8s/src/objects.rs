@@ -2,10 +2,12 @@
 
 use std::{path::Path, time::Duration};
 
+use futures::{Stream, StreamExt as _};
 use http::{Method, Request};
 use kube::{
     Client,
     config::{KubeConfigOptions, Kubeconfig},
+    core::WatchEvent,
 };
 use serde_json::Value;
 use tokio::time::timeout;
@@ -159,6 +161,32 @@ impl Objects {
         let request = Request::builder().method(Method::GET).uri(path).header("accept", accept);
         let mut list = self.send(format!("tell of {what}"), request, Vec::new()).await?;
         Ok(list["items"].as_array_mut().map(std::mem::take).unwrap_or_default())
+    }
+
+    /// What happens in the collection at a path, which says from which version on, until the API server ends it.
+    ///
+    /// # Errors
+    /// It is not told, or not any more.
+    pub async fn watch(
+        &self,
+        what: &str,
+        path: &str,
+    ) -> Result<impl Stream<Item = Result<WatchEvent<Value>, ApiError>> + use<>, ApiError> {
+        let failed = {
+            let (what, plural) = (format!("tell of what happens to {what}"), path.split('?').next());
+            let rule = rule(&Method::GET, plural.unwrap_or_default()).replace("[list]", "[watch]");
+            move |source| ApiError { what: what.clone(), rule: rule.clone(), source }
+        };
+        let request = Request::builder().method(Method::GET).uri(path).body(Vec::new());
+        let request = request.map_err(|error| failed(Box::new(kube::Error::HttpError(error)).into()))?;
+        match timeout(PATIENCE, self.0.request_events(request)).await {
+            Ok(Ok(events)) => {
+                let failed = move |error| failed(Failed::from(Box::new(error)));
+                Ok(events.map(move |event| event.map_err(&failed)))
+            }
+            Ok(Err(error)) => Err(failed(Box::new(error).into())),
+            Err(_) => Err(failed(Failed::Late)),
+        }
     }
 
     /// What stands at a path, if something does.

@@ -2,8 +2,10 @@
 //! pod, and the condition `networkservicemesh.io/wires` where the pod waits for it (`spec.readinessGates`).
 //!
 //! Whoever makes wires notes what happens in [`Wires`], which costs it nothing but a lock; [`Writer`] says it, one call
-//! after the other, of each wire only how it is by then. While the API server is away nothing piles up.
+//! after the other, of each wire only how it is by then. While the API server is away nothing piles up. The other way round,
+//! [`Reader`] follows what people write into those resources: [`Wires::edit`].
 
+mod edits;
 mod object;
 mod table;
 mod writer;
@@ -15,10 +17,15 @@ use nsm_identity::clock;
 use parking_lot::Mutex;
 use tokio::{sync::Notify, time::Instant};
 
-pub use self::{object::CONDITION, writer::Writer};
 use self::{
+    edits::Known,
     object::Shape,
-    table::{State, Table},
+    table::{Outcome, State, Table},
+};
+pub use self::{
+    edits::{Edit, Reader},
+    object::CONDITION,
+    writer::Writer,
 };
 
 /// A wire, as its pod calls it.
@@ -71,6 +78,9 @@ struct Inner {
     table: Mutex<Table>,
     /// There is something to say.
     news: Notify,
+    edits: Mutex<Known>,
+    /// There is something else to ask for.
+    edited: Notify,
 }
 
 impl Wires {
@@ -103,6 +113,41 @@ impl Wires {
     /// Nobody wants it any more.
     pub fn ended(&self, name: &Name, trouble: Option<Trouble>) {
         self.note(|table, now, clock| table.is(name, State::Ended, None, trouble, now, clock));
+    }
+
+    /// What somebody has made of a pod's wish.
+    #[must_use]
+    pub fn edit(&self, name: &Name) -> Option<Edit> {
+        let edits = self.0.edits.lock();
+        // Most are edited by nobody.
+        edits.of(name, "")?;
+        let uid = self.0.table.lock().uid(name);
+        edits.of(name, &uid).cloned()
+    }
+
+    /// The wire is as it was edited; with trouble: it cannot be, and stays as it was. An edit that is out of date by now
+    /// is nobody's any more.
+    pub fn applied(&self, name: &Name, generation: i64, trouble: Option<Trouble>) {
+        let mut edits = self.0.edits.lock();
+        let Some(edit) = edits.of(name, "").filter(|edit| edit.generation == generation) else { return };
+        let wish = edit.wish.clone();
+        if trouble.is_none() {
+            edits.stands(name, generation);
+        }
+        drop(edits);
+        self.note(|table, now, at| {
+            table.applied(name, Some(Outcome { wish, generation, trouble, at }), now);
+        });
+    }
+
+    /// Nobody's edit is of it any more.
+    fn taken_back(&self, name: &Name) {
+        self.note(|table, now, _| table.applied(name, None, now));
+    }
+
+    /// Waits until somebody edits a wire, or takes an edit back.
+    pub async fn edited(&self) {
+        self.0.edited.notified().await;
     }
 
     /// How many are known.

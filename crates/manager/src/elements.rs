@@ -90,8 +90,16 @@ impl Element for LocalMechanisms {
 
 /// Adds labels that say where the client runs, where it did not say so itself
 /// (`nodeName`, `podName`, `clusterName`; spec/control-plane.md 6.3).
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct ClientInfo(pub BTreeMap<String, String>);
+
+impl ClientInfo {
+    pub(crate) fn add_to(&self, labels: &mut BTreeMap<String, String>) {
+        for (key, value) in &self.0 {
+            labels.entry(key.clone()).or_insert_with(|| value.clone());
+        }
+    }
+}
 
 #[async_trait]
 impl Element for ClientInfo {
@@ -105,10 +113,7 @@ impl Element for ClientInfo {
         mut request: NetworkServiceRequest,
         next: Next<'_>,
     ) -> Result<Connection> {
-        let labels = &mut request.connection.get_or_insert_default().labels;
-        for (key, value) in &self.0 {
-            labels.entry(key.clone()).or_insert_with(|| value.clone());
-        }
+        self.add_to(&mut request.connection.get_or_insert_default().labels);
         next.request(cx, request).await
     }
 }

@@ -1,6 +1,7 @@
 //! The manager: one per node, between workloads, forwarders and other managers. Its chain is the list in [`chain`].
 
 mod discover_forwarder;
+mod edits;
 mod elements;
 mod excluded_prefixes;
 mod follow_service;
@@ -23,6 +24,7 @@ use nsm_registry::{Cluster, ManagerConfig, ManagerRegistry, WatchLimit, node_lab
 use nsm_transport::{Guard, ListenUrl, Pool, PoolConfig, Server};
 
 pub use discover_forwarder::{Candidate, DiscoverForwarder};
+pub use edits::{Edit, Edits, Wanted};
 pub use elements::{ClientInfo, LocalMechanisms, OnNode};
 pub use excluded_prefixes::ExcludedPrefixes;
 pub use follow_service::{FollowService, News};
@@ -68,6 +70,7 @@ pub struct Config {
 pub fn chain(
     config: &Config,
     registry: ManagerRegistry,
+    edits: Edits,
     follow_service: FollowService,
     own: Option<Candidate>,
     hub: Arc<Hub>,
@@ -80,12 +83,24 @@ pub fn chain(
         TellWorkloads(config.workloads.clone()),            // … and whoever tells the workload
         OwnNamespace { allowed: Arc::new(config.namespace_delegates.clone()) }, // a workload speaks for itself
         LocalMechanisms,                                                        // … and does not aim tunnels
-        ClientInfo(node_labels().into_iter().collect()),                        // where the client runs
-        config.excluded_prefixes.clone(),    // what is taken in this cluster
+        where_clients_run(),                                                    // where the client runs
+        edits,                                                   // what others have made of its wish
+        config.excluded_prefixes.clone(),                        // what is taken in this cluster
         follow_service,                      // where its service leads away, it goes elsewhere
         DiscoverForwarder { registry, own }, // who builds the wire
         Dial::new(pool, &config.name, hub, config.dial_timeout), // the forwarder
     ]
+}
+
+/// What every wish is given that does not say it.
+fn where_clients_run() -> ClientInfo {
+    ClientInfo(node_labels().into_iter().collect())
+}
+
+/// Wishes as `workloads` say that they were edited.
+#[must_use]
+pub fn edits(config: &Config) -> Edits {
+    Edits::new(config.workloads.clone(), where_clients_run())
 }
 
 /// A manager that listens, and takes no requests yet.
@@ -159,9 +174,19 @@ impl Manager {
         }
         let hub = Arc::new(Hub::guarded(&config.guard));
         let (follow_service, news) = FollowService::new();
-        let chain = chain(&config, registry.clone(), follow_service.clone(), own, Arc::clone(&hub), pool);
+        let edits = edits(&config);
+        let chain = chain(
+            &config,
+            registry.clone(),
+            edits.clone(),
+            follow_service.clone(),
+            own,
+            Arc::clone(&hub),
+            pool,
+        );
         let connections = Connections::serving(&config.name, chain, Arc::clone(&config.metrics));
         let told = workloads::follow(Arc::clone(&hub), config.workloads.clone());
+        let edited = edits.look_after(Arc::clone(&hub));
         let beside =
             follow_service.look_after(news, registry.clone(), Arc::clone(&connections), Arc::clone(&hub));
         let mut routes = tonic::service::RoutesBuilder::default();
@@ -179,6 +204,7 @@ impl Manager {
             () = server.serve(routes, &services, shutdown) => {}
             () = beside => {}
             () = told => {}
+            () = edited => {}
         }
     }
 }

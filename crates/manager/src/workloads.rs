@@ -2,6 +2,7 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
+use crate::Edit;
 use async_trait::async_trait;
 use nsm_api::{
     path,
@@ -33,9 +34,17 @@ impl WireOf {
         let connection = path::segments(conn).get(before)?.id.clone();
         Some(Self { workload: workload.clone(), connection })
     }
+
+    /// Of whoever asks. By TCP come hops that speak for workloads of other nodes.
+    pub(crate) fn of_caller(cx: &Context<'_>, conn: &Connection) -> Option<Self> {
+        let caller = cx.caller.as_ref().filter(|caller| caller.peer.unix().is_some())?;
+        Self::new(caller.peer.id(), conn)
+    }
 }
 
-/// Tells the workloads of this node what becomes of their wires. Called in the middle of requests: it waits for nothing.
+/// Tells the workloads of this node what becomes of their wires, and knows what others have made of their wishes. Called in
+/// the middle of requests: it waits for nothing.
+#[async_trait]
 pub trait Workloads: Send + Sync + fmt::Debug {
     /// A workload asks. `process`: what asks, where the connection is not known here yet.
     fn asked(&self, wire: &WireOf, conn: &Connection, process: Option<&UnixPeer>);
@@ -45,6 +54,19 @@ pub trait Workloads: Send + Sync + fmt::Debug {
     fn is(&self, wire: &WireOf, conn: &Connection);
     /// It is not the workload's any more.
     fn ended(&self, wire: &WireOf, reason: Reason);
+
+    /// What somebody has made of the workload's wish.
+    fn edit(&self, _wire: &WireOf) -> Option<Edit> {
+        None
+    }
+    /// The wire is as it was edited.
+    fn applied(&self, _wire: &WireOf, _edit: &Edit) {}
+    /// It cannot be so, and stays as it was.
+    fn refused(&self, _wire: &WireOf, _edit: &Edit, _error: &Error) {}
+    /// Waits until somebody edits a wire, or takes an edit back.
+    async fn edited(&self) {
+        std::future::pending().await
+    }
 }
 
 /// Notes what workloads ask for, and what they are refused.
@@ -86,13 +108,9 @@ impl Element for TellWorkloads {
         next: Next<'_>,
     ) -> Result<Connection> {
         let Some(workloads) = &self.0 else { return next.request(cx, request).await };
-        let wire = match (&cx.caller, &request.connection) {
-            // By TCP come hops that speak for workloads of other nodes.
-            (Some(caller), Some(conn)) => {
-                caller.peer.unix().and_then(|unix| Some((WireOf::new(caller.peer.id(), conn)?, unix, conn)))
-            }
-            _ => None,
-        };
+        let process = cx.caller.as_ref().and_then(|caller| caller.peer.unix());
+        let conn = request.connection.as_ref();
+        let wire = conn.and_then(|conn| Some((WireOf::of_caller(cx, conn)?, process?, conn)));
         let Some((wire, process, conn)) = wire else { return next.request(cx, request).await };
         let known = cx.scope.get::<Noted>().is_some();
         workloads.asked(&wire, conn, (!known).then_some(process));

@@ -76,8 +76,9 @@ impl Node {
         let pool = Pool::new(own, PoolConfig::default());
         let registry = ManagerRegistry::new(ManagerConfig::new(None, urls[1].to_string()), pool.clone());
         let hub = Arc::new(Hub::default());
+        let (edits, follow_service) = (nsm_manager::edits(&config), FollowService::new().0);
         let chain =
-            nsm_manager::chain(&config, registry, FollowService::new().0, None, Arc::clone(&hub), pool);
+            nsm_manager::chain(&config, registry, edits, follow_service, None, Arc::clone(&hub), pool);
         let connections = Connections::serving("manager", chain, Arc::new(Metrics::default()));
         let mut routes = RoutesBuilder::default();
         nsm_mesh::server::add(&mut routes, connections, hub, Arc::default());

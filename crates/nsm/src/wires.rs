@@ -3,22 +3,26 @@
 use std::{sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result};
+use async_trait::async_trait;
 use clap::Args;
 use nsm_api::pb::connection::{Connection, State};
 use nsm_identity::{SpiffeId, UnixPeer};
 use nsm_k8s::{
     objects::Objects,
-    wires::{Name, Trouble, Wires, Wish, Writer},
+    wires::{Name, Reader, Trouble, Wires, Wish, Writer},
 };
-use nsm_manager::{WireOf, Workloads};
+use nsm_manager::{Edit, Wanted, WireOf, Workloads};
 use nsm_mesh::{Error, Reason};
 use nsm_signer::pod::Pods;
+
+/// How long a start waits to learn which wires were edited.
+const FIRST: Duration = Duration::from_secs(1);
 
 /// Flags of whoever knows pods.
 #[derive(Debug, Args)]
 pub(crate) struct Telling {
     /// Say on the pods of this node what becomes of their wires: as resources (kubectl get wires), events and, where a
-    /// pod waits for it, a condition. Takes the API server of this pod or of KUBECONFIG, and NODE_NAME
+    /// pod waits for it, a condition; ask for wires as those resources are edited. Takes the API server of this pod or of KUBECONFIG, and NODE_NAME
     #[arg(long, env = "NSM_TELL_PODS")]
     tell_pods: bool,
     /// The node that this is
@@ -40,6 +44,12 @@ impl Telling {
         );
         let api = Objects::infer().await.context("--tell-pods (NSM_TELL_PODS)")?;
         let wires = Wires::default();
+        let mut reader = Reader::new(api.clone(), wires.clone(), &self.node_name);
+        // Wires that stand are soon asked for again, and shall be asked for as they were edited.
+        if let Ok(Err(error)) = tokio::time::timeout(FIRST, reader.read()).await {
+            tracing::debug!(%error, "it is not known yet which wires were edited");
+        }
+        tokio::spawn(reader.run());
         tokio::spawn(Writer::new(api, wires.clone(), &self.node_name, claim).run());
         // Processes of this very pod ask for no wires.
         Ok(Some(Arc::new(ToldPods { wires, pods: Arc::new(Pods::new(None, "")) })))
@@ -67,6 +77,7 @@ fn pod_of(id: &SpiffeId) -> Option<(String, String)> {
     }
 }
 
+#[async_trait]
 impl Workloads for ToldPods {
     fn asked(&self, wire: &WireOf, conn: &Connection, process: Option<&UnixPeer>) {
         let Some(name) = name_of(wire) else {
@@ -116,6 +127,33 @@ impl Workloads for ToldPods {
             _ => None,
         };
         self.wires.ended(&name, trouble);
+    }
+
+    fn edit(&self, wire: &WireOf) -> Option<Edit> {
+        let edit = self.wires.edit(&name_of(wire)?)?;
+        let Wish { service, labels } = edit.wish;
+        let wanted = Wanted { service, labels, mtu: edit.mtu };
+        Some(Edit { wanted, generation: edit.generation, stands: edit.stands })
+    }
+
+    fn applied(&self, wire: &WireOf, edit: &Edit) {
+        self.became(wire, edit, None);
+    }
+
+    fn refused(&self, wire: &WireOf, edit: &Edit, error: &Error) {
+        self.became(wire, edit, Some(Trouble::said(&error.to_string())));
+    }
+
+    async fn edited(&self) {
+        self.wires.edited().await;
+    }
+}
+
+impl ToldPods {
+    fn became(&self, wire: &WireOf, edit: &Edit, trouble: Option<Trouble>) {
+        if let Some(name) = name_of(wire) {
+            self.wires.applied(&name, edit.generation, trouble);
+        }
     }
 }
 

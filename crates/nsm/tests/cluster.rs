@@ -419,6 +419,83 @@ fn whoever_looks_at_a_pod_sees_what_becomes_of_its_wire() {
     mesh.no_wires();
 }
 
+/// Another service, another size, and a service that is not there: what the wire becomes at once, and what it stays.
+#[test]
+fn a_wire_that_is_edited_is_another_one_at_once() {
+    let Some(mesh) = Mesh::start("a_wire_that_is_edited_is_another_one_at_once") else { return };
+    mesh.install();
+    let auditor =
+        ENDPOINT.replace("gateway", "auditor").replace("finance", "audit").replace("172.16.1", "172.16.2");
+    mesh.applied(&format!("{ENDPOINT}---{auditor}"));
+    mesh.applied(&client("near", "node1", ANNOTATION));
+    for deployment in ["gateway", "auditor", "near"] {
+        mesh.rolled_out(&format!("deployment/{deployment}"), "default");
+    }
+    let kubectl = |args: &[&str]| mesh.cluster.kubectl(args);
+    let wire = kubectl(&["get", "wires", "--output=name"]).trim().to_owned();
+    let edit = |spec: &str| {
+        let _said = kubectl(&["patch", &wire, "--type=merge", "--patch", &format!(r#"{{"spec":{spec}}}"#)]);
+    };
+    let applied = |columns: &str| {
+        let of = format!(
+            "--output=jsonpath={{.metadata.generation}}{{.status.conditions[?(@.type==\"Applied\")].{columns}}}"
+        );
+        kubectl(&["get", &wire, &of])
+    };
+    let is = |generation: u32, status: &str| {
+        until(&format!("edit {generation} is {status}"), || {
+            applied("observedGeneration") == format!("{generation}{generation}")
+                && applied("status") == format!("{generation}{status}")
+        });
+    };
+    let leads = |to: &str| {
+        mesh.far_end("near").is_some_and(|address| address.starts_with(to)) && mesh.reaches("near")
+    };
+    assert!(leads("172.16.1."));
+
+    let pings = mesh.pings("near");
+    edit(r#"{"mtu":1300}"#);
+    is(2, "True");
+    let link = mesh.exec("near", "app", &["ip", "-oneline", "link", "show", "dev", "nsm-1"]).unwrap();
+    assert!(link.contains(" mtu 1300 "), "{link}");
+    assert_eq!(kubectl(&["get", &wire, "--output=jsonpath={.status.mtu}"]), "1300");
+    edit(r#"{"mtu":null}"#);
+    is(3, "True");
+    let stopped = mesh.exec("near", "app", &["killall", "-INT", "ping"]);
+    assert!(stopped.is_some(), "it has pinged all the time");
+    let said = pings.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&said.stdout).into_owned();
+    println!("while the MTU was changed: {}", said.lines().rev().nth(1).unwrap_or_default());
+    let link = mesh.exec("near", "app", &["ip", "-oneline", "link", "show", "dev", "nsm-1"]).unwrap();
+    assert!(!link.contains(" mtu 1300 "), "{link}");
+
+    let began = Instant::now();
+    edit(r#"{"service":"audit"}"#);
+    until("the wire leads to the other service", || leads("172.16.2."));
+    println!("another service, edited to pinged: {:.1?}", began.elapsed());
+    is(4, "True");
+    let endpoint = kubectl(&["get", &wire, "--output=jsonpath={.status.endpoint}"]);
+    assert!(endpoint.starts_with("auditor-"), "{endpoint}");
+
+    edit(r#"{"service":"nothing"}"#);
+    is(5, "False");
+    let why = applied("message");
+    assert!(why.contains("nothing"), "{why}");
+    println!("not applied: {}", why.trim_start_matches(char::is_numeric));
+    assert!(leads("172.16.2."), "it stays as it was");
+    edit(r#"{"service":"audit"}"#);
+    is(6, "True");
+
+    // Who makes wires is another one now, and makes them as they were edited.
+    let _said = kubectl(&["rollout", "restart", "daemonset/nsm-node", "--namespace=nsm-system"]);
+    mesh.rolled_out("daemonset/nsm-node", "nsm-system");
+    until("the wire stands", || leads("172.16.2."));
+    edit(r#"{"service":"finance"}"#);
+    until("the wire leads to the first service", || leads("172.16.1."));
+    let _said = kubectl(&["delete", "deployment", "near", "gateway", "auditor"]);
+    mesh.no_wires();
+}
+
 /// From a machine that has kubectl and nothing else of the cluster.
 #[test]
 fn whoever_has_kubectl_looks_at_the_mesh_from_outside() {

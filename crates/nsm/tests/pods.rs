@@ -18,7 +18,7 @@ use nsm_api::{
 use nsm_cluster::{ApiServer, api_server};
 use nsm_k8s::{
     objects::{Objects, Patch},
-    wires::{CONDITION, Name, Trouble, Wires, Wish, Writer},
+    wires::{CONDITION, Name, Reader, Trouble, Wires, Wish, Writer},
 };
 use serde_json::{Value, json};
 use tokio::{
@@ -373,4 +373,115 @@ async fn a_node_speaks_for_its_own_pods_only() {
     let done = ring.as_node(&unbound, &create, &ring.wire("unbound", "node1"));
     let said = String::from_utf8_lossy(&done.stderr).into_owned();
     assert!(!done.status.success() && said.contains("not bound to a node"), "{said}");
+}
+
+/// A wire is edited by whoever may, and its status says what became of that.
+#[tokio::test]
+async fn an_edited_wire_is_told_to_whoever_makes_it_and_says_what_became_of_that() {
+    let name_of_test = "an_edited_wire_is_told_to_whoever_makes_it_and_says_what_became_of_that";
+    let Some(ring) = Ring::start(name_of_test) else { return };
+    let (wires, writing) = ring.writer(LONG).await;
+    let reading =
+        tokio::spawn(Reader::new(Objects::of(&ring.node1).await.unwrap(), wires.clone(), "node1").run());
+    let (web, uid) = (name("web"), ring.uid("web"));
+    wires.asked(&web, wish());
+    wires.is_of(&web, &uid);
+    wires.up(&web, &connection("gw-1"));
+    until("the wire is up", || ring.wires().first().is_some_and(|wire| wire["status"]["state"] == "Up"))
+        .await;
+    assert!(wires.edit(&web).is_none(), "nobody has edited it");
+    let wire = ring.wires()[0]["metadata"]["name"].as_str().unwrap().to_owned();
+
+    // Whoever may: not everybody.
+    let change = |kubeconfig: &std::path::Path, change: &Value| {
+        let change = change.to_string();
+        ring.as_node(kubeconfig, &["patch", "wire", &wire, "--type=merge", "--patch", &change], "")
+    };
+    let editor = ring.server.kubeconfig_of("apps", "editor");
+    let edit = json!({ "spec": { "service": "audit", "labels": { "app": "spy" }, "mtu": 1400 } });
+    let refused = String::from_utf8(change(&editor, &edit).stderr).unwrap();
+    assert!(refused.contains("is forbidden"), "{refused}");
+    let role = ["create", "role", "editor", "--namespace=apps", "--verb=get,patch"];
+    let _said = ring.server.kubectl(&[&role[..], &["--resource=wires.networkservicemesh.io"]].concat());
+    let bound = [
+        "create",
+        "rolebinding",
+        "editor",
+        "--namespace=apps",
+        "--role=editor",
+        "--serviceaccount=apps:editor",
+    ];
+    let _said = ring.server.kubectl(&bound);
+    let edits = |of: &Value| {
+        let done = change(&editor, of);
+        (done.status.success(), String::from_utf8_lossy(&done.stderr).into_owned())
+    };
+    for (wrong, why) in [
+        (json!({ "spec": { "pod": "other" } }), "say whose wire it is"),
+        (json!({ "spec": { "node": "node2" } }), "say whose wire it is"),
+        (json!({ "spec": { "mtu": 500 } }), "1280"),
+        (json!({ "spec": { "service": "" } }), "spec.service"),
+    ] {
+        let (done, said) = edits(&wrong);
+        assert!(!done && said.contains(why), "{wrong}: {said}");
+    }
+    assert!(edits(&edit).0);
+    tokio::time::timeout(PATIENCE, wires.edited()).await.unwrap();
+    let told = wires.edit(&web).unwrap();
+    assert_eq!((told.wish.service.as_str(), told.mtu, told.stands), ("audit", Some(1400), false));
+    assert_eq!(told.wish.labels, [("app".to_owned(), "spy".to_owned())].into());
+
+    // What became of it.
+    let applied = || {
+        let status = ring.status("web");
+        let mut conditions = status["conditions"].as_array()?.iter();
+        let found = conditions.find(|condition| condition["type"] == "Applied")?;
+        let text = |key: &str| found[key].as_str().unwrap_or_default().to_owned();
+        Some((text("status"), text("message"), found["observedGeneration"].as_i64().unwrap()))
+    };
+    let nobody = "fwd: network service \"audit\" is not found (hint: apply it)";
+    wires.applied(&web, told.generation, Some(Trouble::said(nobody)));
+    until("why not", || applied().is_some()).await;
+    let why = "fwd: network service \"audit\" is not found (apply it)".to_owned();
+    assert_eq!(applied(), Some(("False".to_owned(), why, told.generation)));
+    wires.applied(&web, told.generation, None);
+    wires.up(&web, &connection("audit-1"));
+    until("since when", || applied().is_some_and(|(status, _, _)| status == "True")).await;
+    let stands = ["wait", "--for=condition=Applied", "--timeout=60s", &format!("wire/{wire}")];
+    assert!(ring.as_node(&editor, &["get", "wires", &wire], "").status.success());
+    let _met = ring.server.kubectl(&[&stands[..], &["--namespace=apps"]].concat());
+    until("the pod hears of it", || {
+        ring.events("web")
+            .iter()
+            .any(|(reason, said)| reason == "WireMoved" && said.contains("nsm-1 to audit is up"))
+    })
+    .await;
+    assert!(wires.edit(&web).unwrap().stands);
+
+    // Whoever comes after this process knows it from the start.
+    let after = Wires::default();
+    let mut reader = Reader::new(Objects::of(&ring.node1).await.unwrap(), after.clone(), "node1");
+    reader.read().await.unwrap();
+    let same = after.edit(&web).unwrap();
+    assert_eq!((same.wish.service.as_str(), same.generation, same.stands), ("audit", told.generation, true));
+    let others = Wires::default();
+    let node2 = ring.server.kubeconfig_on("node2", "nsm-system", "nsm-node");
+    Reader::new(Objects::of(&node2).await.unwrap(), others.clone(), "node2").read().await.unwrap();
+    assert!(others.edit(&web).is_none(), "of another node");
+
+    // Another edit, and all of it taken back: the wire is made anew, as its pod has asked for it.
+    assert!(edits(&json!({ "spec": { "mtu": null } })).0);
+    tokio::time::timeout(PATIENCE, wires.edited()).await.unwrap();
+    until("the edit is known", || wires.edit(&web).is_some_and(|edit| edit.mtu.is_none() && !edit.stands))
+        .await;
+    let _said = ring.server.kubectl(&["delete", "wire", &wire, "--namespace=apps"]);
+    until("nobody edits it", || wires.edit(&web).is_none()).await;
+    wires.up(&web, &connection("gw-1"));
+    until("it is said anew", || {
+        ring.wires().first().is_some_and(|wire| wire["spec"]["service"] == "finance")
+    })
+    .await;
+    assert_eq!(applied(), None);
+    writing.abort();
+    reading.abort();
 }

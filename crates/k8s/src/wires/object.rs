@@ -8,9 +8,11 @@ use serde_json::{Map, Value, json};
 
 use super::{
     Name, Trouble, Wish,
-    table::{Said, State},
+    table::{Outcome, Said, State, service},
 };
 
+/// The condition of a wire that somebody has edited.
+pub(crate) const APPLIED: &str = "Applied";
 /// The condition of a pod that waits for its wires, and the gate by which it says that it does.
 pub const CONDITION: &str = "networkservicemesh.io/wires";
 /// The label that names the node of a wire.
@@ -78,16 +80,21 @@ pub(crate) struct Seen {
     pub(crate) since: SystemTime,
     pub(crate) shape: Option<Shape>,
     pub(crate) trouble: Option<(Trouble, SystemTime)>,
+    pub(crate) outcome: Option<Outcome>,
+}
+
+/// The name of a wire's object: of the pod with this UID, not of its namesakes.
+pub(crate) fn object_name(name: &Name, uid: &str) -> String {
+    let hash = digest::digest(&digest::SHA256, format!("{uid}/{}", name.connection).as_bytes());
+    let hash: String = hash.as_ref()[..5].iter().map(|byte| format!("{byte:02x}")).collect();
+    let pod: String = name.pod.chars().take(240).collect();
+    format!("{}-{hash}", pod.trim_end_matches(['.', '-']))
 }
 
 impl Seen {
-    /// The name of its object: of this pod, not of its namesakes.
+    /// The name of its object.
     pub(crate) fn object_name(&self) -> String {
-        let hash =
-            digest::digest(&digest::SHA256, format!("{}/{}", self.uid, self.name.connection).as_bytes());
-        let hash: String = hash.as_ref()[..5].iter().map(|byte| format!("{byte:02x}")).collect();
-        let pod: String = self.name.pod.chars().take(240).collect();
-        format!("{}-{hash}", pod.trim_end_matches(['.', '-']))
+        object_name(&self.name, &self.uid)
     }
 
     /// The object, without its status.
@@ -127,17 +134,19 @@ impl Seen {
         });
         let up = self.state == State::Up;
         let why = self.trouble.as_ref().filter(|_| !up).map(|(trouble, _)| trouble.message.clone());
+        let is_up = json!({
+            "type": "Up",
+            "status": if up { "True" } else { "False" },
+            "reason": self.state.name(),
+            "message": why.unwrap_or_default(),
+            "lastTransitionTime": stamp(self.since),
+        });
+        let conditions: Vec<_> = [is_up].into_iter().chain(self.outcome.as_ref().map(applied)).collect();
         let mut status = json!({
             "state": self.state.name(),
             "since": stamp(self.since),
             "lastError": trouble,
-            "conditions": [{
-                "type": "Up",
-                "status": if up { "True" } else { "False" },
-                "reason": self.state.name(),
-                "message": why.unwrap_or_default(),
-                "lastTransitionTime": stamp(self.since),
-            }],
+            "conditions": conditions,
         });
         // Where it is not known, what was said before stays: that wire may stand.
         if let Some(shape) = &self.shape {
@@ -161,7 +170,7 @@ impl Seen {
 
     /// What has to be said to somebody who was told the other before, or nothing.
     pub(crate) fn news(&self, before: Option<&Said>) -> Option<News> {
-        let service = &self.wish.service;
+        let service = service(&self.wish, self.outcome.as_ref());
         let shape = self.shape.as_ref();
         let at = shape.map(|shape| shape.endpoint.as_str()).unwrap_or_default();
         let normal = |reason, message| Some(News { warns: false, reason, message });
@@ -201,6 +210,23 @@ impl Seen {
     pub(crate) fn trouble_text(&self) -> &str {
         self.trouble.as_ref().map(|(trouble, _)| trouble.message.as_str()).unwrap_or_default()
     }
+}
+
+/// Whether a wire is as it was edited, and why not.
+fn applied(outcome: &Outcome) -> Value {
+    let (status, reason, message) = match &outcome.trouble {
+        None => ("True", "Applied", String::new()),
+        Some(Trouble { message, hint }) if hint.is_empty() => ("False", "Refused", message.clone()),
+        Some(Trouble { message, hint }) => ("False", "Refused", format!("{message} ({hint})")),
+    };
+    json!({
+        "type": APPLIED,
+        "status": status,
+        "reason": reason,
+        "message": message,
+        "lastTransitionTime": stamp(outcome.at),
+        "observedGeneration": outcome.generation,
+    })
 }
 
 impl Shape {

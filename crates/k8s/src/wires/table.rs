@@ -100,6 +100,17 @@ pub(crate) enum Gate {
     Waits(Option<Option<String>>),
 }
 
+/// What became of an edit.
+#[derive(Debug, Clone)]
+pub(crate) struct Outcome {
+    /// What it was to be.
+    pub(crate) wish: Wish,
+    pub(crate) generation: i64,
+    /// Why it is not so.
+    pub(crate) trouble: Option<Trouble>,
+    pub(crate) at: SystemTime,
+}
+
 /// What the API server has of a wire.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Told {
@@ -118,6 +129,7 @@ struct Entry {
     /// Here, or as an earlier process knew it.
     was_up: bool,
     trouble: Option<(Trouble, SystemTime)>,
+    outcome: Option<Outcome>,
     asked: Instant,
     /// When it is to be said how it is.
     due: Option<Instant>,
@@ -138,6 +150,7 @@ impl Entry {
             shape: None,
             was_up: false,
             trouble: None,
+            outcome: None,
             asked: now,
             due: Some(now + State::Asking.settles()),
             version: 0,
@@ -168,6 +181,12 @@ impl Entry {
         let at = (now + self.state.settles()).max(quiet);
         self.due = Some(self.due.map_or(at, |due| due.min(at)));
     }
+}
+
+/// What a wire is to, as it was asked for or edited.
+pub(crate) fn service<'w>(wish: &'w Wish, outcome: Option<&'w Outcome>) -> &'w str {
+    let applied = outcome.filter(|outcome| outcome.trouble.is_none());
+    applied.map_or(&wish.service, |outcome| &outcome.wish.service)
 }
 
 /// What is to be said next.
@@ -225,6 +244,7 @@ impl Table {
         uid.clone_into(&mut entry.uid);
         if new {
             (entry.told, entry.shape, entry.trouble) = (Told::default(), None, None);
+            entry.outcome = None;
             entry.was_up = false;
             entry.turn(State::Asking, now, clock::now());
             self.gates.remove(&(name.namespace.clone(), name.pod.clone()));
@@ -250,6 +270,21 @@ impl Table {
         entry.was_up |= state == State::Up;
         entry.trouble = trouble.map(|trouble| (trouble, clock)).or(entry.trouble.take());
         entry.turn(state, now, clock);
+    }
+
+    /// The pod, where that is known.
+    pub(crate) fn uid(&self, name: &Name) -> String {
+        self.wires.get(name).map(|entry| entry.uid.clone()).unwrap_or_default()
+    }
+
+    /// What became of an edit; `None`: there is none any more.
+    pub(crate) fn applied(&mut self, name: &Name, outcome: Option<Outcome>, now: Instant) {
+        let Some(entry) = self.wires.get_mut(name) else { return };
+        let said = |of: &Option<Outcome>| of.as_ref().map(|of| (of.generation, of.trouble.clone()));
+        if said(&entry.outcome) != said(&outcome) {
+            entry.outcome = outcome;
+            entry.changed(now);
+        }
     }
 
     pub(crate) fn failed(&mut self, name: &Name, trouble: Trouble, now: Instant, clock: SystemTime) {
@@ -279,7 +314,7 @@ impl Table {
                 State::Ended => {}
                 state => {
                     let why = entry.trouble.as_ref().map(|(trouble, _)| format!(": {}", trouble.message));
-                    let service = &entry.wish.service;
+                    let service = service(&entry.wish, entry.outcome.as_ref());
                     missing.push(format!("{service} is {}{}", state.name(), why.unwrap_or_default()));
                 }
             }
@@ -325,6 +360,7 @@ impl Table {
             since: entry.since,
             shape: entry.shape.clone(),
             trouble: entry.trouble.clone(),
+            outcome: entry.outcome.clone(),
         };
         let gate = self.gates.get(&(name.namespace.clone(), name.pod.clone())).cloned().unwrap_or_default();
         let missing = self.missing(name);
@@ -493,6 +529,37 @@ mod tests {
             (job.seen.uid.as_str(), job.told.said.is_some(), job.gate),
             ("uid-2", false, Gate::Unknown)
         );
+    }
+
+    #[test]
+    fn what_became_of_an_edit_is_said_once_and_goes_with_it() {
+        let (mut table, now, clock) = (Table::default(), Instant::now(), clock::now());
+        let wire = name("web", "web-0");
+        table.asked(&wire, wish(), now);
+        table.is_of(&wire, "uid-1", now);
+        table.is(&wire, State::Up, Some(shape("gw-1")), None, now, clock);
+        assert_eq!(all_said(&mut table, now).len(), 1);
+        let outcome = |generation, why: Option<&str>| {
+            let wish = Wish { service: "audit".into(), ..Wish::default() };
+            Some(Outcome { wish, generation, trouble: why.map(trouble), at: clock })
+        };
+        let mut becomes = |of: Option<Outcome>| {
+            table.applied(&wire, of, now);
+            let Next::Job(job) = table.next(now + LONGEST) else { return None };
+            table.done(&job, None, now);
+            Some(service(&job.seen.wish, job.seen.outcome.as_ref()).to_owned())
+        };
+        assert_eq!(
+            becomes(outcome(2, Some("no endpoint"))).as_deref(),
+            Some("finance"),
+            "it stays as it was"
+        );
+        assert_eq!(becomes(outcome(2, Some("no endpoint"))), None);
+        assert_eq!(becomes(outcome(2, None)).as_deref(), Some("audit"));
+        assert_eq!(becomes(outcome(2, None)), None, "a refresh is no news");
+        assert_eq!(becomes(outcome(3, None)).as_deref(), Some("audit"));
+        assert_eq!(becomes(None).as_deref(), Some("finance"));
+        assert_eq!(becomes(None), None);
     }
 
     #[test]

@@ -394,18 +394,20 @@ fn merged(mut told: Value, status: Value) -> Value {
 
 /// Whether a status has to be written; that it is so since another moment is none.
 fn differs(told: &Value, status: &Value) -> bool {
-    let Some(wanted) = status.as_object() else { return true };
-    let plain = |value: &Value| {
-        let mut value = value.clone();
-        if let Some(map) = value.as_object_mut() {
-            map.retain(|key, value| !value.is_null() && key != "time");
+    fn plain(value: &Value) -> Value {
+        match value {
+            Value::Object(map) => {
+                let said = map.iter().filter(|(key, value)| {
+                    !value.is_null() && !matches!(key.as_str(), "time" | "lastTransitionTime")
+                });
+                Value::Object(said.map(|(key, value)| (key.clone(), plain(value))).collect())
+            }
+            Value::Array(list) => Value::Array(list.iter().map(plain).collect()),
+            value => value.clone(),
         }
-        value
-    };
-    wanted
-        .iter()
-        .filter(|(key, _)| !matches!(key.as_str(), "since" | "conditions"))
-        .any(|(key, value)| plain(&told[key]) != plain(value))
+    }
+    let Some(wanted) = status.as_object() else { return true };
+    wanted.iter().filter(|(key, _)| *key != "since").any(|(key, value)| plain(&told[key]) != plain(value))
 }
 
 #[cfg(test)]
@@ -416,15 +418,23 @@ mod tests {
     fn a_status_differs_by_what_it_says() {
         let status = json!({
             "state": "Up", "since": "2026-01-01T00:00:00Z", "mtu": 1450, "endpoint": null,
-            "lastError": { "message": "x", "hint": null, "time": "2026-01-01T00:00:00Z" }, "conditions": [],
+            "lastError": { "message": "x", "hint": null, "time": "2026-01-01T00:00:00Z" },
+            "conditions": [{ "type": "Up", "lastTransitionTime": "2026-01-01T00:00:00Z" }],
         });
-        let mut told = json!({ "state": "Up", "mtu": 1450, "lastError": { "message": "x", "time": "t" } });
+        let mut told = json!({
+            "state": "Up", "mtu": 1450, "lastError": { "message": "x", "time": "t" },
+            "conditions": [{ "type": "Up", "lastTransitionTime": "t" }],
+        });
         assert!(!differs(&told, &status));
         told["mtu"] = json!(1500);
         assert!(differs(&told, &status));
         told["mtu"] = json!(1450);
         told["endpoint"] = json!("gw");
         assert!(differs(&told, &status), "what is not there any more goes");
+        told["endpoint"] = Value::Null;
+        assert!(!differs(&told, &status));
+        told["conditions"] = json!([{ "type": "Up" }, { "type": "Applied" }]);
+        assert!(differs(&told, &status), "an edit is taken back");
         assert!(differs(&Value::Null, &status));
     }
 }
