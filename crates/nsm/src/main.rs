@@ -2,6 +2,7 @@
 //! crates of the same names.
 
 mod bench;
+mod between;
 mod common;
 mod convert;
 mod guard;
@@ -58,6 +59,8 @@ enum Nsm {
     Ipam(roles::Ipam),
     Identity(identity::Identity),
     Webhook(webhook::Webhook),
+    MapIp(between::MapIp),
+    ClusterInfo(between::ClusterInfo),
     Probe(probe::Probe),
     Install(install::Install),
     Uninstall(install::Uninstall),
@@ -109,6 +112,10 @@ fn main() -> ExitCode {
         Nsm::Ipam(role) => common::run(&role.common.clone(), "ipam", &role.name(), role.serve()),
         Nsm::Identity(role) => common::run(&role.common().clone(), "identity", &role.name(), role.serve()),
         Nsm::Webhook(role) => common::run(&role.common.clone(), "webhook", &role.name(), role.serve()),
+        Nsm::MapIp(role) => common::run(&role.common.clone(), "map-ip", "map-ip", role.serve()),
+        Nsm::ClusterInfo(role) => {
+            common::run(&role.common.clone(), "cluster-info", "cluster-info", role.serve())
+        }
         Nsm::Probe(probe) => probe.run(),
         Nsm::Install(install) => install.run(),
         Nsm::Uninstall(uninstall) => uninstall.run(),

@@ -19,7 +19,7 @@ const fn program(name: &'static str, role: &'static [&'static str], root: bool) 
 }
 
 /// All of them.
-pub(crate) const PROGRAMS: [Program; 10] = [
+pub(crate) const PROGRAMS: [Program; 12] = [
     program("cmd-nsmgr", &["manager"], true),
     program("cmd-forwarder-vpp", &["forwarder"], true),
     program("cmd-registry-memory", &["registry"], false),
@@ -30,6 +30,8 @@ pub(crate) const PROGRAMS: [Program; 10] = [
     program("cmd-nse-firewall-vpp", &["firewall"], false),
     program("cmd-ipam-vl3", &["ipam"], false),
     program("cmd-admission-webhook-k8s", &["webhook"], true),
+    program("cmd-map-ip-k8s", &["map-ip"], false),
+    program("cmd-cluster-info-k8s", &["cluster-info"], false),
 ];
 
 /// Programs inside of upstream's images that manifests name.

@@ -1,28 +1,19 @@
 //! What people write into the resources of wires: followed, and kept for whoever asks for the wires.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    time::Duration,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
-use futures::{StreamExt as _, TryStreamExt as _};
-use kube::core::WatchEvent;
 use serde_json::Value;
-use tokio::time::{Instant, sleep, timeout};
-use tracing::{debug, info, warn};
+use tracing::info;
 
 use super::{
     Name, Wires, Wish,
     object::{APPLIED, NODE, object_name},
 };
-use crate::objects::{ApiError, Objects, escaped};
+use crate::{
+    follow::{Follower, Heard},
+    objects::{ApiError, Objects, escaped},
+};
 
-/// Pauses while the API server is away, or does not let us.
-const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
-/// How long a watch lasts; then the next goes on where it was. The API server ends it.
-const WATCH: Duration = Duration::from_secs(290);
-/// How much later than it should end a watch is taken for dead.
-const LATE: Duration = Duration::from_secs(30);
 /// Wires of a node whose edits are kept.
 const MOST: usize = 16_384;
 
@@ -113,18 +104,17 @@ fn read(wire: &Value) -> Option<(Name, Option<(String, Edit)>)> {
 /// Follows what people make of the wires of a node's pods.
 #[derive(Debug)]
 pub struct Reader {
-    api: Objects,
+    follower: Follower,
     wires: Wires,
-    node: String,
-    /// Where to go on.
-    version: Option<String>,
 }
 
 impl Reader {
     /// For the pods of a node.
     #[must_use]
-    pub fn new(api: Objects, wires: Wires, node: impl Into<String>) -> Self {
-        Self { api, wires, node: node.into(), version: None }
+    pub fn new(api: Objects, wires: Wires, node: &str) -> Self {
+        let query = format!("labelSelector={}", escaped(&format!("{NODE}={node}")));
+        let path = "/apis/networkservicemesh.io/v1/wires";
+        Self { follower: Follower::new(api, "wires", path, &query), wires }
     }
 
     /// Reads what there is.
@@ -132,99 +122,49 @@ impl Reader {
     /// # Errors
     /// The API server does not tell.
     pub async fn read(&mut self) -> Result<(), ApiError> {
-        let list = self.api.get("wires", &self.path("")).await?;
-        let found: Vec<_> = list["items"].as_array().into_iter().flatten().filter_map(read).collect();
-        let there: BTreeSet<_> = found.iter().map(|(name, _)| name.clone()).collect();
-        let gone: Vec<_> = {
-            let known = self.wires.0.edits.lock();
-            known.0.keys().filter(|name| !there.contains(*name)).cloned().collect()
-        };
-        gone.into_iter().for_each(|name| self.set(name, None));
-        found.into_iter().for_each(|(name, edit)| self.set(name, edit));
-        self.version = list["metadata"]["resourceVersion"].as_str().map(str::to_owned);
+        let heard = self.follower.read().await?;
+        self.wires.hear(heard);
         Ok(())
     }
 
     /// Follows it; does not end.
-    pub async fn run(mut self) {
-        let (mut pause, mut said) = (PAUSES.0, false);
-        loop {
-            let began = Instant::now();
-            match self.follow().await {
-                Ok(()) => pause = PAUSES.0,
-                Err(error) => {
-                    if error.code() == Some(410) {
-                        self.version = None;
-                    } else if !std::mem::replace(&mut said, true) {
-                        warn!(%error, "what people write into wires is not known as long as that is so");
-                    }
-                    debug!(%error, "the watch of wires ended");
-                    if began.elapsed() > PAUSES.1 {
-                        (pause, said) = (PAUSES.0, false);
-                    }
-                    sleep(pause).await;
-                    pause = (pause * 2).min(PAUSES.1);
-                }
+    pub async fn run(self) {
+        let wires = self.wires;
+        self.follower.run(|heard| wires.hear(heard)).await;
+    }
+}
+
+impl Wires {
+    fn hear(&self, heard: Heard) {
+        match heard {
+            Heard::All(all) => {
+                let found: Vec<_> = all.iter().filter_map(read).collect();
+                let there: BTreeSet<_> = found.iter().map(|(name, _)| name).collect();
+                let gone: Vec<_> = {
+                    let known = self.0.edits.lock();
+                    known.0.keys().filter(|name| !there.contains(name)).cloned().collect()
+                };
+                gone.into_iter().for_each(|name| self.is_edited(name, None));
+                found.into_iter().for_each(|(name, edit)| self.is_edited(name, edit));
             }
+            Heard::Is(wire) => read(&wire).into_iter().for_each(|(name, edit)| self.is_edited(name, edit)),
+            Heard::Gone(wire) => read(&wire).into_iter().for_each(|(name, _)| self.is_edited(name, None)),
         }
     }
 
-    async fn follow(&mut self) -> Result<(), ApiError> {
-        let version = match self.version.clone() {
-            Some(version) => version,
-            None => {
-                self.read().await?;
-                self.version.clone().unwrap_or_default()
-            }
-        };
-        let path = self.path(&format!(
-            "&watch=true&allowWatchBookmarks=true&timeoutSeconds={}&resourceVersion={}",
-            WATCH.as_secs(),
-            escaped(&version)
-        ));
-        let mut events = self.api.watch("wires", &path).await?.boxed();
-        let end = Instant::now() + WATCH + LATE;
-        while let Ok(event) = timeout(end - Instant::now(), events.try_next()).await {
-            let Some(event) = event? else { break };
-            let (object, gone) = match event {
-                WatchEvent::Added(object) | WatchEvent::Modified(object) => (object, false),
-                WatchEvent::Deleted(object) => (object, true),
-                WatchEvent::Bookmark(mark) => {
-                    self.version = Some(mark.metadata.resource_version);
-                    continue;
-                }
-                // Most often: that it does not remember so much.
-                WatchEvent::Error(_) => {
-                    self.version = None;
-                    break;
-                }
-            };
-            self.version = object["metadata"]["resourceVersion"].as_str().map(str::to_owned);
-            if let Some((name, edit)) = read(&object) {
-                self.set(name, edit.filter(|_| !gone));
-            }
-        }
-        Ok(())
-    }
-
-    fn set(&self, name: Name, edit: Option<(String, Edit)>) {
+    fn is_edited(&self, name: Name, edit: Option<(String, Edit)>) {
         let taken_back = edit.is_none();
-        let news = self.wires.0.edits.lock().set(name.clone(), edit);
-        if news {
-            info!(
-                pod = %format_args!("{}/{}", name.namespace, name.pod), connection = name.connection, taken_back,
-                "somebody has edited a wire"
-            );
-            if taken_back {
-                self.wires.taken_back(&name);
-            }
-            self.wires.0.edited.notify_one();
+        if !self.0.edits.lock().set(name.clone(), edit) {
+            return;
         }
-    }
-
-    fn path(&self, more: &str) -> String {
-        let selector = escaped(&format!("{NODE}={}", self.node));
-        format!("/apis/networkservicemesh.io/v1/wires?labelSelector={selector}{more}")
+        info!(
+            pod = %format_args!("{}/{}", name.namespace, name.pod), connection = name.connection, taken_back,
+            "somebody has edited a wire"
+        );
+        if taken_back {
+            self.taken_back(&name);
+        }
+        self.0.edited.notify_one();
     }
 }
 
