@@ -182,8 +182,12 @@ impl Mesh {
     /// What is of ours in the kernels of both nodes: links in every network namespace there that bear our mark or
     /// upstream's, and what is to be had of wires in files.
     fn wires(&self) -> Vec<String> {
+        self.wires_on(1..=self.cluster.nodes())
+    }
+
+    fn wires_on(&self, nodes: impl IntoIterator<Item = u32>) -> Vec<String> {
         let mut found = Vec::new();
-        for node in 1..=self.cluster.nodes() {
+        for node in nodes {
             // One process of each network namespace is enough.
             let mut namespaces = BTreeMap::new();
             for pid in self
@@ -493,6 +497,72 @@ fn a_wire_that_is_edited_is_another_one_at_once() {
     edit(r#"{"service":"finance"}"#);
     until("the wire leads to the first service", || leads("172.16.1."));
     let _said = kubectl(&["delete", "deployment", "near", "gateway", "auditor"]);
+    mesh.no_wires();
+}
+
+/// Nobody says good-bye: what was registered there, what is said of its pods and what leads there goes all the same.
+#[test]
+fn a_node_that_is_deleted_without_drain_leaves_nothing_and_comes_back_by_its_name() {
+    let name = "a_node_that_is_deleted_without_drain_leaves_nothing_and_comes_back_by_its_name";
+    let Some(mesh) = Mesh::start(name) else { return };
+    let kubectl = |args: &[&str]| mesh.cluster.kubectl(args);
+    mesh.install();
+    mesh.applied(&ENDPOINT.replace("node1", "node2"));
+    mesh.rolled_out("deployment/gateway", "default");
+    for (client_name, node) in [("near", "node1"), ("far", "node2")] {
+        mesh.applied(&client(client_name, node, ANNOTATION));
+        mesh.rolled_out(&format!("deployment/{client_name}"), "default");
+    }
+    assert!(mesh.reaches("near") && mesh.reaches("far"));
+    mesh.applied(&ENDPOINT.replace("gateway", "spare"));
+    mesh.rolled_out("deployment/spare", "default");
+    // Pods that nobody makes again on a node that is not there.
+    let _said = kubectl(&["delete", "deployment", "gateway", "far", "--cascade=orphan"]);
+    let _said = kubectl(&["delete", "replicaset", "--selector=app in (gateway, far)", "--cascade=orphan"]);
+    let registered = || kubectl(&["get", "nses", "--all-namespaces", "--output=name"]);
+    assert!(registered().contains("gateway-") && registered().contains("spare-"), "{}", registered());
+    let told = || kubectl(&["get", "wires", "--output=jsonpath={.items[*].spec.node}"]);
+    assert_eq!(told().split_whitespace().count(), 2, "{}", told());
+
+    let gone = Instant::now();
+    mesh.cluster.cut(2);
+    let _said = kubectl(&["delete", "node", "node2", "--wait=false"]);
+    until("the wire leads to the endpoint that is left", || {
+        kubectl(&["get", "wires", "--output=jsonpath={.items[*].status.endpoint}"]).contains("spare-")
+            && mesh.reaches("near")
+    });
+    println!("a node is gone, its client elsewhere has another endpoint: {:.1?}", gone.elapsed());
+    until("its endpoints are not registered", || !registered().contains("gateway-"));
+    println!("what it had registered is gone: {:.1?}", gone.elapsed());
+    until("nothing is said of its pods", || told() == "node1");
+    println!("what was said of its pods is gone: {:.1?}", gone.elapsed());
+    until("no tunnel leads there", || !mesh.wires_on([1]).iter().any(|wire| wire.contains("vxlan")));
+
+    let back = Instant::now();
+    mesh.cluster.boot(2);
+    println!("it is booted: {:.1?}", back.elapsed());
+    until("it is a node again", || {
+        let ready = r#"--output=jsonpath={.status.conditions[?(@.type=="Ready")].status}"#;
+        let node = mesh.cluster.kubectl_command().args(["get", "node", "node2", ready]).output().unwrap();
+        node.stdout == b"True"
+    });
+    println!("it is a node again: {:.1?}", back.elapsed());
+    until("it has a part of the mesh", || {
+        kubectl(&[
+            "get",
+            "daemonset",
+            "nsm-node",
+            "--namespace=nsm-system",
+            "--output=jsonpath={.status.numberReady}",
+        ]) == "2"
+    });
+    println!("it has its part of the mesh: {:.1?}", back.elapsed());
+    mesh.applied(&client("far", "node2", ANNOTATION));
+    mesh.rolled_out("deployment/far", "default");
+    until("a pod there has its wire", || mesh.reaches("far"));
+    println!("a pod there has its wire: {:.1?}", back.elapsed());
+    assert!(mesh.reaches("near"));
+    let _said = kubectl(&["delete", "deployment", "near", "far", "spare"]);
     mesh.no_wires();
 }
 
