@@ -12,12 +12,17 @@
 
 pub mod chart;
 pub mod objects;
+pub mod record;
 
 use nsm_webhook::settings::SocketPath;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+pub use record::{RECORD, Record};
+
 /// What an installation is to be.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
 pub struct Settings {
     /// Where everything lives that lives in a namespace.
     pub namespace: String,
@@ -32,6 +37,7 @@ pub struct Settings {
     /// Who says who is who.
     pub identity: Identity,
     /// The directory and the name of the socket on each node where that is said (the SPIFFE Workload API).
+    #[serde(with = "path")]
     pub identity_socket: (String, String),
     /// What processes log.
     pub log_level: String,
@@ -47,8 +53,25 @@ pub struct Settings {
     pub crds: bool,
 }
 
+/// A directory and a name, as one path.
+mod path {
+    use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
+
+    pub(super) fn serialize<S: Serializer>(of: &(String, String), to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(&format!("{}/{}", of.0, of.1))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<(String, String), D::Error> {
+        let path = String::deserialize(from)?;
+        let (directory, file) =
+            path.rsplit_once('/').ok_or_else(|| D::Error::custom("expected /DIR/FILE"))?;
+        Ok((directory.to_owned(), file.to_owned()))
+    }
+}
+
 /// Who tells processes who they are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Identity {
     /// An agent of ours on each node, and a signer.
     Builtin,
@@ -57,7 +80,8 @@ pub enum Identity {
 }
 
 /// What keeps registrations.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Store {
     /// The one registry's memory: managers and endpoints register again after its restart.
     Memory,
@@ -112,6 +136,9 @@ pub enum InstallError {
         "{0:?} is no prefix; expected ADDRESS/LENGTH that an address of each node is in, for example 10.0.0.0/24"
     )]
     Underlay(String),
+    /// Not what an installation has written.
+    #[error("the ConfigMap nsm-installation does not say how the mesh was installed: {0}")]
+    Record(String),
     /// Printing failed.
     #[error("an object cannot be written as YAML: {0}")]
     Yaml(String),
@@ -169,6 +196,15 @@ pub fn manifest(settings: &Settings) -> Result<String, InstallError> {
     Ok(all.collect::<Vec<_>>().join("---\n"))
 }
 
+/// The same, and what it says of itself, for the installation after it; `before` is the one that it takes the place of.
+///
+/// # Errors
+/// The settings are bad.
+pub fn installation(settings: &Settings, before: Option<&Record>) -> Result<String, InstallError> {
+    let record = Record::new(settings.clone(), before).object()?;
+    Ok(format!("{}---\n{}", manifest(settings)?, yaml(&record)?))
+}
+
 /// What `kubectl delete` is to be given: what keeps pods out first, the namespace last. The definitions stay unless
 /// they are asked for, because everything that users wrote goes with them.
 ///
@@ -178,8 +214,7 @@ pub fn removal(settings: &Settings) -> Result<String, InstallError> {
     settings.check()?;
     let mut objects = objects::objects(settings);
     objects.reverse();
-    // Stable: among equals the last made is the first removed.
-    objects.sort_by_key(|object| object["kind"] != "MutatingWebhookConfiguration");
+    removal_order(&mut objects);
     let named = objects.iter().map(|object| {
         let name = &object["metadata"]["name"];
         let mut metadata = serde_json::json!({ "name": name });
@@ -193,6 +228,11 @@ pub fn removal(settings: &Settings) -> Result<String, InstallError> {
         all.extend(definitions().iter().map(|text| text.trim_end().to_owned() + "\n"));
     }
     Ok(all.join("---\n"))
+}
+
+/// What keeps pods out goes first. Stable: among equals the last made is the first removed.
+pub(crate) fn removal_order(objects: &mut [Value]) {
+    objects.sort_by_key(|object| object["kind"] != "MutatingWebhookConfiguration");
 }
 
 /// The custom resources.

@@ -1,4 +1,4 @@
-//! `nsm install` and `nsm uninstall`: what a cluster is given, and given up.
+//! `nsm install`, `nsm upgrade` and `nsm uninstall`: what a cluster is given, and given up.
 
 use std::{
     fs,
@@ -7,9 +7,11 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use clap::{Args, ValueEnum};
-use nsm_install::{Identity, Settings, Store, chart, manifest, removal};
+use clap::{ArgMatches, Args, ValueEnum, parser::ValueSource};
+use nsm_install::{Identity, RECORD, Record, Settings, Store, chart, installation, removal};
 use nsm_webhook::settings::SocketPath;
+
+use crate::operate::{At, cluster::Cluster};
 
 /// Prints what makes a Kubernetes cluster a mesh: nsm install | kubectl apply -f -
 ///
@@ -27,6 +29,26 @@ pub(crate) struct Install {
     /// The directory that base or chart are written into; a manifest goes to standard output
     #[arg(long, value_name = "DIR")]
     output: Option<PathBuf>,
+}
+
+/// Prints what makes an installed mesh one of this version: nsm upgrade --tag v0.2.0 | kubectl apply -f -
+///
+/// With the flags that it was installed with, which the ConfigMap nsm-installation says (kubectl reads it); those given here
+/// change what they say. Each part is rolled pod by pod, and wires stand meanwhile: whoever makes them next on a node goes on
+/// with them. What the mesh has no more by other flags or another version, `nsm upgrade --leftovers` prints afterwards.
+#[derive(Debug, Args)]
+pub(crate) struct Upgrade {
+    #[command(flatten)]
+    what: What,
+    /// Print instead what was installed once and is no part of it any more: nsm upgrade --leftovers | kubectl delete -f -
+    #[arg(long)]
+    leftovers: bool,
+    /// Another context of the kubeconfig
+    #[arg(long, value_name = "NAME")]
+    context: Option<String>,
+    /// Another kubeconfig
+    #[arg(long, value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
 }
 
 /// Prints what `nsm install` of the same flags made, for kubectl: nsm uninstall | kubectl delete -f -
@@ -131,11 +153,43 @@ impl What {
     }
 }
 
+impl What {
+    /// Settings as they were, but for what was said.
+    fn over(self, before: Settings, is_said: impl Fn(&str) -> bool) -> Settings {
+        let now = self.settings(before.crds);
+        let text = |flag: &str, now: String, before: String| if is_said(flag) { now } else { before };
+        Settings {
+            // Where it was found.
+            namespace: now.namespace,
+            images: text("images", now.images, before.images),
+            tag: text("tag", now.tag, before.tag),
+            pull_policy: text("pull_policy", now.pull_policy, before.pull_policy),
+            trust_domain: text("trust_domain", now.trust_domain, before.trust_domain),
+            identity: if is_said("identity") { now.identity } else { before.identity },
+            identity_socket: if is_said("identity_socket") {
+                now.identity_socket
+            } else {
+                before.identity_socket
+            },
+            log_level: text("log_level", now.log_level, before.log_level),
+            underlay: text("underlay", now.underlay, before.underlay),
+            store: if is_said("store") { now.store } else { before.store },
+            webhook: if is_said("webhook") { now.webhook } else { before.webhook },
+            network_policies: if is_said("network_policies") {
+                now.network_policies
+            } else {
+                before.network_policies
+            },
+            crds: now.crds,
+        }
+    }
+}
+
 impl Install {
     pub(crate) fn run(self) -> Result<()> {
         let settings = self.what.settings(true);
         let files = match (self.format, &self.output) {
-            (Format::Manifest, None) => return print(&manifest(&settings)?),
+            (Format::Manifest, None) => return print(&installation(&settings, None)?),
             (Format::Manifest, Some(_)) => bail!("a manifest goes to standard output: leave --output out"),
             (Format::Kustomize, _) => chart::kustomize(&settings)?,
             (Format::Helm, _) => chart::helm(&settings, env!("CARGO_PKG_VERSION"))?,
@@ -148,6 +202,42 @@ impl Install {
             fs::write(&path, text).with_context(|| path.display().to_string())?;
         }
         Ok(())
+    }
+}
+
+impl Upgrade {
+    /// `said` is the command line, which tells a flag that was given from one that was not.
+    pub(crate) fn run(self, said: Option<&ArgMatches>) -> Result<()> {
+        let cluster = Cluster::of(self.context, self.kubeconfig, &self.what.namespace);
+        let mut before = None;
+        // Says nothing but what it found, or why not.
+        let _status = At::run_alone(async {
+            before = cluster.config_map(RECORD).await?;
+            Ok(std::process::ExitCode::SUCCESS)
+        })?;
+        let Some(before) = before else {
+            bail!(
+                "namespace {} says of no mesh how it was installed: there is no ConfigMap {RECORD} (hint: kustomize and Helm \
+                 upgrade what they have installed; what an older nsm has installed, nsm install of the same flags upgrades)",
+                self.what.namespace
+            );
+        };
+        let before = Record::read(&before)?;
+        let is_said =
+            |flag: &str| said.is_some_and(|said| said.value_source(flag) == Some(ValueSource::CommandLine));
+        let settings = self.what.over(before.settings.clone(), is_said);
+        settings.check()?;
+        if self.leftovers {
+            return print(&Record::new(settings, Some(&before)).leftovers()?);
+        }
+        if (&settings.trust_domain, settings.identity)
+            != (&before.settings.trust_domain, before.settings.identity)
+        {
+            eprintln!(
+                "nsm: whoever tells processes who they are changes: nobody believes the identities of before, and wires are made anew"
+            );
+        }
+        print(&installation(&settings, Some(&before))?)
     }
 }
 

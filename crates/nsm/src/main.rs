@@ -63,6 +63,7 @@ enum Nsm {
     ClusterInfo(between::ClusterInfo),
     Probe(probe::Probe),
     Install(install::Install),
+    Upgrade(install::Upgrade),
     Uninstall(install::Uninstall),
     Lab(lab::Lab),
     /// Measures what a wire costs on this machine, beside what the kernel alone can do
@@ -82,8 +83,8 @@ enum Nsm {
 
 /// As kubectl calls its plugin `nsm`, and what this is for there: roles are for pods.
 const PLUGIN: &str = "kubectl-nsm";
-const OF_PLUGIN: [&str; 8] =
-    ["get", "explain", "check", "log", "install", "uninstall", "convert", "completions"];
+const OF_PLUGIN: [&str; 9] =
+    ["get", "explain", "check", "log", "install", "upgrade", "uninstall", "convert", "completions"];
 /// Of these, what asks a mesh: that of the cluster.
 const ASKING: [&str; 4] = ["get", "explain", "check", "log"];
 
@@ -118,6 +119,7 @@ fn main() -> ExitCode {
         }
         Nsm::Probe(probe) => probe.run(),
         Nsm::Install(install) => install.run(),
+        Nsm::Upgrade(upgrade) => upgrade.run(matches.subcommand_matches("upgrade")),
         Nsm::Uninstall(uninstall) => uninstall.run(),
         Nsm::Lab(lab) => return code(lab::run(lab)),
         Nsm::Bench(bench) => return code(bench::run(bench)),

@@ -57,6 +57,10 @@ spec:
 /// What asks for a wire: one line.
 const ANNOTATION: &str = "annotations: {networkservicemesh.io: kernel://finance/nsm-1}";
 
+/// What a mesh is made of.
+const PARTS: [&str; 4] =
+    ["deployment/nsm-identity", "deployment/nsm-registry", "deployment/nsm-webhook", "daemonset/nsm-node"];
+
 /// A workload, with something in its metadata.
 fn client(name: &str, node: &str, metadata: &str) -> String {
     format!(
@@ -96,7 +100,7 @@ impl Mesh {
     fn start(test: &str) -> Option<Self> {
         let cluster = cluster(test)?;
         let directory = tempfile::tempdir().unwrap();
-        cluster.load(&image(directory.path()));
+        cluster.load(&image(directory.path(), "dev"));
         Some(Self { cluster })
     }
 
@@ -116,13 +120,8 @@ impl Mesh {
     fn install(&self) -> Duration {
         let began = Instant::now();
         self.nsm_to_kubectl(&["install", "--pull-policy", "Never"], &["apply", "--filename=-"]);
-        for what in [
-            "deployment/nsm-identity",
-            "deployment/nsm-registry",
-            "deployment/nsm-webhook",
-            "daemonset/nsm-node",
-        ] {
-            self.rolled_out(what, "nsm-system");
+        for part in PARTS {
+            self.rolled_out(part, "nsm-system");
         }
         began.elapsed()
     }
@@ -292,7 +291,7 @@ impl Drop for Mesh {
 }
 
 /// An archive of images of this program. It is no static one, so what it is linked with is in the images, too.
-fn image(directory: &Path) -> PathBuf {
+fn image(directory: &Path, tag: &str) -> PathBuf {
     let program = Path::new(env!("CARGO_BIN_EXE_nsm"));
     let stripped = directory.join("nsm");
     let done = Command::new("strip").arg("-o").arg(&stripped).arg(program).status().unwrap();
@@ -302,7 +301,7 @@ fn image(directory: &Path) -> PathBuf {
         libraries: libraries(program).unwrap(),
         sbom: "{}".into(),
     };
-    nsm_image::write(directory, &contents, "dev").unwrap();
+    nsm_image::write(directory, &contents, tag).unwrap();
     directory.join("nsm.tar")
 }
 
@@ -566,6 +565,48 @@ fn a_node_that_is_deleted_without_drain_leaves_nothing_and_comes_back_by_its_nam
     mesh.no_wires();
 }
 
+/// All parts at once, with images of another tag, under pings.
+#[test]
+fn a_mesh_is_upgraded_under_its_wires() {
+    let Some(mesh) = Mesh::start("a_mesh_is_upgraded_under_its_wires") else { return };
+    mesh.install();
+    mesh.applied(ENDPOINT);
+    mesh.rolled_out("deployment/gateway", "default");
+    for (name, node) in [("near", "node1"), ("far", "node2")] {
+        mesh.applied(&client(name, node, ANNOTATION));
+        mesh.rolled_out(&format!("deployment/{name}"), "default");
+    }
+    let wires = mesh.wires();
+    let directory = tempfile::tempdir().unwrap();
+    mesh.cluster.load(&image(directory.path(), "next"));
+    let pings = ["near", "far"].map(|client| mesh.pings(client));
+    let plugin = Plugin::new((*mesh.cluster).clone());
+    let upgrade = plugin.run(&["upgrade", "--tag", "next"]);
+    assert!(upgrade.status.success(), "{}", String::from_utf8_lossy(&upgrade.stderr));
+    mesh.cluster.apply(&String::from_utf8(upgrade.stdout).unwrap());
+    for part in PARTS {
+        mesh.rolled_out(part, "nsm-system");
+    }
+    // Those that were are going still.
+    let running = "--output=jsonpath={.items[*].spec.containers[*].image}";
+    until("every part runs the new image", || {
+        let images = mesh.cluster.kubectl(&["get", "pods", "--namespace=nsm-system", running]);
+        !images.contains(":dev") && images.contains("nsm:next")
+    });
+    for (client, pings) in ["near", "far"].into_iter().zip(pings) {
+        let stopped = mesh.exec(client, "app", &["killall", "-INT", "ping"]);
+        let said = pings.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&said.stdout).into_owned();
+        let summary = said.lines().find(|line| line.contains("packets transmitted"));
+        let summary = summary.filter(|_| stopped.is_some()).unwrap_or("the wire was made anew");
+        println!("{client}, while the mesh was upgraded: {summary}");
+        until(&format!("{client} reaches its endpoint"), || mesh.reaches(client));
+    }
+    until("the wires are as they were", || mesh.wires().len() == wires.len());
+    let _said = mesh.cluster.kubectl(&["delete", "deployment", "near", "far", "gateway"]);
+    mesh.no_wires();
+}
+
 /// From a machine that has kubectl and nothing else of the cluster.
 #[test]
 fn whoever_has_kubectl_looks_at_the_mesh_from_outside() {
@@ -729,13 +770,7 @@ fn one_manifest_and_one_annotation_make_a_wire_and_nothing_is_left() {
 
     // All of it is replaced, one part after the other, and nobody whose wire stands sees anything of it.
     let pings = ["near", "far"].map(|client| mesh.pings(client));
-    let parts = [
-        "deployment/nsm-identity",
-        "deployment/nsm-registry",
-        "deployment/nsm-webhook",
-        "daemonset/nsm-node",
-    ];
-    for part in parts {
+    for part in PARTS {
         let _said = mesh.cluster.kubectl(&["rollout", "restart", part, "--namespace=nsm-system"]);
         mesh.rolled_out(part, "nsm-system");
     }

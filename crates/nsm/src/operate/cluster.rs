@@ -97,6 +97,23 @@ impl Cluster {
         self.cluster
     }
 
+    /// The mesh in a namespace of a cluster.
+    pub(crate) fn of(context: Option<String>, kubeconfig: Option<PathBuf>, namespace: &str) -> Self {
+        Self { cluster: true, context, kubeconfig, namespace: namespace.to_owned() }
+    }
+
+    /// A ConfigMap of the mesh's namespace, if it is there.
+    pub(crate) async fn config_map(&self, name: &str) -> Result<Option<Value>> {
+        let said = self.kubectl(&["get", "configmap", name, "--ignore-not-found", "--output=json"]).await?;
+        if !said.status.success() {
+            bail!("the ConfigMap {}/{name} is not told: {}", self.namespace, last_words(&said.stderr));
+        }
+        if said.stdout.is_empty() {
+            return Ok(None);
+        }
+        serde_json::from_slice(&said.stdout).context("kubectl get configmap --output=json").map(Some)
+    }
+
     /// What the processes of the mesh tell, and which of its pods are in trouble.
     pub(crate) async fn view(&self, kinds: &[Kind], verify: bool) -> Result<View> {
         let mut tell = vec!["tell".to_owned()];
