@@ -60,8 +60,8 @@ pub enum Malformed {
 
 /// Makes a token: `sub` = the SVID's ID, `aud` = \[`audience`\].
 ///
-/// Its lifetime ends at the earlier of `now + max_lifetime` and the SVID's end; `exp` is that in whole seconds. The
-/// expiry beside it is further limited by the end of the peer's certificate.
+/// Its lifetime ends at the earlier of `now + max_lifetime` and [`shortly_before`] the SVID's end; `exp` is that in whole
+/// seconds. The expiry beside it is further limited by the end of the peer's certificate, in the same way.
 ///
 /// # Errors
 /// The SVID has expired, or its key cannot sign.
@@ -74,7 +74,7 @@ pub fn mint(
 ) -> Result<Token, Error> {
     let end = end(svid, max_lifetime, now)?;
     let jwt = sign(svid, audience, exp(end))?.into();
-    Ok(Token { jwt, expires: peer_not_after.map_or(end, |peer| end.min(peer)) })
+    Ok(Token { jwt, expires: peer_not_after.map_or(end, |peer| end.min(shortly_before(peer, now))) })
 }
 
 /// Makes the tokens of one SVID for one peer. Tokens made within the same second say the same, so they are signed
@@ -95,7 +95,7 @@ impl Minter {
         now: SystemTime,
     ) -> Result<Token, Error> {
         let end = end(svid, max_lifetime, now)?;
-        let expires = end.min(peer.not_after());
+        let expires = end.min(shortly_before(peer.not_after(), now));
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((when, jwt)) = &*last
             && *when == exp(end)
@@ -116,8 +116,15 @@ impl fmt::Debug for Minter {
 }
 
 fn end(svid: &Svid, max_lifetime: Duration, now: SystemTime) -> Result<SystemTime, Error> {
-    let end = now.checked_add(max_lifetime).unwrap_or(svid.not_after()).min(svid.not_after());
+    let bound = shortly_before(svid.not_after(), now);
+    let end = now.checked_add(max_lifetime).unwrap_or(bound).min(bound);
     if end > now { Ok(end) } else { Err(Error::SvidExpired(svid.id().clone())) }
+}
+
+/// The end of a token that a certificate bounds: before the certificate's by a thousandth of what is left of it. So a
+/// token that is made later ends later, also then: whoever compares two tells which is of the later request.
+fn shortly_before(not_after: SystemTime, now: SystemTime) -> SystemTime {
+    not_after - not_after.duration_since(now).unwrap_or_default() / 1000
 }
 
 fn exp(end: SystemTime) -> u64 {

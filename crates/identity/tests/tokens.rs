@@ -101,18 +101,35 @@ fn a_token_is_what_upstream_makes() {
 fn a_lifetime_ends_with_the_certificates() {
     let cast = Cast::new();
     let end = cast.client.not_after();
+    // A thousandth before, of what is left: of an hour.
+    let bound = end - end.duration_since(now()).unwrap() / 1000;
     let day = 24 * 60 * MINUTE;
     let own = mint(&cast.client, None, None, day, now()).unwrap();
-    assert_eq!(own.expires(), end);
-    assert_eq!(claims(own.jwt()).unwrap().expires, Some(1_800_003_600.0));
+    assert_eq!(own.expires(), bound);
+    assert_eq!(claims(own.jwt()).unwrap().expires, Some(1_800_003_596.0));
     // The peer's end limits the expiry beside it, not `exp`.
     let peer = now() + MINUTE;
     let limited = mint(&cast.client, Some(&id("manager")), Some(peer), 10 * MINUTE, now()).unwrap();
-    assert_eq!(limited.expires(), peer);
+    assert_eq!(limited.expires(), peer - MINUTE / 1000);
     assert_eq!(claims(limited.jwt()).unwrap().expires, Some(1_800_000_600.0));
     let late = mint(&cast.client, None, None, day, end).unwrap_err();
     assert!(matches!(late, Error::SvidExpired(_)), "{late}");
-    assert_eq!(mint(&cast.client, None, None, Duration::MAX, now()).unwrap().expires(), end);
+    assert_eq!(mint(&cast.client, None, None, Duration::MAX, now()).unwrap().expires(), bound);
+}
+
+/// By its end it is told which of two requests a token is of.
+#[test]
+fn what_is_made_later_ends_later_also_where_a_certificate_ends_it() {
+    let cast = Cast::new();
+    let (step, end) = (Duration::from_millis(1), cast.client.not_after());
+    for peer in [None, Some(end - MINUTE)] {
+        for from in [now(), end - 2 * MINUTE] {
+            let at = |n| mint(&cast.client, None, peer, 60 * MINUTE, from + n * step).unwrap().expires();
+            let ends: Vec<_> = (0..50).map(at).collect();
+            assert!(ends.is_sorted_by(|earlier, later| earlier < later), "{ends:?}");
+            assert!(ends.iter().all(|at| *at < peer.unwrap_or(end)));
+        }
+    }
 }
 
 #[test]

@@ -54,10 +54,11 @@ impl Authorize {
                     .counted("no_token")
             })?;
             token.jwt().clone_into(&mut previous.token);
-            // What the caller says of its token's end is bounded by what its token and its certificate say.
+            // What the caller says of its token's end is bounded by what its token, in whole seconds, and its
+            // certificate say.
             let exp = token::claims(token.jwt()).ok().and_then(|claims| claims.expires);
             let exp = exp
-                .and_then(|secs| Duration::try_from_secs_f64(secs).ok())
+                .and_then(|secs| Duration::try_from_secs_f64(secs + 1.0).ok())
                 .and_then(|d| UNIX_EPOCH.checked_add(d));
             let end = token.expires().min(peer.leaf().not_after()).min(exp.unwrap_or(now));
             previous.expires = Some(path::to_timestamp(end));

@@ -30,7 +30,7 @@ use crate::{
     error::{Error, Result},
     feed::{BEHIND, Ended, Feed, LAG, TOGETHER},
     hop::NextHop,
-    scope::{Lease, Release},
+    scope::{Lease, Reason, Release},
 };
 
 /// Watchers of one process.
@@ -88,15 +88,22 @@ pub fn follow(mine: &Connection, theirs: &Connection, kind: ConnectionEventType)
 
 /// Whether what a next hop tells is of what it was asked for last, or of later: not of what stood there before, whose end
 /// may be told late, as events come over another connection than answers. Each request gives our segment an end of its own.
-/// Only an end is judged by that: whatever else is told brings no wire down.
-fn is_news(mine: &Connection, theirs: &Connection, kind: ConnectionEventType) -> bool {
-    let ours = path::index(mine);
-    let end = |conn: &Connection| {
-        let end = path::segments(conn).get(ours)?.expires.as_ref()?;
-        Some((end.seconds, end.nanos))
-    };
+/// Only an end is judged by that: whatever else is told brings no wire down. What stood before a Close is known by its own
+/// end, too: a clock that has gone back since would make it the later one.
+fn is_news(known: &Known, theirs: &Connection, kind: ConnectionEventType) -> bool {
+    let ours = path::index(&known.conn);
     let ends = kind == ConnectionEventType::Delete || theirs.state() == State::Down;
-    planted::is("events of a former life count") || !ends || end(theirs) >= end(mine)
+    let (theirs, mine) = (end(theirs, ours), end(&known.conn, ours));
+    let former = known.former.is_some() && known.former == theirs;
+    planted::is("events of a former life count") || !ends || (theirs >= mine && !former)
+}
+
+/// When the token of a segment ends: seconds and nanoseconds since 1970.
+type End = (i64, i32);
+
+fn end(conn: &Connection, segment: usize) -> Option<End> {
+    let end = path::segments(conn).get(segment)?.expires.as_ref()?;
+    Some((end.seconds, end.nanos))
 }
 
 /// The ids of the connections of ours that an event of the next hop may be about: of the segment that it is at, and of
@@ -127,6 +134,8 @@ struct HubState {
     connections: HashMap<String, Known>,
     /// Those that are being asked for at a next hop.
     asked: HashMap<String, Asked>,
+    /// Those that are being asked for with another endpoint, and when our token of what was closed for that ends.
+    closed: HashMap<String, End>,
     watchers: Watchers,
 }
 
@@ -167,6 +176,8 @@ const ANY: &str = "";
 struct Known {
     conn: Connection,
     owner: Option<SpiffeId>,
+    /// When our token ends of what was closed last for another endpoint.
+    former: Option<End>,
 }
 
 impl Watchers {
@@ -379,7 +390,9 @@ impl Hub {
 
     /// A connection is new or has changed; `owner` asked for it.
     pub fn update(&self, conn: Connection, owner: Option<SpiffeId>) {
-        self.tell_news(&mut self.state.lock(), vec![Known { conn, owner }], Why::Event);
+        let mut state = self.state.lock();
+        let former = state.former(&conn.id);
+        self.tell_news(&mut state, vec![Known { conn, owner, former }], Why::Event);
     }
 
     /// Whoever asked for a connection that is up shall ask for it again (spec/control-plane.md 10.2).
@@ -399,7 +412,8 @@ impl Hub {
         // That it was down may still be on its way to the owner, and get there after the answer.
         let fell = state.connections.get(&id).is_some_and(|known| known.conn.state() != State::Up);
         let why = if fell { Why::Event } else { Why::Answer };
-        self.tell_news(&mut state, vec![Known { conn, owner }], why);
+        let former = state.closed.remove(&id).or_else(|| state.former(&id));
+        self.tell_news(&mut state, vec![Known { conn, owner, former }], why);
         match state.asked.remove(&id).and_then(|asked| asked.last) {
             Some(Told::Event(event)) => self.apply(&mut state, &event, &BTreeSet::from([id])),
             Some(Told::Lost) => self.fall(&mut state, [&id]),
@@ -416,15 +430,31 @@ impl Hub {
     fn failed(&self, id: &str) {
         let mut state = self.state.lock();
         state.asked.remove(id);
+        state.closed.remove(id);
         self.fall(&mut state, [&id.to_owned()]);
     }
 
     /// A connection is gone.
     pub fn delete(&self, id: &str) {
         let mut state = self.state.lock();
+        state.closed.remove(id);
+        self.forget(&mut state, id);
+    }
+
+    /// A connection is closed, to be asked for with another endpoint: what is still told of it is not about that.
+    pub fn leave(&self, id: &str) {
+        let mut state = self.state.lock();
+        let known = state.connections.get(id);
+        if let Some(end) = known.and_then(|known| end(&known.conn, path::index(&known.conn))) {
+            state.closed.insert(id.to_owned(), end);
+        }
+        self.forget(&mut state, id);
+    }
+
+    fn forget(&self, state: &mut HubState, id: &str) {
         state.asked.remove(id);
         if let Some(known) = state.connections.remove(id) {
-            self.tell(&mut state, ConnectionEventType::Delete, &[known], Why::Event);
+            self.tell(state, ConnectionEventType::Delete, &[known], Why::Event);
         }
     }
 
@@ -442,10 +472,10 @@ impl Hub {
         for theirs in event.connections.values() {
             for id in followable(theirs).filter(|id| ours.contains(*id)) {
                 let Some(known) = state.connections.get(id) else { continue };
-                if is_news(&known.conn, theirs, event.r#type())
+                if is_news(known, theirs, event.r#type())
                     && let Some(conn) = follow(&known.conn, theirs, event.r#type())
                 {
-                    news.push(Known { conn, owner: known.owner.clone() });
+                    news.push(Known { conn, ..known.clone() });
                 }
             }
         }
@@ -480,6 +510,10 @@ enum Why {
 }
 
 impl HubState {
+    fn former(&self, id: &str) -> Option<End> {
+        self.connections.get(id)?.former
+    }
+
     /// Remembers what a hop tells of a connection if it is being asked for that.
     fn heard(&mut self, id: &str, from: &NextHop, what: impl FnOnce() -> Told) -> bool {
         let asked = self.asked.get_mut(id).filter(|asked| asked.at == *from);
@@ -548,8 +582,11 @@ impl Lease for Published {
         "monitor"
     }
 
-    async fn release(self: Box<Self>, _: &Release) -> Result<()> {
-        self.hub.delete(&self.id);
+    async fn release(self: Box<Self>, cx: &Release) -> Result<()> {
+        match cx.reason {
+            Reason::Reselect => self.hub.leave(&self.id),
+            _ => self.hub.delete(&self.id),
+        }
         Ok(())
     }
 }
@@ -687,6 +724,37 @@ mod tests {
         hub.failed("u1");
         assert_eq!(hub.get("u1").unwrap().0.state(), State::Down);
         assert_eq!(answered(), State::Up, "what a candidate said that was not taken is forgotten");
+    }
+
+    /// The clock was hours ahead when what was closed had been asked for.
+    #[test]
+    fn what_was_closed_for_another_endpoint_brings_that_ones_wire_not_down() {
+        let hub = Hub::default();
+        let at = |seconds: u64| {
+            let mut conn = conn(1, PATH);
+            let end = clock::now() + Duration::from_secs(seconds);
+            path::current_mut(&mut conn).unwrap().expires = Some(path::to_timestamp(end));
+            conn.set_state(State::Up);
+            conn
+        };
+        let tell = |of: &Connection| {
+            let mut theirs = of.clone();
+            theirs.path.as_mut().unwrap().index = 2;
+            let connections = [("u2".into(), theirs)].into();
+            let event = ConnectionEvent { r#type: ConnectionEventType::Delete.into(), connections };
+            hub.followed(&next(), Arc::new(event), &BTreeSet::from(["u1".to_owned()]));
+            hub.get("u1").unwrap().0.state()
+        };
+        let (before, now, refreshed) = (at(7800), at(600), at(660));
+        hub.answered(before.clone(), None);
+        hub.leave("u1");
+        hub.answered(now, None);
+        assert_eq!(tell(&before), State::Up);
+        hub.answered(refreshed.clone(), None);
+        assert_eq!(tell(&before), State::Up, "however late");
+        assert_eq!(tell(&refreshed), State::Down);
+        hub.delete("u1");
+        assert!(hub.state.lock().closed.is_empty());
     }
 
     #[test]

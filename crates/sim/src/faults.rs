@@ -150,8 +150,13 @@ impl Faults {
             8 | 9 => {
                 let mut some =
                     |most: f64| if self.chance.happens(0.5) { self.chance.fraction() * most } else { 0.0 };
-                let weather =
-                    Weather { breaks: some(0.3), stalls: some(0.15), twice: some(0.4), slow: some(0.5) };
+                let weather = Weather {
+                    breaks: some(0.3),
+                    stalls: some(0.15),
+                    twice: some(0.4),
+                    slow: some(0.5),
+                    late: Duration::ZERO,
+                };
                 let until = now + self.chance.duration(secs(1)..secs(30));
                 world.trace.note(format_args!("weather {weather:?}"));
                 self.stalled |= weather.stalls > 0.0;

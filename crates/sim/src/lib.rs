@@ -35,6 +35,7 @@ use crate::{
     chance::Chance,
     check::Checker,
     faults::Faults,
+    network::{TURN, Weather},
     trace::Trace,
     world::{CAPACITY, Shape, What, World, only},
 };
@@ -145,6 +146,8 @@ async fn settle(world: &mut World, checker: &mut Checker, calm: Instant) -> Resu
     }
 }
 
+/// How late events are while endpoints go, at most.
+const LATE: Duration = Duration::from_millis(200);
 /// How long the mesh may take, while nothing else goes wrong, over what is done to it one at a time.
 const SOON: Duration = Duration::from_secs(15);
 
@@ -223,9 +226,15 @@ async fn drill(world: &mut World, checker: &mut Checker, chance: &mut Chance, de
     let endpoints = world.all(|what| matches!(what, What::Endpoint { .. }));
     if endpoints.len() > 1 && !deaf {
         for endpoint in endpoints {
+            // What is told of the endpoint that was comes after the other one has answered.
+            world.net.set_weather(Weather { late: LATE, ..Weather::default() });
+            world.net.in_turn(true);
             world.kill(endpoint);
             world.slots[endpoint].wanted = false;
             soon(world, checker, "another endpoint serves", Checker::all_served).await?;
+            sleep(TURN).await;
+            world.net.in_turn(false);
+            world.net.set_weather(Weather::default());
             world.slots[endpoint].wanted = true;
             settle(world, checker, Instant::now()).await?;
         }

@@ -33,7 +33,7 @@ use prost::Message as _;
 use tokio::{
     sync::{Notify, mpsc, oneshot},
     task::AbortHandle,
-    time::sleep,
+    time::{Instant, sleep},
 };
 use tonic::{Status, body::Body};
 
@@ -56,6 +56,8 @@ pub(crate) struct Weather {
     pub(crate) twice: f64,
     /// How likely a message is slow.
     pub(crate) slow: f64,
+    /// How late events are at most. They come over another connection than answers, so they may be overtaken by them.
+    pub(crate) late: Duration,
 }
 
 /// All of it.
@@ -67,7 +69,19 @@ pub(crate) struct Net {
     numbers: AtomicU64,
     /// Closes whose callers wait.
     closing: Mutex<BTreeMap<CloseOf, usize>>,
+    turns: Mutex<Option<Turns>>,
 }
+
+/// While nobody may ask out of turn: since when, and when the clients, by process, were answered what they asked since.
+#[derive(Debug)]
+struct Turns {
+    begun: Instant,
+    answered: BTreeMap<u32, Instant>,
+}
+
+/// Who was answered has no reason to ask again for that long: less than the pause between two refreshes, more than
+/// events are late.
+pub(crate) const TURN: Duration = Duration::from_secs(1);
 
 /// Who closes where which connection, as he calls it.
 type CloseOf = (u32, u32, String);
@@ -128,7 +142,13 @@ impl Net {
             changed: Notify::new(),
             numbers: AtomicU64::new(1),
             closing: Mutex::default(),
+            turns: Mutex::default(),
         })
+    }
+
+    /// From now on, or no longer, a client that is answered does not ask again for a [`TURN`].
+    pub(crate) fn in_turn(&self, only: bool) {
+        *self.turns.lock() = only.then(|| Turns { begun: Instant::now(), answered: BTreeMap::new() });
     }
 
     /// A process of that name on a node, in the network namespace that the file stands for.
@@ -200,6 +220,13 @@ impl Net {
             return state.chance.duration(micros(1_000)..micros(if local { 200_000 } else { 3_000_000 }));
         }
         state.chance.duration(if local { micros(20)..micros(200) } else { micros(150)..micros(1_500) })
+    }
+
+    /// How much later than it would an event comes.
+    fn lateness(&self) -> Duration {
+        let mut state = self.state.lock();
+        let late = state.weather.late;
+        if late.is_zero() { late } else { state.chance.duration(Duration::ZERO..late) }
     }
 
     /// What becomes of a call.
@@ -476,7 +503,7 @@ impl Link for Dialled {
             if let Some(why) = conn.end.get() {
                 return Err(why.clone());
             }
-            let (request, _closing) = in_order(&conn, request).await;
+            let (request, asking) = in_order(&conn, request).await;
             let (tell, told) = oneshot::channel();
             let call = tokio::spawn(call(Arc::clone(&conn), request, tell));
             let caller = Caller(Arc::clone(&conn), call.abort_handle());
@@ -484,7 +511,10 @@ impl Link for Dialled {
                 biased;
                 why = conn.over() => Err(why),
                 answer = told => match answer {
-                    Ok(answer) => Ok(answer.map(|frames| Body::new(Frames { frames, caller, ended: false }))),
+                    Ok(answer) => {
+                        asking.answered(&conn, code(answer.headers()));
+                        Ok(answer.map(|frames| Body::new(Frames { frames, caller, ended: false })))
+                    }
                     Err(_) => Err(conn.over().await),
                 },
             }
@@ -516,12 +546,34 @@ impl Drop for Caller {
     }
 }
 
+/// What is known of a call while its caller waits.
+enum Asking {
+    /// A Close, of a connection that nobody asks for there meanwhile.
+    Close {
+        _closing: Closing,
+    },
+    /// What a client asks for, since then.
+    Client(Instant),
+    Other,
+}
+
+impl Asking {
+    fn answered(&self, conn: &Conn, code: &str) {
+        if let (Self::Client(asked), "0", Some(turns)) = (self, code, &mut *conn.net.turns.lock())
+            && *asked >= turns.begun
+        {
+            turns.answered.insert(conn.from.pid, Instant::now());
+        }
+    }
+}
+
 /// A hop never asks for a connection where it still closes it: the Close could come later, and end what was just made.
-async fn in_order(conn: &Conn, request: Request<Body>) -> (Request<Body>, Option<Closing>) {
+/// A client that was answered does not ask again because of what is told late of what stood before.
+async fn in_order(conn: &Conn, request: Request<Body>) -> (Request<Body>, Asking) {
     let method = request.uri().path().rsplit('/').next().unwrap_or_default();
     let (closes, asks) = (method == "Close", method == "Request");
     if !closes && !asks {
-        return (request, None);
+        return (request, Asking::Other);
     }
     let (head, body) = request.into_parts();
     let body = body.collect().await.map(http_body_util::Collected::to_bytes).unwrap_or_default();
@@ -530,23 +582,37 @@ async fn in_order(conn: &Conn, request: Request<Body>) -> (Request<Body>, Option
         true => Connection::decode(message).ok(),
         false => NetworkServiceRequest::decode(message).ok().and_then(|request| request.connection),
     };
-    let closing = of.and_then(|of| {
+    let asking = of.and_then(|of| {
         let key = (conn.from.pid, conn.to.pid, path::current(&of)?.id.clone());
         let (net, closing) = (&conn.net, &mut *conn.net.closing.lock());
         if closes {
             *closing.entry(key.clone()).or_default() += 1;
-            return Some(Closing { net: Arc::clone(net), key });
+            return Some(Asking::Close { _closing: Closing { net: Arc::clone(net), key } });
         }
+        let (from, to, id) = (&conn.from.name, &conn.to.name, &key.2);
         if closing.contains_key(&key) {
-            let (from, to, id) = (&conn.from.name, &conn.to.name, &key.2);
             net.trace.violated(
                 "nobody asks where it still closes",
                 format!("{from} asks {to} for {id}, which it is closing there"),
             );
         }
-        None
+        if path::index(&of) > 0 {
+            return None;
+        }
+        if let Some(turns) = &*net.turns.lock()
+            && let Some(answered) = turns.answered.get(&conn.from.pid)
+            && answered.elapsed() < TURN
+        {
+            let ago = answered.elapsed().as_millis();
+            net.trace.violated(
+                "nobody asks out of turn",
+                format!("{from} asks {to} for {id}, which it was answered {ago} ms ago"),
+            );
+        }
+        Some(Asking::Client(Instant::now()))
     });
-    (Request::from_parts(head, Body::new(http_body_util::Full::new(body))), closing)
+    let request = Request::from_parts(head, Body::new(http_body_util::Full::new(body)));
+    (request, asking.unwrap_or(Asking::Other))
 }
 
 /// While a caller waits for a Close.
@@ -642,7 +708,7 @@ async fn serve(conn: &Arc<Conn>, request: Request<Body>, tell: oneshot::Sender<R
         });
     }
     let answer = once().await;
-    trace.note(format_args!("done {number} {}", code(&answer)));
+    trace.note(format_args!("done {number} {}", code(answer.headers())));
     if let Some((true, breaks)) = fate.lost {
         // The server has given it to its kernel.
         let (_, mut body) = answer.into_parts();
@@ -678,8 +744,13 @@ async fn serve(conn: &Arc<Conn>, request: Request<Body>, tell: oneshot::Sender<R
                     next = body.frame() => next,
                 };
                 sim::carry_descriptors(&conn.server, &conn.caller);
-                if next.as_ref().is_some_and(Result::is_ok) && conn.carry().await.is_err() {
-                    return;
+                if next.as_ref().is_some_and(Result::is_ok) {
+                    if is_watch(&method) {
+                        sleep(conn.net.lateness()).await;
+                    }
+                    if conn.carry().await.is_err() {
+                        return;
+                    }
                 }
                 trace.note(format_args!("frame {number}"));
                 next
@@ -705,6 +776,6 @@ fn is_watch(method: &str) -> bool {
     matches!(method, "MonitorConnections" | "Find")
 }
 
-fn code(answer: &Response<Body>) -> &str {
-    answer.headers().get("grpc-status").and_then(|code| code.to_str().ok()).unwrap_or("0")
+fn code(headers: &http::HeaderMap) -> &str {
+    headers.get("grpc-status").and_then(|code| code.to_str().ok()).unwrap_or("0")
 }
