@@ -234,6 +234,7 @@ impl Heal<'_> {
     fn daemons_killed(&self, id: &str, kill: &[String]) -> Result<Row, Error> {
         let (mut lost, mut hurt, mut silence) = (0, 0, Duration::ZERO);
         for _ in 0..self.times {
+            self.server()?;
             let struck = self.strike(&Fault { kill: kill.to_vec(), ..self.fault() })?;
             lost += struck.lost;
             hurt += usize::from(struck.lost > 0);
