@@ -148,7 +148,7 @@ impl Discover {
         if !(self.silent.is_empty() && self.farewells.is_empty()) {
             // Who does not answer may be gone, and who is left at this moment is the one that is not wanted any more.
             candidates.sort_by_cached_key(|candidate| {
-                let hop = candidate.dial.clone().into();
+                let hop = NextHop::from(candidate.dial.clone()).called(&candidate.nse.name);
                 self.silent.is_silent(&hop) || self.farewells.is_left(&hop, &id)
             });
         }

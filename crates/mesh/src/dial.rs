@@ -478,10 +478,12 @@ impl Farewells {
         self.parting.left.lock().is_empty()
     }
 
-    /// Whether this hop is still to hear that the connection of this id (ours) has left it.
+    /// Whether this hop is still to hear that the connection of this id (ours) has left it, or the endpoint behind it that
+    /// it is called by.
     #[must_use]
     pub fn is_left(&self, hop: &NextHop, id: &str) -> bool {
-        self.parting.left.lock().contains_key(&(hop.clone(), id.to_owned()))
+        let left = self.parting.left.lock();
+        left.get_key_value(&(hop.clone(), id.to_owned())).is_some_and(|((left, _), _)| left.may_be(hop))
     }
 
     /// Closes there what the path names behind us; nobody waits for it.

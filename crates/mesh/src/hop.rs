@@ -64,6 +64,11 @@ impl NextHop {
         self.called.as_deref() == Some(name)
     }
 
+    /// Whether both may be the same endpoint: several may be reached over one neighbour.
+    pub(crate) fn may_be(&self, other: &Self) -> bool {
+        self == other && (self.called == other.called || self.called.is_none() || other.called.is_none())
+    }
+
     /// Whether it is on this node: descriptors can be handed over, and wires need no tunnel.
     #[must_use]
     pub fn is_local(&self) -> bool {

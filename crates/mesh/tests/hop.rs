@@ -835,6 +835,22 @@ async fn the_hop_before_is_told_to_close_when_the_way_to_the_new_one_is_made() {
     assert_eq!(*mesh.next.calls.lock(), ["request", "close", "closed", "request"]);
 }
 
+/// Both are on one node, behind its manager; the one that the connection has left is dead, perhaps.
+#[tokio::test]
+async fn of_two_endpoints_behind_one_hop_only_the_one_before_is_left() {
+    let mesh = Mesh::start().await;
+    let answer = mesh.ask(request()).await.unwrap();
+    let _closing = mesh.next.closing.lock().await;
+    let source = Source::fixed(mesh.identity("mgr"));
+    let dial = Dial::new(Pool::new(source, PoolConfig::default()), "mgr", Arc::default(), PATIENCE);
+    let (farewells, hop) = (dial.farewells(), mesh.to.lock().clone());
+    farewells.say(hop.clone().called("nse-1"), answer.clone());
+    let is_left = |hop: &NextHop, id: &str| farewells.is_left(hop, id);
+    assert!(is_left(&hop.clone().called("nse-1"), &answer.id) && is_left(&hop, &answer.id));
+    assert!(!is_left(&hop.clone().called("nse-2"), &answer.id));
+    assert!(!is_left(&hop.called("nse-1"), "another's"));
+}
+
 /// A node that was cut off comes back, and its endpoint has kept the connection's address, which nobody else gets.
 #[tokio::test]
 async fn a_hop_that_cannot_be_told_to_close_is_told_again_until_the_connection_is_back() {
