@@ -174,7 +174,9 @@ pub struct Context<'c> {
 
 /// What is begun when a request is over, whatever came of it. It is given what the connection holds then.
 #[derive(Default)]
-pub struct Afterwards(Vec<Box<dyn FnOnce(&Scope) + Send + Sync>>);
+pub struct Afterwards(Vec<Then>);
+
+type Then = Box<dyn FnOnce(&Scope) + Send + Sync>;
 
 impl Afterwards {
     /// After what is to come before it.
