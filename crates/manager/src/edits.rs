@@ -1,11 +1,7 @@
 //! Wishes of workloads as others have edited them, who may: a wire is asked for as it is edited, and stays as it was where
 //! that cannot be. Its workload does not learn of it: it is answered as it asked.
 
-use std::{
-    collections::HashMap,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use nsm_api::{
@@ -14,6 +10,7 @@ use nsm_api::{
 };
 use nsm_mesh::{Context, Element, Lease, Next, Release, Result, Verdict, monitor::Hub};
 use parking_lot::Mutex;
+use tokio::time::Instant;
 
 use crate::{ClientInfo, WireOf, Workloads};
 
@@ -124,6 +121,11 @@ impl Shared {
     }
 }
 
+/// Whether an edit could not be, and need not be tried again yet.
+fn is_in_vain(refused: Option<&(Edit, Instant)>, edit: &Edit, now: Instant) -> bool {
+    refused.is_some_and(|(refused, at)| refused.is(edit) && now < *at + AGAIN)
+}
+
 /// Makes of a connection, which was asked for as `before`, one that is asked for as it is wanted.
 fn ask_as(conn: &mut Connection, wanted: &Wanted, before: &Wanted) {
     conn.network_service.clone_from(&wanted.service);
@@ -167,11 +169,9 @@ impl Element for Edits {
         mut request: NetworkServiceRequest,
         next: Next<'_>,
     ) -> Result<Connection> {
+        let Some(workloads) = &self.0.workloads else { return next.request(cx, request).await };
         let conn = request.connection.get_or_insert_default();
-        let wire = WireOf::of_caller(cx, conn);
-        let (Some(workloads), Some(wire)) = (&self.0.workloads, wire) else {
-            return next.request(cx, request).await;
-        };
+        let Some(wire) = WireOf::of_caller(cx, conn) else { return next.request(cx, request).await };
         let id = conn.id.clone();
         let (edit, held) = (workloads.edit(&wire), cx.scope.get::<AskedAs>());
         let before = match held {
@@ -182,9 +182,7 @@ impl Element for Edits {
         let asked = Wanted { service: conn.network_service.clone(), labels: conn.labels.clone(), mtu: None };
         let was = self.0.wanted(before.as_ref(), &asked);
         let wanted = self.0.wanted(edit.as_ref(), &asked);
-        let in_vain = |edit: &Edit| {
-            refused.as_ref().is_some_and(|(refused, at)| refused.is(edit) && at.elapsed() < AGAIN)
-        };
+        let in_vain = |edit| is_in_vain(refused.as_ref(), edit, Instant::now());
         let mut answer = None;
         if wanted != was && !edit.as_ref().is_some_and(in_vain) {
             let mut attempt = request.clone();
@@ -230,5 +228,20 @@ impl Element for Edits {
             None => cx.scope.lease(AskedAs { shared: Arc::clone(&self.0), id, edit: now, refused }),
         }
         Ok(answer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_could_not_be_is_tried_again_after_a_while_and_another_edit_at_once() {
+        let (edit, now) = (Edit { wanted: Wanted::default(), generation: 2, stands: false }, Instant::now());
+        let refused = (edit.clone(), now);
+        assert!(!is_in_vain(None, &edit, now));
+        assert!(is_in_vain(Some(&refused), &edit, now + AGAIN / 2));
+        assert!(!is_in_vain(Some(&refused), &edit, now + AGAIN));
+        assert!(!is_in_vain(Some(&refused), &Edit { generation: 3, ..edit }, now));
     }
 }

@@ -92,15 +92,26 @@ const OF_PLUGIN: [&str; 9] =
 /// Of these, what asks a mesh: that of the cluster.
 const ASKING: [&str; 4] = ["get", "explain", "check", "log"];
 
+/// All that can be said on a command line, and of a plugin only what is meant for it.
+fn command(is_plugin: bool) -> clap::Command {
+    // What is not said is there already.
+    let as_installed = |flag: clap::Arg| {
+        let hides = flag.get_action().takes_values() && flag.get_id() != "namespace";
+        if hides { flag.hide_default_value(true) } else { flag }
+    };
+    let command = Nsm::command().mut_subcommand("upgrade", |upgrade| upgrade.mut_args(as_installed));
+    if !is_plugin {
+        return command;
+    }
+    command.mut_subcommands(|of| {
+        let is_role = !OF_PLUGIN.contains(&of.get_name());
+        of.hide(is_role)
+    })
+}
+
 fn main() -> ExitCode {
     let args: Vec<_> = std::env::args_os().collect();
-    let mut command = Nsm::command();
-    if called(&args) == Some(PLUGIN.as_ref()) {
-        command = command.mut_subcommands(|of| {
-            let is_role = !OF_PLUGIN.contains(&of.get_name());
-            of.hide(is_role)
-        });
-    }
+    let mut command = command(called(&args) == Some(PLUGIN.as_ref()));
     let matches = command.try_get_matches_from_mut(as_ours(args)).unwrap_or_else(|error| error.exit());
     let command = Nsm::from_arg_matches(&matches).unwrap_or_else(|error| error.format(&mut command).exit());
     let result = match command {
@@ -213,6 +224,7 @@ mod tests {
 
     #[test]
     fn the_command_line_is_consistent() {
-        Nsm::command().debug_assert();
+        command(false).debug_assert();
+        command(true).debug_assert();
     }
 }

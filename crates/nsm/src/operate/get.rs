@@ -17,8 +17,8 @@ use serde::Serialize;
 
 use super::{At, Seen, View, Wired, age, left, put};
 
-/// How often `--watch` asks.
-const AGAIN: Duration = Duration::from_secs(1);
+/// How often `--watch` asks; of a cluster, where each pod takes a kubectl.
+const AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(5));
 
 /// Shows what there is in a mesh: connections, services, endpoints, wires, processes, failures
 ///
@@ -97,7 +97,7 @@ impl Get {
                 if !self.watch {
                     return Ok(ExitCode::SUCCESS);
                 }
-                tokio::time::sleep(AGAIN).await;
+                tokio::time::sleep(if self.at.is_cluster() { AGAIN.1 } else { AGAIN.0 }).await;
             }
         })
     }
