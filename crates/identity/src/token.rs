@@ -60,8 +60,8 @@ pub enum Malformed {
 
 /// Makes a token: `sub` = the SVID's ID, `aud` = \[`audience`\].
 ///
-/// Its lifetime ends at the earlier of `now + max_lifetime` and [`shortly_before`] the SVID's end; `exp` is that in whole
-/// seconds. The expiry beside it is further limited by the end of the peer's certificate, in the same way.
+/// Its lifetime ends at the earlier of `now + max_lifetime` and the SVID's end; `exp` is that in whole seconds. The expiry
+/// beside it is also limited by the end of the peer's certificate, and is [`shortly_before`] that of either.
 ///
 /// # Errors
 /// The SVID has expired, or its key cannot sign.
@@ -72,8 +72,8 @@ pub fn mint(
     max_lifetime: Duration,
     now: SystemTime,
 ) -> Result<Token, Error> {
-    let end = end(svid, max_lifetime, now)?;
-    let jwt = sign(svid, audience, exp(end))?.into();
+    let (exp, end) = ends(svid, max_lifetime, now)?;
+    let jwt = sign(svid, audience, exp)?.into();
     Ok(Token { jwt, expires: peer_not_after.map_or(end, |peer| end.min(shortly_before(peer, now))) })
 }
 
@@ -94,17 +94,17 @@ impl Minter {
         max_lifetime: Duration,
         now: SystemTime,
     ) -> Result<Token, Error> {
-        let end = end(svid, max_lifetime, now)?;
+        let (exp, end) = ends(svid, max_lifetime, now)?;
         let expires = end.min(shortly_before(peer.not_after(), now));
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((when, jwt)) = &*last
-            && *when == exp(end)
+            && *when == exp
         {
             return Ok(Token { jwt: jwt.clone(), expires });
         }
         // Signed under the lock: who comes at the same moment needs the same token.
-        let jwt: Arc<str> = sign(svid, Some(peer.id()), exp(end))?.into();
-        *last = Some((exp(end), jwt.clone()));
+        let jwt: Arc<str> = sign(svid, Some(peer.id()), exp)?.into();
+        *last = Some((exp, jwt.clone()));
         Ok(Token { jwt, expires })
     }
 }
@@ -115,20 +115,22 @@ impl fmt::Debug for Minter {
     }
 }
 
-fn end(svid: &Svid, max_lifetime: Duration, now: SystemTime) -> Result<SystemTime, Error> {
-    let bound = shortly_before(svid.not_after(), now);
-    let end = now.checked_add(max_lifetime).unwrap_or(bound).min(bound);
-    if end > now { Ok(end) } else { Err(Error::SvidExpired(svid.id().clone())) }
+/// When the token of an SVID ends, in whole seconds, and what is said beside it.
+fn ends(svid: &Svid, max_lifetime: Duration, now: SystemTime) -> Result<(u64, SystemTime), Error> {
+    let bound = svid.not_after();
+    let lived = now.checked_add(max_lifetime).unwrap_or(bound);
+    let end = lived.min(bound);
+    if end <= now {
+        return Err(Error::SvidExpired(svid.id().clone()));
+    }
+    let exp = end.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    Ok((exp, lived.min(shortly_before(bound, now))))
 }
 
-/// The end of a token that a certificate bounds: before the certificate's by a thousandth of what is left of it. So a
-/// token that is made later ends later, also then: whoever compares two tells which is of the later request.
+/// When a token ends that a certificate bounds: a thousandth before that, of what is left. So what is made later ends later,
+/// also then: whoever compares two tells which is of the later request.
 fn shortly_before(not_after: SystemTime, now: SystemTime) -> SystemTime {
     not_after - not_after.duration_since(now).unwrap_or_default() / 1000
-}
-
-fn exp(end: SystemTime) -> u64 {
-    end.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
 fn sign(svid: &Svid, audience: Option<&SpiffeId>, exp: u64) -> Result<String, Error> {

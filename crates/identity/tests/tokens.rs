@@ -106,7 +106,7 @@ fn a_lifetime_ends_with_the_certificates() {
     let day = 24 * 60 * MINUTE;
     let own = mint(&cast.client, None, None, day, now()).unwrap();
     assert_eq!(own.expires(), bound);
-    assert_eq!(claims(own.jwt()).unwrap().expires, Some(1_800_003_596.0));
+    assert_eq!(claims(own.jwt()).unwrap().expires, Some(1_800_003_600.0));
     // The peer's end limits the expiry beside it, not `exp`.
     let peer = now() + MINUTE;
     let limited = mint(&cast.client, Some(&id("manager")), Some(peer), 10 * MINUTE, now()).unwrap();
