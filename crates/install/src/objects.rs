@@ -185,6 +185,7 @@ fn registry(settings: &Settings) -> Vec<Value> {
         json!({ "name": "NSM_LISTEN_ON", "value": "tcp://:5002" }),
         json!({ "name": "NSM_STORE", "value": store }),
         json!({ "name": "NSM_CLUSTER_PREFIXES", "value": (settings.store == Store::Kubernetes).to_string() }),
+        json!({ "name": "NSM_FOLLOW_NODES", "value": (settings.store == Store::Kubernetes).to_string() }),
     ]);
     let container = json!({
         "name": "registry",
@@ -226,9 +227,9 @@ fn registry(settings: &Settings) -> Vec<Value> {
             rule["resourceNames"] = json!(names);
             rule
         };
-        // What the cluster itself uses.
+        // What the cluster itself uses, and which nodes are gone.
         let prefixes = [
-            rule("", "nodes", &["get", "list"]),
+            rule("", "nodes", &["get", "list", "watch"]),
             rule("", "services", &["list"]),
             rule("networking.k8s.io", "servicecidrs", &["list"]),
             rule("crd.projectcalico.org", "ippools", &["list"]),

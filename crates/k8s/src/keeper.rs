@@ -12,7 +12,7 @@
 //! the state that they mean, and where that is not there any more they decide again. Look-ups need no call, so that
 //! they are answered while the API server is away; and since nobody can refresh anything then, nothing expires.
 
-use std::{fmt, future::Future, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, fmt, future::Future, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use futures::TryStreamExt;
@@ -36,6 +36,7 @@ use tracing::{info, warn};
 
 use crate::{
     cluster::{Cluster, Error},
+    nodes,
     resource::{Kind, Object},
     table::{By, Heard, Held, Key, Table},
 };
@@ -62,6 +63,8 @@ pub struct KeeperConfig {
     pub namespace: String,
     /// How long an endpoint of another registry is believed to live that nothing is heard of (`NSM_EXPIRE_PERIOD`).
     pub lifetime: Duration,
+    /// Whether what was registered at a node ends with the node, which takes the right to see nodes.
+    pub follow_nodes: bool,
 }
 
 /// Opens the directories of a registry: returns when everything that is there is known.
@@ -71,7 +74,11 @@ pub struct KeeperConfig {
 pub async fn open(cluster: &Cluster, config: &KeeperConfig) -> Result<Keepers, Error> {
     // One after the other: then what is missing is always the same.
     let services = Resources::<NetworkService>::open(cluster, config).await?;
-    let endpoints = Resources::<NetworkServiceEndpoint>::open(cluster, config).await?;
+    let mut endpoints = Resources::<NetworkServiceEndpoint>::open(cluster, config).await?;
+    if config.follow_nodes {
+        let (api, inner) = (cluster.client().into(), endpoints.inner.clone());
+        endpoints.tasks.spawn(nodes::follow(api, move |gone| inner.end_at(gone)));
+    }
     Ok(Keepers { services: Arc::new(services), endpoints: Arc::new(endpoints) })
 }
 
@@ -95,7 +102,7 @@ pub async fn open_in_time(cluster: &Cluster, config: &KeeperConfig, waits: impl 
 struct Resources<T: Kind> {
     inner: Arc<Inner<T>>,
     /// Follows what others do, and ends what is not refreshed, for as long as this lives.
-    _tasks: JoinSet<()>,
+    tasks: JoinSet<()>,
 }
 
 struct Inner<T: Kind> {
@@ -139,7 +146,20 @@ impl<T: Kind> Resources<T> {
         tasks.spawn(follow(inner.clone(), version));
         tasks.spawn(end(inner.clone()));
         tasks.spawn(say(inner.clone()));
-        Ok(Self { inner, _tasks: tasks })
+        Ok(Self { inner, tasks })
+    }
+}
+
+impl Inner<NetworkServiceEndpoint> {
+    /// Nobody is at these addresses any more: what was registered there ends, unless it is refreshed meanwhile.
+    fn end_at(&self, gone: &BTreeSet<String>) {
+        let is_there = |nse: &NetworkServiceEndpoint| {
+            let url: Option<http::Uri> = nse.url.parse().ok();
+            let host = url.as_ref().and_then(http::Uri::host).map(|host| host.trim_matches(['[', ']']));
+            host.is_some_and(|host| gone.contains(host))
+        };
+        self.table.lock().end_now(Instant::now(), is_there);
+        self.earlier.notify_one();
     }
 }
 

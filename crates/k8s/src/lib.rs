@@ -17,6 +17,7 @@ pub mod convert;
 pub mod crd;
 mod follow;
 pub mod keeper;
+mod nodes;
 pub mod objects;
 pub mod prefixes;
 pub mod properties;

@@ -121,6 +121,12 @@ impl std::fmt::Debug for Objects {
     }
 }
 
+impl From<Client> for Objects {
+    fn from(client: Client) -> Self {
+        Self(client)
+    }
+}
+
 impl Objects {
     /// The one of `KUBECONFIG`, or of the pod's service account. Needs a runtime; nothing is asked yet.
     ///

@@ -235,6 +235,14 @@ impl<T: Kind> Table<T> {
         }
     }
 
+    /// What expires ends now, where this is so of it.
+    pub(crate) fn end_now(&mut self, now: Instant, of: impl Fn(&T) -> bool) {
+        let expires = |held: &&Held<T>| held.expires.is_some() && held.item.as_deref().is_some_and(&of);
+        let ends: Vec<_> =
+            self.objects.iter().filter(|(_, held)| expires(held)).map(|(key, _)| key.clone()).collect();
+        ends.iter().for_each(|key| self.set_end(key, Some(now)));
+    }
+
     /// It is not shown any more, if it is still in this state.
     pub(crate) fn hide(&mut self, key: &Key, version: Option<&String>) {
         let held = self.objects.get_mut(key);

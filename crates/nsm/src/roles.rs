@@ -64,6 +64,10 @@ pub(crate) struct Registry {
     /// excluded-prefixes-config), and keep them in the ConfigMap nsm-config of that namespace, for managers to mount
     #[arg(long, env = "NSM_CLUSTER_PREFIXES")]
     cluster_prefixes: bool,
+    /// End what is registered at a node ten seconds after the node was deleted, instead of when it expires; takes the
+    /// right to list and watch nodes
+    #[arg(long, env = "NSM_FOLLOW_NODES")]
+    follow_nodes: bool,
     /// Calls to the Kubernetes API server in a second; twice as many at once
     #[arg(long, env = "NSM_KUBELET_QPS", default_value_t = nsm_k8s::cluster::DEFAULT_QPS, value_name = "CALLS")]
     kubelet_qps: u32,
@@ -135,8 +139,11 @@ impl Registry {
         let registry = match cluster {
             None => nsm_registry::Registry::bind(config, source).await?,
             Some(cluster) => {
-                let kept =
-                    nsm_k8s::keeper::KeeperConfig { namespace: self.namespace, lifetime: self.expire_period };
+                let kept = nsm_k8s::keeper::KeeperConfig {
+                    namespace: self.namespace,
+                    lifetime: self.expire_period,
+                    follow_nodes: self.follow_nodes,
+                };
                 let waits = |error: &nsm_k8s::cluster::Error| {
                     tracing::warn!(%error, "nothing is served yet");
                     process.waits(&error.to_string());

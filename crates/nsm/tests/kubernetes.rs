@@ -687,3 +687,58 @@ async fn files_of_the_first_generation_are_converted_and_applied() {
     assert!(!wrong.status.success() && wrong.stdout.is_empty(), "{wrong:?}");
     assert!(said.contains("/nowhere.yaml cannot be read"), "{said}");
 }
+
+#[tokio::test]
+async fn what_was_registered_at_a_node_ends_with_the_node() {
+    let name = "what_was_registered_at_a_node_ends_with_the_node";
+    let Some(mesh) = Mesh::start(name).await else { return };
+    let node = |name: &str, address: &str| {
+        mesh.server.apply(&format!("{{apiVersion: v1, kind: Node, metadata: {{name: {name}}}}}"));
+        let status =
+            json!({"status": {"addresses": [{"type": "InternalIP", "address": address}]}}).to_string();
+        let args = ["patch", "node", name, "--subresource=status", "--type=merge", "--patch", &status];
+        let _said = mesh.server.kubectl(&args);
+    };
+    let addresses = [("one", "10.0.0.1"), ("two", "fd00::2"), ("three", "10.0.0.3")];
+    addresses.iter().for_each(|(name, address)| node(name, address));
+    // Two, and nothing expires while this runs.
+    let more = ["--follow-nodes", "--expire-period", "1h"];
+    let (a, b) = (mesh.registry("a", &more).await, mesh.registry("b", &more).await);
+    let alice = mesh.client("alice", &a).await;
+    for (name, url) in [
+        ("at-one", "tcp://10.0.0.1:5001"),
+        ("at-two", "tcp://[fd00::2]:5001"),
+        ("at-three", "tcp://10.0.0.3:5001"),
+    ] {
+        let end = timestamp_of(SystemTime::now() + Duration::from_secs(3600));
+        let nse = NetworkServiceEndpoint {
+            name: name.into(),
+            url: url.into(),
+            network_service_names: vec!["finance".into()],
+            expiration_time: Some(end),
+            ..NetworkServiceEndpoint::default()
+        };
+        // Nobody says good-bye.
+        drop(alice.register_endpoint(nse, PATIENCE).await.unwrap());
+    }
+    // What people write does not expire, and does not end either.
+    let spec = json!({"name": "written", "url": "tcp://10.0.0.1:5001", "network_service_names": ["finance"]});
+    mesh.write("NetworkServiceEndpoint", "nsm-system", "written", &spec);
+    let there = |name: &str| mesh.read("networkserviceendpoints", name).is_some();
+    assert!(["at-one", "at-two", "at-three", "written"].into_iter().all(there));
+    for gone in ["one", "two", "three"] {
+        let _said = mesh.server.kubectl(&["delete", "node", gone]);
+    }
+    // A node that is made anew by its kubelet.
+    node("three", "10.0.0.3");
+    eventually("what was registered there is gone", async || {
+        (!there("at-one") && !there("at-two")).then_some(())
+    })
+    .await;
+    let found = mesh.client("bob", &b).await.find_endpoints(named("")).await.unwrap();
+    let mut found: Vec<_> = found.into_iter().map(|found| found.nse.name).collect();
+    found.sort();
+    assert_eq!(found, ["at-three", "written"]);
+    sleep(Duration::from_secs(2)).await;
+    assert!(there("at-three") && there("written"));
+}
