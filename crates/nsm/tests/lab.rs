@@ -89,6 +89,18 @@ impl Lab {
         Pid::from_raw(i32::try_from(pid).expect("a pid")).expect("not 0")
     }
 
+    /// Kills the holder. That takes the kernel a moment, and a lab with a holder runs.
+    fn kill_holder(&self) {
+        let holder = self.holder();
+        kill_process(holder, Signal::KILL).expect("it lives");
+        let end = Instant::now() + Duration::from_secs(20);
+        let stat = format!("/proc/{}/stat", holder.as_raw_nonzero());
+        while fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z ")) {
+            assert!(Instant::now() < end, "the holder does not die");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// Everything that can be seen of the lab from outside.
     fn traces(&self) -> Vec<String> {
         let mut traces = Vec::new();
@@ -273,7 +285,7 @@ fn what_a_killed_lab_left_is_removed_by_down_and_by_up() {
     }
     let lab = Lab::new("killed", SCENARIO);
     lab.up();
-    kill_process(lab.holder(), Signal::KILL).expect("it lives");
+    lab.kill_holder();
     let traces = lab.traces();
     assert!(traces.iter().any(|trace| trace.contains("nsm manager")), "its processes live on: {traces:#?}");
     let down = lab.run(&["down", &lab.name]);
@@ -282,7 +294,7 @@ fn what_a_killed_lab_left_is_removed_by_down_and_by_up() {
 
     lab.up();
     let first = lab.state()["processes"].clone();
-    kill_process(lab.holder(), Signal::KILL).expect("it lives");
+    lab.kill_holder();
     lab.up();
     let second = lab.state()["processes"].clone();
     assert_ne!(first, second, "all processes are new");
