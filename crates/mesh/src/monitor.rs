@@ -98,6 +98,9 @@ fn is_news(known: &Known, theirs: &Connection, kind: ConnectionEventType) -> boo
     planted::is("events of a former life count") || !ends || (theirs >= mine && !former)
 }
 
+/// So many connections that were closed for another endpoint are remembered until they are asked for.
+const MOST_CLOSED: usize = 4096;
+
 /// When the token of a segment ends: seconds and nanoseconds since 1970.
 type End = (i64, i32);
 
@@ -446,6 +449,10 @@ impl Hub {
         let mut state = self.state.lock();
         let known = state.connections.get(id);
         if let Some(end) = known.and_then(|known| end(&known.conn, path::index(&known.conn))) {
+            // Most are asked for elsewhere, and not here again. To forget costs a request more than needed, at most.
+            if state.closed.len() >= MOST_CLOSED {
+                state.closed.clear();
+            }
             state.closed.insert(id.to_owned(), end);
         }
         self.forget(&mut state, id);
@@ -755,6 +762,12 @@ mod tests {
         assert_eq!(tell(&refreshed), State::Down);
         hub.delete("u1");
         assert!(hub.state.lock().closed.is_empty());
+        for n in 0..=MOST_CLOSED {
+            let id = format!("u{n}");
+            hub.update(Connection { id: id.clone(), ..before.clone() }, None);
+            hub.leave(&id);
+        }
+        assert!(hub.state.lock().closed.len() <= MOST_CLOSED, "they went elsewhere");
     }
 
     #[test]
