@@ -62,6 +62,10 @@ impl Follower {
             let began = Instant::now();
             let Err(error) = self.follow(&mut hear).await else {
                 (pause, said) = (PAUSES.0, false);
+                // One that ends again at once would be asked for without end.
+                if began.elapsed() < PAUSES.0 {
+                    sleep(PAUSES.0).await;
+                }
                 continue;
             };
             if error.code() == Some(410) {
