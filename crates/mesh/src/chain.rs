@@ -663,7 +663,8 @@ impl Connections {
                 element.admit(&mut cx, conn).await?;
             }
             // As it was made a moment ago; in the answer stands what the next hop says of it.
-            own = path::current(conn).and_then(|own| own.expires.as_ref()).map(path::from_timestamp);
+            let expires = path::current(conn).and_then(|own| own.expires.as_ref()).map(path::from_timestamp);
+            own = expires.map(|at| Instant::now() + at.duration_since(clock::now()).unwrap_or_default());
             if conn.state() == State::ReselectRequested && held.established {
                 let release = Release { reason: Reason::Reselect, deadline, close: Some(conn.clone()) };
                 cx.scope.unwind(&release).await;
@@ -865,16 +866,16 @@ impl Connections {
 
     /// Starts the clock of the connection anew.
     ///
-    /// `own`: when our own token of its path expires. A clock that was set back while they were on their way makes tokens of
-    /// the hops before live for hours; our own is from now, and who keeps the connection refreshes it before any token of
-    /// its path expires, ours included.
+    /// `own`: when our own token of its path expires, as it was when that was made. A clock that was set back since then, or
+    /// while they were on their way, makes tokens live for hours; who keeps the connection refreshes it before any token of its
+    /// path expires, ours included.
     fn arm(
         self: &Arc<Self>,
         id: &str,
         entry: &Arc<Entry>,
         held: &mut Held,
         answer: &Connection,
-        own: Option<SystemTime>,
+        own: Option<Instant>,
     ) {
         held.answers += 1;
         if !self.expiry || planted::is("nothing expires") {
@@ -884,8 +885,8 @@ impl Connections {
             timer.abort();
         }
         let Some(expires) = path::expiry_before_us(answer) else { return };
-        let expires = own.map_or(expires, |own| expires.min(own));
-        let wait = expires.duration_since(clock::now()).unwrap_or_default();
+        let left = expires.duration_since(clock::now()).unwrap_or_default();
+        let wait = own.map_or(left, |own| left.min(own.saturating_duration_since(Instant::now())));
         let (this, id, entry, answers) =
             (Arc::downgrade(self), id.to_owned(), Arc::downgrade(entry), held.answers);
         let timer = tokio::spawn(async move {
