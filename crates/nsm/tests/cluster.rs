@@ -163,6 +163,20 @@ impl Mesh {
         self.exec(client, "app", &["ping", "-c", "1", "-W", "5", "-I", "nsm-1", &endpoint]).is_some()
     }
 
+    /// Ends pings, prints what came of them meanwhile, and waits until each client reaches its endpoint.
+    fn got_over<'c>(&self, what: &str, pings: impl Iterator<Item = (&'c str, std::process::Child)>) {
+        for (client, pings) in pings {
+            let stopped = self.exec(client, "app", &["killall", "-INT", "ping"]);
+            let said = pings.wait_with_output().unwrap();
+            let said = String::from_utf8_lossy(&said.stdout).into_owned();
+            let summary = said.lines().find(|line| line.contains("packets transmitted"));
+            // Where the machine is so slow that a wire was made anew, its interface went from under them.
+            let summary = summary.filter(|_| stopped.is_some()).unwrap_or("the wire was made anew");
+            println!("{client}, while {what}: {summary}");
+            until(&format!("{client} reaches its endpoint"), || self.reaches(client));
+        }
+    }
+
     /// Pings its endpoint ten times a second, until it is told to end.
     fn pings(&self, client: &str) -> std::process::Child {
         let endpoint = self.far_end(client).unwrap();
@@ -593,15 +607,7 @@ fn a_mesh_is_upgraded_under_its_wires() {
         let images = mesh.cluster.kubectl(&["get", "pods", "--namespace=nsm-system", running]);
         !images.contains(":dev") && images.contains("nsm:next")
     });
-    for (client, pings) in ["near", "far"].into_iter().zip(pings) {
-        let stopped = mesh.exec(client, "app", &["killall", "-INT", "ping"]);
-        let said = pings.wait_with_output().unwrap();
-        let said = String::from_utf8_lossy(&said.stdout).into_owned();
-        let summary = said.lines().find(|line| line.contains("packets transmitted"));
-        let summary = summary.filter(|_| stopped.is_some()).unwrap_or("the wire was made anew");
-        println!("{client}, while the mesh was upgraded: {summary}");
-        until(&format!("{client} reaches its endpoint"), || mesh.reaches(client));
-    }
+    mesh.got_over("the mesh was upgraded", ["near", "far"].into_iter().zip(pings));
     until("the wires are as they were", || mesh.wires().len() == wires.len());
     let _said = mesh.cluster.kubectl(&["delete", "deployment", "near", "far", "gateway"]);
     mesh.no_wires();
@@ -774,16 +780,7 @@ fn one_manifest_and_one_annotation_make_a_wire_and_nothing_is_left() {
         let _said = mesh.cluster.kubectl(&["rollout", "restart", part, "--namespace=nsm-system"]);
         mesh.rolled_out(part, "nsm-system");
     }
-    for (client, pings) in ["near", "far"].into_iter().zip(pings) {
-        let stopped = mesh.exec(client, "app", &["killall", "-INT", "ping"]);
-        let said = pings.wait_with_output().unwrap();
-        let said = String::from_utf8_lossy(&said.stdout).into_owned();
-        let summary = said.lines().find(|line| line.contains("packets transmitted"));
-        // Where the machine is so slow that a wire was made anew, its interface went from under them.
-        let summary = summary.filter(|_| stopped.is_some()).unwrap_or("the wire was made anew");
-        println!("{client}, while every part was restarted: {summary}");
-        until(&format!("{client} reaches its endpoint"), || mesh.reaches(client));
-    }
+    mesh.got_over("every part was restarted", ["near", "far"].into_iter().zip(pings));
     until("the wires are as they were", || mesh.wires().len() == wires.len());
 
     let _said = mesh.cluster.kubectl(&["delete", "deployment", "near", "far"]);
