@@ -666,8 +666,10 @@ impl Connections {
             let expires = path::current(conn).and_then(|own| own.expires.as_ref()).map(path::from_timestamp);
             own = expires.map(|at| Instant::now() + at.duration_since(clock::now()).unwrap_or_default());
             if conn.state() == State::ReselectRequested && held.established {
-                let release = Release { reason: Reason::Reselect, deadline, close: Some(conn.clone()) };
+                let anew = Some(Mutex::default());
+                let release = Release { reason: Reason::Reselect, deadline, close: Some(conn.clone()), anew };
                 cx.scope.unwind(&release).await;
+                cx.afterwards = release.anew.map(Mutex::into_inner).unwrap_or_default();
                 held.established = false;
                 mark = cx.scope.mark();
             }
@@ -769,7 +771,7 @@ impl Connections {
                 State::ReselectRequested => Reason::Reselect,
                 _ => Reason::Closed,
             };
-            let release = Release { reason, deadline, close: Some(conn) };
+            let release = Release { reason, deadline, close: Some(conn), anew: None };
             let errors = self.release_all(&id, &entry, &mut held, &release).await;
             return errors.into_iter().next().map_or(Ok(()), Err);
         }

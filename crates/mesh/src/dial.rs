@@ -388,7 +388,7 @@ impl Lease for Dialed {
     }
 
     async fn release(mut self: Box<Self>, cx: &Release) -> Result<()> {
-        self.follower.leave(&self.farewell.target, &self.farewell.conn.id);
+        let remembers = self.follower.leave(&self.farewell.target, &self.farewell.conn.id);
         if cx.reason == Reason::Expired || planted::is("a close is not handed on") {
             // Each hop has its own clock, and an expired path is refused anyway (section 18, defect 8).
             return Ok(());
@@ -398,6 +398,12 @@ impl Lease for Dialed {
         }
         if cx.reason == Reason::Reselect {
             self.farewell.conn.set_state(State::ReselectRequested);
+        }
+        if let (Some(anew), true) = (&cx.anew, remembers) {
+            let (parting, farewell) = (self.parting, self.farewell);
+            parting.hold_back(&farewell);
+            anew.lock().push(move |_| parting.tell_held_back(farewell));
+            return Ok(());
         }
         self.parting.see_off(self.farewell, cx.deadline).await
     }
@@ -508,12 +514,18 @@ struct Parting {
 /// A hop, and our id of the connection that has left it.
 type Left = (NextHop, String);
 
-/// A Close under way, or between two tries.
+/// How far a Close has come.
 #[derive(Debug)]
-struct Leaving {
-    task: JoinHandle<()>,
-    /// Dropped: no other try begins.
-    goes_on: oneshot::Sender<()>,
+enum Leaving {
+    /// The connection is being asked for with another endpoint. A hop that remembers it needs no Close before such a Request,
+    /// which ends what was; one to which the Request does not go is told afterwards.
+    HeldBack,
+    /// Under way, or between two tries.
+    Told {
+        task: JoinHandle<()>,
+        /// Dropped: no other try begins.
+        goes_on: oneshot::Sender<()>,
+    },
 }
 
 /// How long a Close may hold up the next Request of its connection: a hop that lives has closed by then, and the Close is
@@ -593,13 +605,35 @@ impl Parting {
                 this.silent.answered(&done.0);
             }
             let mut partings = this.left.lock();
-            if partings.get(&done).is_some_and(|leaving| leaving.task.id() == tokio::task::id()) {
+            if let Some(Leaving::Told { task, .. }) = partings.get(&done)
+                && task.id() == tokio::task::id()
+            {
                 partings.remove(&done);
             }
         });
         // The same Close from before this connection came back there in vain is this one's now.
-        if let Some(before) = partings.insert(key, Leaving { task, goes_on }) {
-            before.task.abort();
+        if let Some(Leaving::Told { task: before, .. }) =
+            partings.insert(key, Leaving::Told { task, goes_on })
+        {
+            before.abort();
+        }
+    }
+
+    /// Until the request is over that may go there.
+    fn hold_back(&self, farewell: &Farewell) {
+        let key = (farewell.target.clone(), farewell.conn.id.clone());
+        if let Some(Leaving::Told { task: before, .. }) = self.left.lock().insert(key, Leaving::HeldBack) {
+            before.abort();
+        }
+    }
+
+    /// That request is over: closes, if it did not go there.
+    fn tell_held_back(&self, farewell: Farewell) {
+        let key = (farewell.target.clone(), farewell.conn.id.clone());
+        let untold = matches!(self.left.lock().get(&key), Some(Leaving::HeldBack));
+        if untold {
+            let close = farewell.clone().say(Instant::now() + Release::TIME);
+            self.begin(farewell, close);
         }
     }
 
@@ -612,7 +646,7 @@ impl Parting {
             let mut partings = self.left.lock();
             if partings.is_empty() { None } else { partings.remove(&(at.clone(), id.to_owned())) }
         };
-        let Some(Leaving { mut task, goes_on }) = leaving else { return };
+        let Some(Leaving::Told { mut task, goes_on }) = leaving else { return };
         drop(goes_on);
         let until = deadline.min(Instant::now() + LONGEST_PARTING);
         if tokio::time::timeout_at(until, &mut task).await.is_err() {
@@ -748,11 +782,10 @@ impl Follower {
         Ok(())
     }
 
-    fn leave(&self, target: &NextHop, id: &str) {
+    /// Whether it was followed without a break since it was asked for there last, so that the neighbour remembers it.
+    fn leave(&self, target: &NextHop, id: &str) -> bool {
         // The stream stays: the next connection to this neighbour finds it open.
-        if let Some(ids) = self.streams.lock().get_mut(target) {
-            ids.remove(id);
-        }
+        self.streams.lock().get_mut(target).is_some_and(|ids| ids.remove(id))
     }
 }
 

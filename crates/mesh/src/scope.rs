@@ -4,9 +4,10 @@ use std::{any::Any, fmt, time::Duration};
 
 use async_trait::async_trait;
 use nsm_api::pb::connection::Connection;
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use crate::error::Error;
+use crate::{chain::Afterwards, error::Error};
 
 /// Something that was acquired for a connection and has to be given back.
 #[async_trait]
@@ -22,7 +23,7 @@ pub trait Lease: Any + Send + Sync + fmt::Debug {
 }
 
 /// Why and until when leases are released.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Release {
     /// Why.
     pub reason: Reason,
@@ -30,6 +31,8 @@ pub struct Release {
     pub deadline: Instant,
     /// The Close message, if one came: its path has fresh tokens.
     pub close: Option<Connection>,
+    /// What is begun when the request is over that asks for the connection anew, if there is one.
+    pub anew: Option<Mutex<Afterwards>>,
 }
 
 impl Release {
@@ -39,7 +42,7 @@ impl Release {
     /// A release from the inside, without a Close message.
     #[must_use]
     pub fn now(reason: Reason) -> Self {
-        Self { reason, deadline: Instant::now() + Self::TIME, close: None }
+        Self { reason, deadline: Instant::now() + Self::TIME, close: None, anew: None }
     }
 }
 

@@ -903,6 +903,63 @@ async fn what_stood_before_a_request_that_failed_is_not_closed_by_who_has_forgot
     }
 }
 
+/// The Request itself ends what was, at every hop that remembers it.
+#[tokio::test]
+async fn a_hop_is_told_to_close_before_another_endpoint_is_asked_for_only_if_it_may_have_forgotten() {
+    for forgets in [false, true] {
+        let mesh = Mesh::start().await;
+        let mut before = mesh.ask(request()).await.unwrap();
+        let own = path::segments(&before)[1].id.clone();
+        while mesh.next.streams.lock().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        if forgets {
+            mesh.next.tell(None);
+            let fell = || mesh.hub.get(&own).is_some_and(|(conn, _)| conn.state() == State::Down);
+            while !fell() {
+                tokio::task::yield_now().await;
+            }
+        }
+        before.set_state(State::ReselectRequested);
+        mesh.ask(again(&before)).await.unwrap();
+        let close: &[_] = if forgets { &["close", "closed"] } else { &[] };
+        assert_eq!(*mesh.next.calls.lock(), [&["request"], close, &["request"]].concat());
+        assert_eq!(
+            mesh.next.asked.lock()[1].connection.as_ref().unwrap().state(),
+            State::ReselectRequested,
+            "by which it hears of it"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_hop_that_a_reselection_leaves_is_told_to_close_when_the_request_is_over() {
+    for answers in [true, false] {
+        let mesh = Mesh::start().await;
+        let mut before = mesh.ask(request()).await.unwrap();
+        before.set_state(State::ReselectRequested);
+        *mesh.to.lock() = mesh.other.0.clone();
+        if !answers {
+            mesh.other.1.answers(|conn| conn.path = None);
+        }
+        let making = mesh.making.lock().await;
+        let (answer, ()) = tokio::join!(mesh.ask(again(&before)), async {
+            while mesh.other.1.calls.lock().is_empty() {
+                tokio::task::yield_now().await;
+            }
+            // As long as it takes a Close to come.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            assert_eq!(*mesh.next.calls.lock(), ["request"], "the new way is being made");
+            drop(making);
+        });
+        assert_eq!(answer.is_ok(), answers);
+        while *mesh.next.calls.lock() != ["request", "close", "closed"] {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(mesh.next.closed.lock()[0].state(), State::ReselectRequested);
+    }
+}
+
 /// Who wants another endpoint because a node is gone would otherwise wait for that node first.
 #[tokio::test]
 async fn nobody_waits_for_a_hop_that_is_slow_to_close_and_it_is_told_all_the_same() {
