@@ -113,6 +113,8 @@ pub struct Wires {
     records: Mutex<HashMap<String, Held>>,
     /// Locked after the records.
     vnis: Mutex<Vnis>,
+    /// What could not be removed in full, until it is tried again.
+    unremoved: Arc<Mutex<Vec<(WirePlan, Nsids)>>>,
     orphans: AtomicU64,
 }
 
@@ -241,6 +243,7 @@ impl Wires {
             store,
             records: Mutex::new(records),
             vnis: Mutex::new(vnis),
+            unremoved: Arc::default(),
             orphans: AtomicU64::new(0),
         })
     }
@@ -479,8 +482,16 @@ impl Wires {
         self.take(|other, _| other == id);
     }
 
-    /// Removes the wires of an earlier process whose time has come and which no connection has claimed.
+    /// Removes the wires of an earlier process whose time has come and which no connection has claimed, and again what
+    /// could not be removed.
     pub fn sweep(&self) {
+        let again = std::mem::take(&mut *self.unremoved.lock());
+        {
+            let records = self.records.lock();
+            // One that is back has the marks of the one that was to go.
+            let again = again.into_iter().filter(|(plan, _)| !records.contains_key(&plan.id));
+            again.for_each(|(plan, nsids)| self.remove_later(plan, nsids, true));
+        }
         let now = Instant::now();
         let over = |held: &Held| held.until.is_none_or(|until| until <= now);
         let orphans = self.take(|_, held| !held.claimed && over(held) && !planted::is("orphans stay"));
@@ -512,17 +523,24 @@ impl Wires {
                 {
                     self.vnis.lock().release(vni, &id);
                 }
-                let (store, gone) = (self.store.clone(), id.clone());
-                let then = move |removed: nsm_kernel::Result<()>| {
-                    // What could not be removed is tried again by the next process.
-                    if let Err(error) = removed.and_then(|()| store.remove(&gone)) {
-                        tracing::warn!(wire = gone, error = %explain(&error), "not removed in full");
-                    }
-                };
-                self.machine.remove_later(&record.plan, nsids, Box::new(then));
+                self.remove_later(record.plan, nsids, false);
                 id
             })
             .collect()
+    }
+
+    fn remove_later(&self, plan: WirePlan, nsids: Nsids, again: bool) {
+        let (store, unremoved, gone) = (self.store.clone(), Arc::clone(&self.unremoved), plan.clone());
+        let then = move |removed: nsm_kernel::Result<()>| {
+            // If not by this process then by the next.
+            if let Err(error) = removed.and_then(|()| store.remove(&gone.id)) {
+                if !again {
+                    tracing::warn!(wire = gone.id, error = %explain(&error), "not removed in full; it is tried again");
+                }
+                unremoved.lock().push((gone, nsids));
+            }
+        };
+        self.machine.remove_later(&plan, nsids, Box::new(then));
     }
 
     /// The connections whose wire is not in the kernel any more, of all or of those with an end in the namespace that
@@ -825,6 +843,36 @@ mod tests {
         assert!(second.record("left").is_none());
         assert_eq!(second.record("claimed"), Some(claimed));
         assert_eq!((second.broken(None).await, node.files()), (Vec::new(), 1));
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_removed_is_tried_again_unless_it_is_back() {
+        let Some(node) = Node::new("what_cannot_be_removed_is_tried_again_unless_it_is_back") else { return };
+        let wires = node.wires();
+        let file = |id: &str| {
+            let mut files = std::fs::read_dir(node.state.path()).unwrap();
+            files.find_map(|file| file.ok().filter(|file| file.file_name().to_string_lossy().contains(id)))
+        };
+        for comes_back in [false, true] {
+            let record = node.veth("w");
+            made(&wires, &record).await;
+            // What is no file cannot be unlinked.
+            let path = file("w").unwrap().path();
+            std::fs::remove_file(&path).unwrap();
+            std::fs::create_dir(&path).unwrap();
+            wires.remove("w");
+            wires.flush().await;
+            assert!(path.exists());
+            std::fs::remove_dir(&path).unwrap();
+            if comes_back {
+                made(&wires, &record).await;
+            } else {
+                std::fs::write(&path, "").unwrap();
+            }
+            wires.sweep();
+            wires.flush().await;
+            assert_eq!((path.exists(), wires.broken(None).await), (comes_back, Vec::new()));
+        }
     }
 
     #[test]
