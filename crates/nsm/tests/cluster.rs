@@ -86,7 +86,10 @@ spec:
 fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let end = Instant::now() + Duration::from_secs(300);
     while !holds() {
-        assert!(Instant::now() < end, "{what}");
+        if Instant::now() >= end {
+            FAILED.set(what.to_owned());
+            panic!("{what}");
+        }
         sleep(Duration::from_millis(200));
     }
 }
@@ -241,14 +244,19 @@ impl Mesh {
     }
 
     fn no_wires(&self) {
-        let mut left = Vec::new();
-        until("nothing is left of the wires", || {
+        self.as_many_wires(&[]);
+    }
+
+    /// Waits until there is as much of wires as there was; names change where one was made anew.
+    fn as_many_wires(&self, before: &[String]) {
+        let mut last = before.to_vec();
+        until("there is as much of wires as before", || {
             let now = self.wires();
-            if now != left {
-                eprintln!("left: {now:#?}");
-                left = now;
+            if now != last {
+                eprintln!("of {before:#?} there is: {now:#?}");
+                last = now;
             }
-            left.is_empty()
+            last.len() == before.len()
         });
     }
 
@@ -274,7 +282,7 @@ impl Mesh {
 }
 
 impl Drop for Mesh {
-    /// What was wrong is in the cluster, which goes.
+    /// What was wrong is in the cluster, which goes; what is said last is read first.
     fn drop(&mut self) {
         if !std::thread::panicking() {
             return;
@@ -284,24 +292,24 @@ impl Drop for Mesh {
             let said = said.map(|said| [said.stdout, said.stderr].concat()).unwrap_or_default();
             eprintln!("---- kubectl {}\n{}", args.join(" "), String::from_utf8_lossy(&said));
         };
+        let logs = |namespace: &str, selector: &str| {
+            tell(&["logs", namespace, "--selector", selector, "--all-containers", "--prefix", "--tail=30"]);
+        };
         tell(&["get", "pods", "--all-namespaces", "--output=wide"]);
         tell(&["get", "events", "--all-namespaces", "--field-selector=type=Warning"]);
         for part in ["identity", "registry", "webhook", "node"] {
-            let part = format!("app.kubernetes.io/component={part}");
-            tell(&[
-                "logs",
-                "--namespace=nsm-system",
-                "--selector",
-                &part,
-                "--all-containers",
-                "--prefix",
-                "--tail=40",
-            ]);
+            logs("--namespace=nsm-system", &format!("app.kubernetes.io/component={part}"));
         }
         for app in ["gateway", "near", "far"] {
-            tell(&["logs", "--selector", &format!("app={app}"), "--all-containers", "--prefix", "--tail=20"]);
+            logs("--namespace=default", &format!("app={app}"));
         }
+        eprintln!("---- wires\n{:#?}\n---- what failed: {}", self.wires(), FAILED.take());
     }
+}
+
+thread_local! {
+    /// What was waited for in vain.
+    static FAILED: std::cell::RefCell<String> = const { std::cell::RefCell::new(String::new()) };
 }
 
 /// An archive of images of this program. It is no static one, so what it is linked with is in the images, too.
@@ -608,7 +616,7 @@ fn a_mesh_is_upgraded_under_its_wires() {
         !images.contains(":dev") && images.contains("nsm:next")
     });
     mesh.got_over("the mesh was upgraded", ["near", "far"].into_iter().zip(pings));
-    until("the wires are as they were", || mesh.wires().len() == wires.len());
+    mesh.as_many_wires(&wires);
     let _said = mesh.cluster.kubectl(&["delete", "deployment", "near", "far", "gateway"]);
     mesh.no_wires();
 }
@@ -772,6 +780,7 @@ fn one_manifest_and_one_annotation_make_a_wire_and_nothing_is_left() {
         });
     }
     let wires = mesh.wires();
+    println!("two wires: {wires:#?}");
     assert!(wires.iter().any(|wire| wire.contains("vxlan")), "one wire is between nodes: {wires:#?}");
 
     // All of it is replaced, one part after the other, and nobody whose wire stands sees anything of it.
@@ -781,7 +790,7 @@ fn one_manifest_and_one_annotation_make_a_wire_and_nothing_is_left() {
         mesh.rolled_out(part, "nsm-system");
     }
     mesh.got_over("every part was restarted", ["near", "far"].into_iter().zip(pings));
-    until("the wires are as they were", || mesh.wires().len() == wires.len());
+    mesh.as_many_wires(&wires);
 
     let _said = mesh.cluster.kubectl(&["delete", "deployment", "near", "far"]);
     mesh.no_wires();
