@@ -20,6 +20,7 @@ use nsm_identity::Source;
 use nsm_lab::Lab;
 use nsm_lab::probe::Echo;
 use nsm_sdk::client::{Client, ClientConfig, Wire};
+use nsm_sdk::liveness::Liveness;
 use nsm_sdk::own_end::OwnNamespace;
 use nsm_transport::{DialUrl, Pool, PoolConfig};
 use serde::{Deserialize, Serialize};
@@ -36,6 +37,8 @@ const PING: Duration = Duration::from_millis(2);
 pub struct ClientOptions {
     /// The manager of the node.
     pub connect_to: DialUrl,
+    /// Whether wires are probed, as clients do it unless they are told otherwise.
+    pub probes: bool,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -135,9 +138,9 @@ pub(crate) fn pod(number: usize) -> String {
 
 impl Workers {
     /// Starts as many, in as many pods.
-    pub(crate) fn start(lab: &Lab, exe: &Path, clients: usize) -> Result<Self, Error> {
+    pub(crate) fn start(lab: &Lab, exe: &Path, clients: usize, probes: bool) -> Result<Self, Error> {
         (0..clients.max(1))
-            .map(|number| Worker::start(lab, exe, &pod(number)))
+            .map(|number| Worker::start(lab, exe, &pod(number), probes))
             .collect::<Result<_, _>>()
             .map(Self)
     }
@@ -214,7 +217,7 @@ impl Workers {
 
 impl Worker {
     /// Starts it in that pod of node1.
-    pub(crate) fn start(lab: &Lab, exe: &Path, pod: &str) -> Result<Self, Error> {
+    pub(crate) fn start(lab: &Lab, exe: &Path, pod: &str, probes: bool) -> Result<Self, Error> {
         let at = lab.plan.paths();
         let node = at.node("node1");
         let socket = |name: &str| format!("unix://{}", node.join(name).display());
@@ -224,6 +227,7 @@ impl Worker {
         command
             .arg0("nsm")
             .args(["bench", "client", "--connect-to", &socket("nsm.io.sock")])
+            .args(probes.then_some("--probes"))
             .env("SPIFFE_ENDPOINT_SOCKET", socket("identity.sock"))
             .env("NSM_LOG_LEVEL", crate::LOG_LEVEL)
             .env("NSM_INTROSPECT_DIR", "")
@@ -357,10 +361,10 @@ pub async fn client(options: ClientOptions, source: Source) -> Result<(), Error>
         request_timeout: Duration::from_secs(15),
         labels: std::collections::BTreeMap::new(),
         awareness_groups: nsm_sdk::prefixes::AwarenessGroups::default(),
-        // Nobody was here before, and probes would be measured with the rest.
+        // Nobody was here before.
         takes_over: false,
         refreshes_together: false,
-        liveness: None,
+        liveness: options.probes.then(Liveness::default),
         names: None,
     };
     let client = Client::new(config, Pool::new(source, PoolConfig::default()), namespace);

@@ -55,7 +55,7 @@ pub fn beside_upstream(
 
     progress(&format!("ours: {} wires, one after the other", options.wires));
     let lab = build("ours", false)?;
-    let mut worker = Worker::start(&lab.0, exe, &crate::client::pod(0))?;
+    let mut worker = Worker::start(&lab.0, exe, &crate::client::pod(0), false)?;
     worker.open(&lab.0, WARM_UP, 1)?;
     worker.close(&lab.0)?;
     let opened = worker.open(&lab.0, options.wires, 1)?;

@@ -207,8 +207,12 @@ fn run_into(
             measure(options, *topology, exe, &supervisor, rows, progress)?;
         }
         if options.measures.contains(&Measure::Heal) {
-            heal::measure(options, *topology, exe, &supervisor, rows, progress)?;
-            many::measure(options, *topology, exe, &supervisor, rows, progress)?;
+            if options.times > 0 {
+                heal::measure(options, *topology, exe, &supervisor, rows, progress)?;
+            }
+            for probes in [true, false] {
+                many::measure(options, *topology, probes, exe, &supervisor, rows, progress)?;
+            }
         }
     }
     Ok(())
@@ -261,7 +265,7 @@ fn measure_in(
     rows: &mut Vec<Row>,
     progress: &mut dyn FnMut(&str),
 ) -> Result<(), Error> {
-    let mut workers = client::Workers::start(lab, exe, options.clients)?;
+    let mut workers = client::Workers::start(lab, exe, options.clients, false)?;
     if options.measures.contains(&Measure::Setup) {
         setup::measure(options, topology, lab, &mut workers, rows, progress)?;
     }

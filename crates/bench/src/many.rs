@@ -30,11 +30,17 @@ const WITHIN: Duration = Duration::from_secs(30);
 pub(crate) fn measure(
     options: &Options,
     topology: Topology,
+    probes: bool,
     exe: &Path,
     supervisor: &Supervisor,
     rows: &mut Vec<Row>,
     progress: &mut dyn FnMut(&str),
 ) -> Result<(), Error> {
+    let (id, which) = if probes {
+        ("heal.many", "probed wires")
+    } else {
+        ("heal.many.unprobed", "wires that nobody probes")
+    };
     let name = format!("{}-many-{}", options.lab, if topology == Topology::Local { "local" } else { "far" });
     let path = Path::new("nsm bench heal");
     let scenario = topology.scenario(&name, false, options.clients, ENDPOINTS.len());
@@ -48,10 +54,10 @@ pub(crate) fn measure(
     let lab = Standing(Lab::build(plan, path, exe, supervisor.clone(), &mut |_| {})?);
     let lab = &lab.0;
     let [first, second] = ENDPOINTS;
-    let mut workers = Workers::start(lab, exe, options.clients)?;
+    let mut workers = Workers::start(lab, exe, options.clients, probes)?;
     // Nobody goes to the second before the first is gone.
     lab.supervisor.end(second, Signal::TERM, WITHIN)?;
-    progress(&format!("{topology}: {} wires of one endpoint, which goes with its pod", options.wires));
+    progress(&format!("{topology}: {} {which} of one endpoint, which goes with its pod", options.wires));
     workers.open(lab, options.wires, 16)?;
     lab.start(second)?;
     lab.supervisor.wait_ready(&[second], WITHIN)?;
@@ -63,15 +69,15 @@ pub(crate) fn measure(
         Ok(lab.remove_namespace(first)?)
     })?;
     let times = Times::of(left.at.iter().map(|at| at.saturating_sub(began)));
-    let what = format!("one endpoint of {} wires gone: until each has another", options.wires);
+    let what = format!("one endpoint of {} {which} gone: until each has another", options.wires);
     rows.push(
-        Row::new(topology, "heal.many", what, Value::Times(times))
+        Row::new(topology, id, what, Value::Times(times))
             .target(Target::at_most(times.max / 1e6, 3.0, " s each"))
             .note(format!("of {} clients, from the kill on", options.clients)),
     );
     let failed = left.failed.len();
     rows.push(
-        Row::new(topology, "heal.many.lost", "  that carry no packet afterwards", Value::count(failed))
+        Row::new(topology, format!("{id}.lost"), "  that carry no packet afterwards", Value::count(failed))
             .target(Target::none_of(failed))
             .note(left.failed.first().cloned().unwrap_or_default()),
     );
@@ -81,7 +87,7 @@ pub(crate) fn measure(
         let value = Value::Number { value: peak.values().sum::<u64>() as f64, unit: "calls/s" };
         let what = format!("  peak load of {process}");
         rows.push(
-            Row::new(topology, format!("heal.many.load.{process}"), what, value)
+            Row::new(topology, format!("{id}.load.{process}"), what, value)
                 .note(format!("in the second in which it was asked most: {}", calls.join(", "))),
         );
     }

@@ -50,6 +50,9 @@ enum Command {
         /// The manager of the node
         #[arg(long)]
         connect_to: DialUrl,
+        /// Probe wires, as clients do it
+        #[arg(long)]
+        probes: bool,
         #[command(flatten)]
         common: Common,
     },
@@ -84,8 +87,8 @@ struct Amounts {
     /// How many pings one measurement of latency has
     #[arg(long, global = true, default_value_t = 5000)]
     pings: usize,
-    /// How often each fault happens (heal)
-    #[arg(long, global = true, default_value_t = 30, value_parser = clap::value_parser!(u16).range(1..))]
+    /// How often each fault of one wire happens; 0: only the fall of many at once (heal)
+    #[arg(long, global = true, default_value_t = 30)]
     times: u16,
     /// Machine-readable output
     #[arg(long, global = true)]
@@ -115,10 +118,10 @@ pub(crate) fn run(bench: Bench) -> Result<ExitCode> {
     let all = BTreeSet::from([Measure::Setup, Measure::Throughput, Measure::Latency]);
     let mut upstream = None;
     let measures = match bench.command {
-        Some(Command::Client { connect_to, common }) => {
+        Some(Command::Client { connect_to, probes, common }) => {
             common::run(&common.clone(), "bench", "bench", async {
                 let source = nsm_identity::Source::from_env().await.context("no identity")?;
-                Ok(nsm_bench::client(ClientOptions { connect_to }, source).await?)
+                Ok(nsm_bench::client(ClientOptions { connect_to, probes }, source).await?)
             })?;
             return Ok(ExitCode::SUCCESS);
         }
