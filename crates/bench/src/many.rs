@@ -43,7 +43,7 @@ pub(crate) fn measure(
     };
     let name = format!("{}-many-{}", options.lab, if topology == Topology::Local { "local" } else { "far" });
     let path = Path::new("nsm bench heal");
-    let scenario = topology.scenario(&name, false, options.clients, ENDPOINTS.len());
+    let scenario = topology.scenario(&name, options.together, options.clients, ENDPOINTS.len());
     let mut plan = Plan::new(&Scenario::parse(&scenario, path)?);
     for (process, _, port) in COUNTED {
         let process = plan.processes.iter_mut().filter(|planned| planned.name == process);

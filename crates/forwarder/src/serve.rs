@@ -34,7 +34,7 @@ use nsm_mesh::{
 };
 use nsm_registry::{Client, ClientConfig, Following, LookUp};
 use nsm_transport::{DialUrl, Guard, ListenUrl, Pool, PoolConfig, Server};
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
     cross_connect::CrossConnect,
@@ -324,12 +324,20 @@ async fn end_broken(
     nsid: Option<Nsid>,
     why: &'static str,
 ) {
+    let looked = Instant::now();
     for id in wires.broken(nsid).await {
         let (wires, connections) = (Arc::clone(wires), Arc::clone(connections));
         // Closing may take as long as a neighbour lets it; events go on meanwhile.
         tokio::spawn(async move {
-            tracing::info!(connection = %id, why, "wire ends");
-            connections.drop_connection(&id, Reason::Gone).await;
+            // Its client may have another endpoint by now.
+            let is_anew = || {
+                let is_anew = wires.is_whole_since(&id, looked);
+                if !is_anew {
+                    tracing::info!(connection = %id, why, "wire ends");
+                }
+                is_anew
+            };
+            connections.drop_connection_unless(&id, Reason::Gone, is_anew).await;
             wires.orphan(&id, why);
         });
     }

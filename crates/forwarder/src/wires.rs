@@ -570,6 +570,12 @@ impl Wires {
         on(|work| self.machine.wait(work), look).await.unwrap_or_default()
     }
 
+    /// Whether a connection's wire was found, or made, as planned after that.
+    pub(crate) fn is_whole_since(&self, id: &str, then: Instant) -> bool {
+        let records = self.records.lock();
+        records.get(id).and_then(|held| held.whole).is_some_and(|at| at > then)
+    }
+
     /// Waits until everything that is being removed is gone.
     pub async fn flush(&self) {
         let machine = Arc::clone(&self.machine);
@@ -873,6 +879,26 @@ mod tests {
             wires.flush().await;
             assert_eq!((path.exists(), wires.broken(None).await), (comes_back, Vec::new()));
         }
+    }
+
+    #[tokio::test]
+    async fn a_wire_that_was_broken_and_leads_elsewhere_now_is_whole() {
+        let Some(mut node) = Node::new("a_wire_that_was_broken_and_leads_elsewhere_now_is_whole") else {
+            return;
+        };
+        let wires = node.wires();
+        made(&wires, &node.veth("w")).await;
+        let looked = Instant::now();
+        node.endpoint = Pod::start();
+        while wires.broken(None).await.is_empty() {
+            tokio::task::yield_now().await;
+        }
+        assert!(!wires.is_whole_since("w", looked));
+        made(&wires, &node.veth("w")).await;
+        assert!(wires.is_whole_since("w", looked));
+        wires.remove("w");
+        wires.flush().await;
+        assert!(!wires.is_whole_since("w", looked), "it is no more");
     }
 
     #[test]

@@ -814,7 +814,22 @@ impl Connections {
 
     /// Ends a connection from the inside: expiry, a namespace that is gone, shutdown.
     pub async fn drop_connection(self: &Arc<Self>, id: &str, reason: Reason) -> Vec<Error> {
-        self.end(id, Release::now(reason)).await.unwrap_or_default()
+        self.drop_connection_unless(id, reason, || false).await
+    }
+
+    /// The same, unless it has been made anew since the reason was found: that is asked when no request of it is under way.
+    pub async fn drop_connection_unless(
+        self: &Arc<Self>,
+        id: &str,
+        reason: Reason,
+        is_anew: impl FnOnce() -> bool + Send,
+    ) -> Vec<Error> {
+        let Some(entry) = self.table.lock().get(id).cloned() else { return Vec::new() };
+        let mut held = entry.held.lock().await;
+        if held.closed || is_anew() {
+            return Vec::new();
+        }
+        self.release_all(id, &entry, &mut held, &Release::now(reason)).await
     }
 
     /// Undoes a connection whose caller does not know of it; a later answer proves that it does.
@@ -827,16 +842,6 @@ impl Connections {
         tracing::info!(hop = %self.me, connection = %id, "the caller left mid-request; undone");
         held.scope.unwind(&Release::now(Reason::Failed)).await;
         self.forget(id, &entry, &mut held);
-    }
-
-    /// `None`: no such connection.
-    async fn end(self: &Arc<Self>, id: &str, release: Release) -> Option<Vec<Error>> {
-        let entry = self.table.lock().get(id).cloned()?;
-        let mut held = entry.held.lock().await;
-        if held.closed {
-            return None;
-        }
-        Some(self.release_all(id, &entry, &mut held, &release).await)
     }
 
     async fn release_all(

@@ -364,6 +364,42 @@ async fn closing_what_nobody_remembers_succeeds() {
     assert!(errors.is_empty());
 }
 
+/// The pod of its endpoint was gone, and a request that has found another one is under way.
+#[tokio::test]
+async fn what_is_made_anew_meanwhile_does_not_end_for_what_was_gone_before() {
+    for is_anew in [true, false] {
+        let (log, end) = (Log::default(), Arc::new(End::default()));
+        let role = role(&log, &end);
+        let answer = role.request(Call::default(), request("c")).await.unwrap().connection;
+        *end.mode.lock() = Mode::Wait;
+        let asks_again = {
+            let (role, again) = (Arc::clone(&role), request("c"));
+            let again = NetworkServiceRequest { connection: Some(answer), ..again };
+            tokio::spawn(async move { role.request(Call::default(), again).await })
+        };
+        while end.calls.load(Ordering::SeqCst) < 2 {
+            tokio::task::yield_now().await;
+        }
+        let looked = Arc::new(AtomicUsize::new(0));
+        let gone = {
+            let (role, id, looked) = (Arc::clone(&role), role.ids().remove(0), Arc::clone(&looked));
+            let is_anew = move || {
+                looked.fetch_add(1, Ordering::SeqCst);
+                is_anew
+            };
+            tokio::spawn(async move { role.drop_connection_unless(&id, Reason::Gone, is_anew).await })
+        };
+        for _ in 0..64 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(looked.load(Ordering::SeqCst), 0, "a request is under way");
+        end.go.add_permits(1);
+        asks_again.await.unwrap().unwrap();
+        assert!(gone.await.unwrap().is_empty());
+        assert_eq!((looked.load(Ordering::SeqCst), role.len()), (1, usize::from(is_anew)));
+    }
+}
+
 /// Finds out slowly where a forgotten connection went.
 #[derive(Debug)]
 struct SlowToFind {
