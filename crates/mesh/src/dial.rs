@@ -554,8 +554,13 @@ impl Parting {
             self.begin(farewell, close);
             return Ok(());
         }
+        let is_gone = !farewell.target.may_come_back();
         let mut close = Box::pin(farewell.clone().say(deadline));
         match tokio::time::timeout(FAREWELL, &mut close).await {
+            Ok(Err(error)) if error.code == Code::Unavailable && is_untold(&error) && is_gone => {
+                tracing::debug!(from = %farewell.target, %error, "who is gone has nothing left to close");
+                Ok(())
+            }
             Ok(Err(error)) if is_untold(&error) => {
                 self.begin(farewell, std::future::ready(Err(error.clone())));
                 // It is ours now to tell: nobody else tries.
@@ -856,6 +861,31 @@ mod tests {
         let ((), seen) = tokio::join!(lost(&hub, &streams, &gone), looking);
         assert_eq!(seen, [1, 2, 3, 4].map(|times| times * AT_ONCE));
         assert_eq!(fallen(), 4 * AT_ONCE);
+    }
+
+    #[tokio::test]
+    async fn an_endpoint_whose_socket_is_dead_has_nothing_left_to_close() {
+        use nsm_identity::{Source, ca::Authority};
+        use nsm_transport::{DialTarget, PoolConfig};
+        use rustix::fs::{CWD, Mode, OFlags, openat};
+
+        let (directory, now) = (tempfile::tempdir().unwrap(), clock::now());
+        let authority = Authority::new("test.lab".parse().unwrap(), now).unwrap();
+        let id = "spiffe://test.lab/hop".parse().unwrap();
+        let identity = authority.identity(&id, std::time::Duration::from_secs(60), now).unwrap();
+        let pool = Pool::new(Source::fixed(identity), PoolConfig::default());
+        let dial = Dial::new(pool, "hop", Arc::default(), FOLLOWING);
+        let path = directory.path().join("endpoint.sock");
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        let socket = openat(CWD, &path, OFlags::PATH, Mode::empty()).unwrap();
+        let url: nsm_transport::DialUrl = format!("unix://{}", path.display()).parse().unwrap();
+        for (target, comes_back) in
+            [(NextHop::from(DialTarget::Socket(Arc::new(socket))), false), (NextHop::from(url), true)]
+        {
+            let farewell = Farewell { conn: conn(0, &["t"]), ..dial.farewell(&target) };
+            let closed = dial.parting.see_off(farewell, Instant::now() + Release::TIME).await;
+            assert_eq!(closed.is_err(), comes_back, "{target}: {closed:?}");
+        }
     }
 
     #[test]
