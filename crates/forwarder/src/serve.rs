@@ -325,18 +325,16 @@ async fn end_broken(
     why: &'static str,
 ) {
     let looked = Instant::now();
-    for id in wires.broken(nsid).await {
+    let broken = wires.broken(nsid).await;
+    if let [first, others @ ..] = &broken[..] {
+        tracing::info!(connection = %first, others = others.len(), why, "wires end");
+    }
+    for id in broken {
         let (wires, connections) = (Arc::clone(wires), Arc::clone(connections));
         // Closing may take as long as a neighbour lets it; events go on meanwhile.
         tokio::spawn(async move {
             // Its client may have another endpoint by now.
-            let is_anew = || {
-                let is_anew = wires.is_whole_since(&id, looked);
-                if !is_anew {
-                    tracing::info!(connection = %id, why, "wire ends");
-                }
-                is_anew
-            };
+            let is_anew = || wires.is_whole_since(&id, looked);
             connections.drop_connection_unless(&id, Reason::Gone, is_anew).await;
             wires.orphan(&id, why);
         });
