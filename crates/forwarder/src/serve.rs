@@ -1,7 +1,7 @@
 //! The role: its configuration, its chain, its serving, and what it does beside requests.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     future::Future,
     net::IpAddr,
     path::PathBuf,
@@ -49,6 +49,8 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How often wires that no connection claims are looked at.
 const SWEEP: Duration = Duration::from_secs(1);
+/// Events of the kernel that wait, and that are looked at together.
+const EVENTS: usize = 1024;
 
 /// What a forwarder is told from outside.
 #[derive(Debug, Clone)]
@@ -276,7 +278,7 @@ impl Running {
     pub async fn look_after(self, shutdown: impl Future<Output = ()> + Send) -> Arc<Wires> {
         tokio::select! {
             () = shutdown => {}
-            () = look_after(Arc::clone(&self.wires), self.connections, self.events) => {}
+            () = look_after(Arc::clone(&self.wires), self.connections, self.hub, self.events) => {}
         }
         self.wires
     }
@@ -296,22 +298,37 @@ fn default_address() -> Result<IpAddr> {
     })
 }
 
-async fn look_after(wires: Arc<Wires>, connections: Arc<Connections>, mut events: mpsc::Receiver<Event>) {
+async fn look_after(
+    wires: Arc<Wires>,
+    connections: Arc<Connections>,
+    hub: Arc<Hub>,
+    mut events: mpsc::Receiver<Event>,
+) {
     let mut sweep = tokio::time::interval(SWEEP);
     // Nobody told of the pods that died while no process of ours was there.
     end_broken(&wires, &connections, None, "it was not in the kernel any more at our start").await;
+    let (mut told, mut reads) = (Vec::new(), true);
     loop {
         tokio::select! {
             _ = sweep.tick() => wires.sweep(),
-            Some(event) = events.recv() => match event {
-                Event::NamespaceGone { nsid } => {
-                    let why = "the network namespace of its pod is gone";
-                    end_broken(&wires, &connections, Some(nsid), why).await;
+            more = events.recv_many(&mut told, EVENTS), if reads => {
+                // Whoever reads them from the kernel has said why not.
+                reads = more > 0;
+                // With their namespaces, or removed by us, or by somebody else.
+                let mut links = HashSet::new();
+                for event in told.drain(..) {
+                    match event {
+                        Event::NamespaceGone { nsid } => {
+                            let why = "the network namespace of its pod is gone";
+                            end_broken(&wires, &connections, Some(nsid), why).await;
+                        }
+                        Event::Lost => {
+                            end_broken(&wires, &connections, None, "it is not in the kernel any more").await;
+                        }
+                        Event::LinkGone { nsid, ifname, .. } => drop(links.insert((nsid, ifname))),
+                    }
                 }
-                Event::Lost => {
-                    end_broken(&wires, &connections, None, "it is not in the kernel any more").await;
-                }
-                Event::LinkGone { .. } => {} // with its namespace, or removed by us, or healed by a refresh
+                mend_cut(&wires, &connections, &hub, &links).await;
             },
         }
     }
@@ -341,9 +358,36 @@ async fn end_broken(
     }
 }
 
+/// Makes wires again of which somebody has deleted an interface.
+async fn mend_cut(
+    wires: &Arc<Wires>,
+    connections: &Arc<Connections>,
+    hub: &Arc<Hub>,
+    links: &HashSet<(Nsid, String)>,
+) {
+    for mending in wires.cut(links).await {
+        let (connections, hub) = (Arc::clone(connections), Arc::clone(hub));
+        tokio::spawn(async move {
+            tokio::time::sleep_until(mending.at()).await;
+            let id = mending.id().to_owned();
+            match connections.between_requests(&id, mending.mend()).await {
+                Some(Ok(true)) => {
+                    tracing::info!(connection = %id, "an interface of its wire was deleted; made again");
+                }
+                Some(Ok(false)) | None => {}
+                Some(Err(why)) => {
+                    // A request brings the descriptors of its ends, and whoever asks hears why it cannot be made.
+                    tracing::warn!(connection = %id, ?why, "an interface of its wire was deleted, and cannot be made again");
+                    hub.ask_again(&id);
+                }
+            }
+        });
+    }
+}
+
 /// The kernel's events, read by a thread that does nothing else. It ends with the receiver.
 fn watch_events(mut watch: Watch) -> mpsc::Receiver<Event> {
-    let (tell, events) = mpsc::channel(1024);
+    let (tell, events) = mpsc::channel(EVENTS);
     let ended = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&ended);
     let reader = move || {

@@ -7,7 +7,7 @@
 //! A wire that was found at start has no connection until one claims it. Only those without are swept.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     path::Path,
     sync::{
         Arc,
@@ -26,7 +26,7 @@ use nsm_identity::clock;
 use nsm_kernel::{
     EndFacts, Nsid, Nsids,
     netns::NsId,
-    plan::{Construction, Side, WirePlan},
+    plan::{Construction, EndPlan, Side, WirePlan},
     store::{self, Store},
 };
 use nsm_mesh::{Error, Result, error::explain, fds::Fds};
@@ -49,6 +49,8 @@ const LEFT: Duration = Duration::from_secs(1);
 /// see it whole takes listing the addresses, routes and neighbours of both pods, which takes the longer the more wires
 /// they have.
 const SEEN_WHOLE: Duration = Duration::from_secs(10);
+/// How long after a wire was made it is mended: whoever deletes its interface again and again keeps nobody busy.
+const MENDS: Duration = Duration::from_secs(1);
 
 /// What is kept of a wire.
 #[derive(Debug, Clone, PartialEq)]
@@ -115,6 +117,8 @@ pub struct Wires {
     vnis: Mutex<Vnis>,
     /// What could not be removed in full, until it is tried again.
     unremoved: Arc<Mutex<Vec<(WirePlan, Nsids)>>>,
+    /// Those that are being mended, or about to be.
+    mending: Mutex<HashSet<String>>,
     orphans: AtomicU64,
 }
 
@@ -244,6 +248,7 @@ impl Wires {
             records: Mutex::new(records),
             vnis: Mutex::new(vnis),
             unremoved: Arc::default(),
+            mending: Mutex::default(),
             orphans: AtomicU64::new(0),
         })
     }
@@ -570,6 +575,35 @@ impl Wires {
         on(|work| self.machine.wait(work), look).await.unwrap_or_default()
     }
 
+    /// The wires that have one of these interfaces, told by the number of its namespace and its name, which may be gone from
+    /// there. The pods of all their ends are there, else they are beyond mending; nobody mends them already.
+    pub(crate) async fn cut(self: &Arc<Self>, links: &HashSet<(Nsid, String)>) -> Vec<Mending> {
+        let is_among = |end: Option<&EndPlan>, at: Option<Nsid>| {
+            end.zip(at).is_some_and(|(end, at)| links.contains(&(at, end.ifname.clone())))
+        };
+        let cut: Vec<_> = if links.is_empty() {
+            Vec::new()
+        } else {
+            let (records, mut mending) = (self.records.lock(), self.mending.lock());
+            let cut = records.iter().filter(|(_, held)| {
+                let (plan, at) = (&held.record.plan, held.nsids);
+                held.claimed && (is_among(plan.near.as_ref(), at.near) || is_among(plan.far.as_ref(), at.far))
+            });
+            let cut = cut.filter(|(id, _)| mending.insert((*id).clone()));
+            cut.map(|(id, held)| (Mending { wires: Arc::clone(self), id: id.clone() }, held.nsids)).collect()
+        };
+        if cut.is_empty() {
+            return Vec::new();
+        }
+        let machine = Arc::clone(&self.machine);
+        let look = move || machine.numbered();
+        let numbered =
+            on(|work| self.machine.wait(work), look).await.and_then(Result::ok).unwrap_or_default();
+        let is_there =
+            |nsids: &Nsids| [nsids.near, nsids.far].iter().flatten().all(|at| numbered.contains(at));
+        cut.into_iter().filter(|(_, nsids)| is_there(nsids)).map(|(mending, _)| mending).collect()
+    }
+
     /// Whether a connection's wire was found, or made, as planned after that.
     pub(crate) fn is_whole_since(&self, id: &str, then: Instant) -> bool {
         let records = self.records.lock();
@@ -582,6 +616,50 @@ impl Wires {
         if on(|work| self.machine.wait(work), move || machine.flush()).await.is_none() {
             tracing::warn!("waiting for the last deletions panicked");
         }
+    }
+}
+
+/// A wire of which an interface was deleted, perhaps.
+#[derive(Debug)]
+pub(crate) struct Mending {
+    wires: Arc<Wires>,
+    id: String,
+}
+
+impl Mending {
+    pub(crate) fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// When it may be mended.
+    pub(crate) fn at(&self) -> Instant {
+        let made = self.wires.records.lock().get(&self.id).and_then(|held| held.whole);
+        made.map_or_else(Instant::now, |made| made + MENDS)
+    }
+
+    /// Makes it again as it was, in the namespaces that are found without their descriptors. No request of its connection
+    /// is under way. Whether anything had to be made.
+    ///
+    /// # Errors
+    /// As [`Wires::apply`].
+    pub(crate) async fn mend(self) -> std::result::Result<bool, Taken> {
+        let held = self.wires.records.lock().get(&self.id).filter(|held| held.claimed).cloned();
+        let Some(held) = held else { return Ok(false) };
+        let (id, nsids, machine) = (self.id.clone(), held.nsids, Arc::clone(&self.wires.machine));
+        let look = move || machine.facts(&id, nsids);
+        let Some(Ok((near, far))) = on(|work| self.wires.machine.wait(work), look).await else {
+            return Ok(false);
+        };
+        if (near.is_some(), far.is_some()) == (nsids.near.is_some(), nsids.far.is_some()) {
+            return Ok(false);
+        }
+        self.wires.apply(held.record, &Fds::default()).await.map(|_| true)
+    }
+}
+
+impl Drop for Mending {
+    fn drop(&mut self) {
+        self.wires.mending.lock().remove(&self.id);
     }
 }
 
@@ -899,6 +977,38 @@ mod tests {
         wires.remove("w");
         wires.flush().await;
         assert!(!wires.is_whole_since("w", looked), "it is no more");
+    }
+
+    #[tokio::test]
+    async fn a_wire_is_mended_by_one_once_a_second_and_not_where_a_pod_is_gone() {
+        let Some(node) = Node::new("a_wire_is_mended_by_one_once_a_second_and_not_where_a_pod_is_gone")
+        else {
+            return;
+        };
+        let wires = node.wires();
+        made(&wires, &node.veth("w")).await;
+        let (_, nsids, _) = wires.held("w").unwrap();
+        let links = HashSet::from([(nsids.near.unwrap(), "nsm-w".to_owned())]);
+        node.client.output("ip link del nsm-w");
+        let mut cut = wires.cut(&links).await;
+        assert!(wires.cut(&links).await.is_empty(), "somebody mends it");
+        let mending = cut.pop().unwrap();
+        let left = mending.at().saturating_duration_since(Instant::now());
+        assert!(!left.is_zero() && left <= MENDS, "{left:?}");
+        assert!(mending.mend().await.unwrap(), "it is made again");
+        assert!(node.client.output("ip -br link").contains("nsm-w") && wires.broken(None).await.is_empty());
+        assert!(!wires.cut(&links).await.pop().unwrap().mend().await.unwrap(), "it is there");
+        let others = [(nsids.near.unwrap(), "nsm-x".to_owned()), (nsids.far.unwrap(), String::new())];
+        assert!(wires.cut(&others.into()).await.is_empty());
+
+        let Node { ns, client, endpoint, state } = node;
+        drop(endpoint);
+        // The kernel takes a namespace down on a thread of its own: first its number, then its links and what is paired.
+        while wires.machine.facts("w", nsids).unwrap().0.is_some() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert!(wires.cut(&links).await.is_empty(), "beyond mending");
+        drop((ns, client, state));
     }
 
     #[test]

@@ -832,6 +832,13 @@ impl Connections {
         self.release_all(id, &entry, &mut held, &Release::now(reason)).await
     }
 
+    /// Does something about a connection while no request of it is under way; `None`: it has ended.
+    pub async fn between_requests<T>(&self, id: &str, work: impl Future<Output = T> + Send) -> Option<T> {
+        let entry = self.table.lock().get(id).cloned()?;
+        let held = entry.held.lock().await;
+        if held.closed { None } else { Some(work.await) }
+    }
+
     /// Undoes a connection whose caller does not know of it; a later answer proves that it does.
     async fn undo(&self, id: &str, answers: u64) {
         let Some(entry) = self.table.lock().get(id).cloned() else { return };

@@ -147,6 +147,56 @@ fn a_heal_that_fails_half_way_leaves_nothing_each_time_and_comes_about_when_it_c
     mesh.nothing_is_left(&["a", "b", "gw"]);
 }
 
+/// Nobody probes, and nobody refreshes for minutes: the kernel tells of it.
+#[test]
+fn an_interface_that_somebody_deletes_is_made_again_without_a_request() {
+    let test = "an_interface_that_somebody_deletes_is_made_again_without_a_request";
+    if !has_program(test, "ip") {
+        return;
+    }
+    let pods = "\
+- {name: a, node: node1}
+- {name: gw, node: node1, endpoint: {services: [plain], cidrPrefix: [172.16.1.0/24]}}
+- {name: far, node: node2, endpoint: {services: [picky], labels: {app: vpn}, cidrPrefix: [172.16.2.0/24]}}
+";
+    let Some(mesh) = Mesh::up(test, pods) else { return };
+    let unprobed = ["--liveness-check-enabled", "false"];
+    mesh.client("near", "a", "kernel://plain/nsm0", &unprobed);
+    mesh.client("other", "a", "kernel://picky/nsm1", &unprobed);
+    mesh.ready(&["near", "other"]);
+    let asked = || [mesh.asked("node1/forwarder", "gw"), mesh.asked("node2/forwarder", "far")];
+    let end_of = |pod: &str| mesh.links(pod)[0].name.clone();
+    let before = asked();
+    for (pod, end, address) in [
+        ("a", "nsm0".to_owned(), "172.16.1.0"),
+        ("gw", end_of("gw"), "172.16.1.0"),
+        ("a", "nsm1".to_owned(), "172.16.2.0"),
+        ("far", end_of("far"), "172.16.2.0"),
+    ] {
+        run_in(&mesh, pod, "ip", &["link", "del", &end]);
+        eventually("it is there again", || match mesh.links(pod).iter().any(|link| link.name == end) {
+            true => Ok(()),
+            false => Err(format!("{end} of {pod}: {:?}", mesh.links(pod))),
+        });
+        mesh.pings("a", address);
+    }
+    assert_eq!(asked(), before, "nobody was asked");
+    // Somebody else has the name at once: whoever asks for the wire hears of it, and it is there when it can be.
+    run_in(&mesh, "a", "ip", &["link", "del", "nsm0"]);
+    run_in(&mesh, "a", "ip", &["link", "add", "nsm0", "type", "veth", "peer", "name", "theirs"]);
+    mesh.says("node1/forwarder", "cannot be made again");
+    run_in(&mesh, "a", "ip", &["link", "del", "nsm0"]);
+    eventually("the wire is there", || match mesh.links("gw").len() {
+        1 => Ok(()),
+        _ => Err(mesh.log("near")),
+    });
+    mesh.pings("a", "172.16.1.0");
+    for client in ["near", "other"] {
+        mesh.end(client, Signal::TERM);
+    }
+    mesh.nothing_is_left(&["a", "gw", "far"]);
+}
+
 /// A name is for people: hops know each other by where they are, and connections by their ids.
 #[test]
 fn two_managers_of_one_name_do_not_mix_up_their_wires() {
