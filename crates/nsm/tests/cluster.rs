@@ -86,10 +86,7 @@ spec:
 fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let end = Instant::now() + Duration::from_secs(300);
     while !holds() {
-        if Instant::now() >= end {
-            FAILED.set(what.to_owned());
-            panic!("{what}");
-        }
+        assert!(Instant::now() < end, "{what}");
         sleep(Duration::from_millis(200));
     }
 }
@@ -101,6 +98,7 @@ struct Mesh {
 
 impl Mesh {
     fn start(test: &str) -> Option<Self> {
+        remember_what_fails();
         let cluster = cluster(test)?;
         let directory = tempfile::tempdir().unwrap();
         cluster.load(&image(directory.path(), "dev"));
@@ -249,15 +247,13 @@ impl Mesh {
 
     /// Waits until there is as much of wires as there was; names change where one was made anew.
     fn as_many_wires(&self, before: &[String]) {
-        let mut last = before.to_vec();
-        until("there is as much of wires as before", || {
-            let now = self.wires();
-            if now != last {
-                eprintln!("of {before:#?} there is: {now:#?}");
-                last = now;
-            }
-            last.len() == before.len()
-        });
+        let end = Instant::now() + Duration::from_secs(300);
+        let mut now = self.wires();
+        while now.len() != before.len() {
+            assert!(Instant::now() < end, "of {before:#?} there is: {now:#?}");
+            sleep(Duration::from_millis(200));
+            now = self.wires();
+        }
     }
 
     /// Kills all that runs in pods, as nobody can prevent, and forgets the pods.
@@ -282,34 +278,53 @@ impl Mesh {
 }
 
 impl Drop for Mesh {
-    /// What was wrong is in the cluster, which goes; what is said last is read first.
+    /// What was wrong is in the cluster, which goes. Little is said, and what matters most last: of long outputs people are
+    /// shown the end.
     fn drop(&mut self) {
         if !std::thread::panicking() {
             return;
         }
-        let tell = |args: &[&str]| {
+        let tell = |args: &[&str], most: usize, tells: &dyn Fn(&str) -> bool| {
             let said = self.cluster.kubectl_command().args(args).output();
             let said = said.map(|said| [said.stdout, said.stderr].concat()).unwrap_or_default();
-            eprintln!("---- kubectl {}\n{}", args.join(" "), String::from_utf8_lossy(&said));
+            let said = String::from_utf8_lossy(&said).into_owned();
+            let lines: Vec<_> = said.lines().filter(|line| tells(line)).collect();
+            eprintln!("---- kubectl {}", args.join(" "));
+            lines.iter().skip(lines.len().saturating_sub(most)).for_each(|line| eprintln!("{line}"));
         };
-        let logs = |namespace: &str, selector: &str| {
-            tell(&["logs", namespace, "--selector", selector, "--all-containers", "--prefix", "--tail=30"]);
-        };
-        tell(&["get", "pods", "--all-namespaces", "--output=wide"]);
-        tell(&["get", "events", "--all-namespaces", "--field-selector=type=Warning"]);
+        let all = |_: &str| true;
+        let wrong = |line: &str| [" WARN ", " ERROR ", "panicked"].iter().any(|word| line.contains(word));
+        tell(&["get", "events", "--all-namespaces", "--field-selector=type=Warning"], 8, &all);
         for part in ["identity", "registry", "webhook", "node"] {
-            logs("--namespace=nsm-system", &format!("app.kubernetes.io/component={part}"));
+            let part = format!("app.kubernetes.io/component={part}");
+            let logs =
+                ["logs", "--namespace=nsm-system", "--selector", &part, "--all-containers", "--prefix"];
+            tell(&logs, 6, &wrong);
         }
         for app in ["gateway", "near", "far"] {
-            logs("--namespace=default", &format!("app={app}"));
+            let app = format!("app={app}");
+            tell(&["logs", "--selector", &app, "--all-containers", "--prefix", "--tail=5"], 5, &all);
         }
-        eprintln!("---- wires\n{:#?}\n---- what failed: {}", self.wires(), FAILED.take());
+        tell(&["get", "pods", "--all-namespaces"], 16, &all);
+        eprintln!("---- what failed: {}", FAILED.take());
     }
 }
 
 thread_local! {
-    /// What was waited for in vain.
+    /// What this thread has panicked with.
     static FAILED: std::cell::RefCell<String> = const { std::cell::RefCell::new(String::new()) };
+}
+
+/// Has it remembered what a test panics with.
+fn remember_what_fails() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        let tell = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            FAILED.set(panic.to_string());
+            tell(panic);
+        }));
+    });
 }
 
 /// An archive of images of this program. It is no static one, so what it is linked with is in the images, too.
