@@ -3,7 +3,10 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use async_trait::async_trait;
@@ -69,8 +72,13 @@ impl Dial {
     /// Over this pool, for the hop called `me`, telling `hub` what the next hops tell.
     #[must_use]
     pub fn new(pool: Pool, me: &str, hub: Arc<Hub>, dial_timeout: std::time::Duration) -> Self {
-        let follower =
-            Arc::new(Follower { me: me.into(), hub, pool: pool.clone(), streams: Mutex::default() });
+        let follower = Arc::new(Follower {
+            me: me.into(),
+            hub,
+            pool: pool.clone(),
+            streams: Mutex::default(),
+            opened: AtomicU64::default(),
+        });
         let silent = Silent::default();
         let parting = Parting { left: Arc::default(), silent: silent.clone() };
         Self { pool, follower, parting, silent, dial_timeout, check_answers: false, own_namespace: None }
@@ -125,7 +133,7 @@ impl Dial {
         cx: &mut Context<'_>,
         target: &NextHop,
         request: NetworkServiceRequest,
-    ) -> Result<Connection> {
+    ) -> Result<(Connection, StreamId)> {
         let (began, asker) = (Instant::now(), cx.asker.clone());
         let is_slow = || began.elapsed() > FAREWELL;
         let reached = asker.on(self.reach(target, cx.deadline)).await;
@@ -137,7 +145,7 @@ impl Dial {
         let asked = request.connection.clone().unwrap_or_default();
         self.parting.over(target, &asked.id, cx.deadline).await;
         // Before the call: what happens to the connection right after the answer must not be missed.
-        self.follower.follow(target, &asked.id);
+        let stream = self.follower.follow(target, &asked.id);
         let result = asker.on(Box::pin(self.exchange(cx, target, &hop, &asked, request))).await;
         match &result {
             Err(error) if error.hop.is_none() && error.code == Code::DeadlineExceeded => {
@@ -173,7 +181,7 @@ impl Dial {
                 self.parting.begin(farewell, async move { hop.close(close.conn, None, until).await });
             }
         }
-        result
+        result.map(|answer| (answer, stream))
     }
 
     /// One call, and everything about its answer that is checked before it is believed.
@@ -238,7 +246,7 @@ impl Element for Dial {
     ) -> Result<Connection> {
         let target = cx.next_hop.clone().ok_or_else(|| Error::internal("no element chose a next hop"))?;
         let sent: Vec<_> = fds::mechanisms(&request).filter_map(|m| m.inode().ok().flatten()).collect();
-        let answer = self.call(cx, &target, request).await?;
+        let (answer, stream) = self.call(cx, &target, request).await?;
         let theirs = inode(&answer).filter(|url| !sent.contains(url));
         if cx.scope.get::<Dialed>().is_some_and(|old| old.farewell.target != target)
             && let Some(old) = cx.scope.take::<Dialed>()
@@ -257,10 +265,10 @@ impl Element for Dial {
         }
         let farewell = Farewell { conn: answer.clone(), theirs, ..self.farewell(&target) };
         match cx.scope.get_mut::<Dialed>() {
-            Some(dialed) => dialed.farewell = farewell,
+            Some(dialed) => (dialed.farewell, dialed.stream) = (farewell, stream),
             None => {
                 let (follower, parting) = (Arc::clone(&self.follower), self.parting.clone());
-                cx.scope.lease(Dialed { follower, parting, farewell });
+                cx.scope.lease(Dialed { follower, parting, farewell, stream });
             }
         }
         Ok(answer)
@@ -379,6 +387,8 @@ struct Dialed {
     follower: Arc<Follower>,
     parting: Parting,
     farewell: Farewell,
+    /// The events that were followed when it answered: as long as they go on, it remembers.
+    stream: StreamId,
 }
 
 #[async_trait]
@@ -388,7 +398,8 @@ impl Lease for Dialed {
     }
 
     async fn release(mut self: Box<Self>, cx: &Release) -> Result<()> {
-        let remembers = self.follower.leave(&self.farewell.target, &self.farewell.conn.id);
+        let remembers = self.follower.follows(&self.farewell.target, self.stream);
+        self.follower.leave(&self.farewell.target, &self.farewell.conn.id);
         if cx.reason == Reason::Expired || planted::is("a close is not handed on") {
             // Each hop has its own clock, and an expired path is refused anyway (section 18, defect 8).
             return Ok(());
@@ -720,21 +731,26 @@ struct Follower {
     hub: Arc<Hub>,
     pool: Pool,
     streams: Mutex<Streams>,
+    opened: AtomicU64,
 }
 
-/// Our connections by the hop that they go to.
-type Streams = HashMap<NextHop, BTreeSet<String>>;
+/// Which of the streams that were opened.
+type StreamId = u64;
+
+/// The stream of each hop, and our connections that go there.
+type Streams = HashMap<NextHop, (StreamId, BTreeSet<String>)>;
 
 impl Follower {
     /// Follows the connection with this id (ours), which is about to be asked for there.
-    fn follow(self: &Arc<Self>, target: &NextHop, id: &str) {
+    fn follow(self: &Arc<Self>, target: &NextHop, id: &str) -> StreamId {
         let mut streams = self.streams.lock();
         self.hub.asks(id, target);
-        if let Some(ids) = streams.get_mut(target) {
+        if let Some((stream, ids)) = streams.get_mut(target) {
             ids.insert(id.to_owned());
-            return;
+            return *stream;
         }
-        streams.insert(target.clone(), BTreeSet::from([id.to_owned()]));
+        let opened = self.opened.fetch_add(1, Ordering::Relaxed);
+        streams.insert(target.clone(), (opened, BTreeSet::from([id.to_owned()])));
         let (this, target) = (Arc::clone(self), target.clone());
         tokio::spawn(async move {
             if let Err(status) = this.stream(&target).await {
@@ -742,6 +758,12 @@ impl Follower {
             }
             lost(&this.hub, &this.streams, &target).await;
         });
+        opened
+    }
+
+    /// Whether this stream still goes on.
+    fn follows(&self, target: &NextHop, stream: StreamId) -> bool {
+        self.streams.lock().get(target).is_some_and(|(is, _)| *is == stream)
     }
 
     /// What a neighbour tells of its connections.
@@ -773,7 +795,7 @@ impl Follower {
             // A neighbour speaks for the connections that we have with it, and no others.
             let ours: BTreeSet<String> = {
                 let streams = self.streams.lock();
-                let Some(ids) = streams.get(target) else { break };
+                let Some((_, ids)) = streams.get(target) else { break };
                 event
                     .connections
                     .values()
@@ -787,22 +809,23 @@ impl Follower {
         Ok(())
     }
 
-    /// Whether it was followed without a break since it was asked for there last, so that the neighbour remembers it.
-    fn leave(&self, target: &NextHop, id: &str) -> bool {
+    fn leave(&self, target: &NextHop, id: &str) {
         // The stream stays: the next connection to this neighbour finds it open.
-        self.streams.lock().get_mut(target).is_some_and(|ids| ids.remove(id))
+        if let Some((_, ids)) = self.streams.lock().get_mut(target) {
+            ids.remove(id);
+        }
     }
 }
 
 /// Tells that a neighbour is lost. Of many connections not all at once: each is asked for elsewhere then.
 async fn lost(hub: &Hub, streams: &Mutex<Streams>, target: &NextHop) {
     // Whoever asks there from now on finds no stream, and opens one.
-    let mut left = streams.lock().remove(target).unwrap_or_default();
+    let (_, mut left) = streams.lock().remove(target).unwrap_or_default();
     loop {
         let rest = left.iter().nth(AT_ONCE).cloned().map(|first| left.split_off(&first));
         {
             let streams = streams.lock();
-            left.retain(|id| !streams.values().any(|ids| ids.contains(id)));
+            left.retain(|id| !streams.values().any(|(_, ids)| ids.contains(id)));
             hub.lost(target, &left);
         }
         let Some(rest) = rest else { return };
@@ -843,7 +866,7 @@ mod tests {
             hub.update(Connection { id: id.clone(), ..conn(0, &["t"]) }, None);
         }
         let fallen = || ids.iter().filter(|id| hub.get(id).expect("known").0.state() == State::Down).count();
-        let streams = Mutex::new(Streams::from([(gone.clone(), ids.clone())]));
+        let streams = Mutex::new(Streams::from([(gone.clone(), (0, ids.clone()))]));
         let looking = async {
             let mut seen = Vec::new();
             tokio::time::sleep(PAUSE / 2).await;
@@ -852,7 +875,7 @@ mod tests {
                 if round == 1 {
                     // These are elsewhere before they are told to go.
                     let last = ids.iter().skip(4 * AT_ONCE).cloned().collect();
-                    streams.lock().insert(other.clone(), last);
+                    streams.lock().insert(other.clone(), (1, last));
                 }
                 tokio::time::sleep(PAUSE).await;
             }

@@ -903,10 +903,10 @@ async fn what_stood_before_a_request_that_failed_is_not_closed_by_who_has_forgot
     }
 }
 
-/// The Request itself ends what was, at every hop that remembers it.
+/// The Request itself ends what was, at every hop that remembers it: one that has answered since its events broke off last.
 #[tokio::test]
 async fn a_hop_is_told_to_close_before_another_endpoint_is_asked_for_only_if_it_may_have_forgotten() {
-    for forgets in [false, true] {
+    for (forgets, tried) in [(false, false), (true, false), (true, true)] {
         let mesh = Mesh::start().await;
         let mut before = mesh.ask(request()).await.unwrap();
         let own = path::segments(&before)[1].id.clone();
@@ -920,15 +920,19 @@ async fn a_hop_is_told_to_close_before_another_endpoint_is_asked_for_only_if_it_
                 tokio::task::yield_now().await;
             }
         }
+        if tried {
+            // As it was, in vain.
+            mesh.next.answers(|conn| conn.path = None);
+            mesh.ask(again(&before)).await.unwrap_err();
+            mesh.next.answers(|_| {});
+            mesh.next.calls.lock().pop();
+        }
         before.set_state(State::ReselectRequested);
         mesh.ask(again(&before)).await.unwrap();
         let close: &[_] = if forgets { &["close", "closed"] } else { &[] };
-        assert_eq!(*mesh.next.calls.lock(), [&["request"], close, &["request"]].concat());
-        assert_eq!(
-            mesh.next.asked.lock()[1].connection.as_ref().unwrap().state(),
-            State::ReselectRequested,
-            "by which it hears of it"
-        );
+        assert_eq!(*mesh.next.calls.lock(), [&["request"], close, &["request"]].concat(), "tried: {tried}");
+        let last = mesh.next.asked.lock().pop().unwrap().connection.unwrap();
+        assert_eq!(last.state(), State::ReselectRequested, "by which it hears of it");
     }
 }
 
