@@ -34,7 +34,10 @@ use nsm_mesh::{
 };
 use nsm_registry::{Client, ClientConfig, Following, LookUp};
 use nsm_transport::{DialUrl, Guard, ListenUrl, Pool, PoolConfig, Server};
-use tokio::{sync::mpsc, time::Instant};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, MissedTickBehavior},
+};
 
 use crate::{
     cross_connect::CrossConnect,
@@ -42,13 +45,15 @@ use crate::{
     machine::{Machine, Node},
     tell::{Counted, Told},
     tunnel::TunnelEnd,
-    wires::Wires,
+    wires::{Mending, Wires},
 };
 
 /// How long to wait for the manager at start.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How often wires that no connection claims are looked at.
 const SWEEP: Duration = Duration::from_secs(1);
+/// How often all wires are looked at: an event of the kernel may be lost, or come before what it is about is known.
+const LOOK: Duration = Duration::from_secs(60);
 /// Events of the kernel that wait, and that are looked at together.
 const EVENTS: usize = 1024;
 
@@ -305,12 +310,15 @@ async fn look_after(
     mut events: mpsc::Receiver<Event>,
 ) {
     let mut sweep = tokio::time::interval(SWEEP);
+    let mut look = tokio::time::interval_at(Instant::now() + LOOK, LOOK);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     // Nobody told of the pods that died while no process of ours was there.
     end_broken(&wires, &connections, None, "it was not in the kernel any more at our start").await;
     let (mut told, mut reads) = (Vec::new(), true);
     loop {
         tokio::select! {
             _ = sweep.tick() => wires.sweep(),
+            _ = look.tick() => look_at_all(&wires, &connections, &hub).await,
             more = events.recv_many(&mut told, EVENTS), if reads => {
                 // Whoever reads them from the kernel has said why not.
                 reads = more > 0;
@@ -322,16 +330,23 @@ async fn look_after(
                             let why = "the network namespace of its pod is gone";
                             end_broken(&wires, &connections, Some(nsid), why).await;
                         }
-                        Event::Lost => {
-                            end_broken(&wires, &connections, None, "it is not in the kernel any more").await;
-                        }
+                        Event::Lost => look_at_all(&wires, &connections, &hub).await,
                         Event::LinkGone { nsid, ifname, .. } => drop(links.insert((nsid, ifname))),
                     }
                 }
-                mend_cut(&wires, &connections, &hub, &links).await;
+                mend(wires.cut(&links).await, &connections, &hub);
             },
         }
     }
+}
+
+/// Mends what can be mended of all wires that a connection has, and ends the others.
+pub(crate) async fn look_at_all(wires: &Arc<Wires>, connections: &Arc<Connections>, hub: &Arc<Hub>) {
+    let looked = Instant::now();
+    let broken = wires.broken(None).await;
+    mend(wires.mendable(broken.clone()).await, connections, hub);
+    let beyond = broken.into_iter().filter(|id| !wires.is_mended(id)).collect();
+    end(beyond, wires, connections, looked, "it is not in the kernel any more");
 }
 
 /// Ends the connections whose wire cannot be used any more; such a wire without a connection is removed and counted.
@@ -342,7 +357,17 @@ async fn end_broken(
     why: &'static str,
 ) {
     let looked = Instant::now();
-    let broken = wires.broken(nsid).await;
+    end(wires.broken(nsid).await, wires, connections, looked, why);
+}
+
+/// Ends those of these connections that have not been made anew since.
+fn end(
+    broken: Vec<String>,
+    wires: &Arc<Wires>,
+    connections: &Arc<Connections>,
+    looked: Instant,
+    why: &'static str,
+) {
     if let [first, others @ ..] = &broken[..] {
         tracing::info!(connection = %first, others = others.len(), why, "wires end");
     }
@@ -359,13 +384,8 @@ async fn end_broken(
 }
 
 /// Makes wires again of which somebody has deleted an interface.
-async fn mend_cut(
-    wires: &Arc<Wires>,
-    connections: &Arc<Connections>,
-    hub: &Arc<Hub>,
-    links: &HashSet<(Nsid, String)>,
-) {
-    for mending in wires.cut(links).await {
+fn mend(cut: Vec<Mending>, connections: &Arc<Connections>, hub: &Arc<Hub>) {
+    for mending in cut {
         let (connections, hub) = (Arc::clone(connections), Arc::clone(hub));
         tokio::spawn(async move {
             tokio::time::sleep_until(mending.at()).await;
@@ -374,12 +394,13 @@ async fn mend_cut(
                 Some(Ok(true)) => {
                     tracing::info!(connection = %id, "an interface of its wire was deleted; made again");
                 }
-                Some(Ok(false)) | None => {}
+                Some(Ok(false)) => {}
                 Some(Err(why)) => {
                     // A request brings the descriptors of its ends, and whoever asks hears why it cannot be made.
                     tracing::warn!(connection = %id, ?why, "an interface of its wire was deleted, and cannot be made again");
                     hub.ask_again(&id);
                 }
+                None => connections.unless_known(&id, || mending.nobodys()),
             }
         });
     }

@@ -509,6 +509,12 @@ impl Wires {
         self.count(&orphans, why);
     }
 
+    /// The same of a wire whose connection there is not, whatever was claimed.
+    pub(crate) fn nobodys(&self, id: &str, why: &str) {
+        let orphans = self.take(|other, _| other == id);
+        self.count(&orphans, why);
+    }
+
     fn count(&self, orphans: &[String], why: &str) {
         for id in orphans {
             let orphans = self.orphans.fetch_add(1, Ordering::Relaxed) + 1;
@@ -576,23 +582,37 @@ impl Wires {
     }
 
     /// The wires that have one of these interfaces, told by the number of its namespace and its name, which may be gone from
-    /// there. The pods of all their ends are there, else they are beyond mending; nobody mends them already.
+    /// there: as [`Wires::mendable`].
     pub(crate) async fn cut(self: &Arc<Self>, links: &HashSet<(Nsid, String)>) -> Vec<Mending> {
+        if links.is_empty() {
+            return Vec::new();
+        }
         let is_among = |end: Option<&EndPlan>, at: Option<Nsid>| {
             end.zip(at).is_some_and(|(end, at)| links.contains(&(at, end.ifname.clone())))
         };
-        let cut: Vec<_> = if links.is_empty() {
-            Vec::new()
-        } else {
-            let (records, mut mending) = (self.records.lock(), self.mending.lock());
-            let cut = records.iter().filter(|(_, held)| {
-                let (plan, at) = (&held.record.plan, held.nsids);
-                held.claimed && (is_among(plan.near.as_ref(), at.near) || is_among(plan.far.as_ref(), at.far))
-            });
-            let cut = cut.filter(|(id, _)| mending.insert((*id).clone()));
-            cut.map(|(id, held)| (Mending { wires: Arc::clone(self), id: id.clone() }, held.nsids)).collect()
+        let cut = |held: &Held| {
+            let (plan, at) = (&held.record.plan, held.nsids);
+            is_among(plan.near.as_ref(), at.near) || is_among(plan.far.as_ref(), at.far)
         };
-        if cut.is_empty() {
+        let cut = {
+            let records = self.records.lock();
+            records.iter().filter(|(_, held)| cut(held)).map(|(id, _)| id.clone()).collect()
+        };
+        self.mendable(cut).await
+    }
+
+    /// Those of these wires that a connection has and nobody mends already. The pods of all their ends are there: the others
+    /// are beyond mending.
+    pub(crate) async fn mendable(self: &Arc<Self>, ids: Vec<String>) -> Vec<Mending> {
+        let wires: Vec<_> = {
+            let (records, mut mending) = (self.records.lock(), self.mending.lock());
+            let ids = ids.into_iter().filter_map(|id| {
+                let held = records.get(&id).filter(|held| held.claimed)?;
+                mending.insert(id.clone()).then(|| (Mending { wires: Arc::clone(self), id }, held.nsids))
+            });
+            ids.collect()
+        };
+        if wires.is_empty() {
             return Vec::new();
         }
         let machine = Arc::clone(&self.machine);
@@ -601,7 +621,12 @@ impl Wires {
             on(|work| self.machine.wait(work), look).await.and_then(Result::ok).unwrap_or_default();
         let is_there =
             |nsids: &Nsids| [nsids.near, nsids.far].iter().flatten().all(|at| numbered.contains(at));
-        cut.into_iter().filter(|(_, nsids)| is_there(nsids)).map(|(mending, _)| mending).collect()
+        wires.into_iter().filter(|(_, nsids)| is_there(nsids)).map(|(mending, _)| mending).collect()
+    }
+
+    /// Whether somebody mends this wire, or is about to.
+    pub(crate) fn is_mended(&self, id: &str) -> bool {
+        self.mending.lock().contains(id)
     }
 
     /// Whether a connection's wire was found, or made, as planned after that.
@@ -642,7 +667,7 @@ impl Mending {
     ///
     /// # Errors
     /// As [`Wires::apply`].
-    pub(crate) async fn mend(self) -> std::result::Result<bool, Taken> {
+    pub(crate) async fn mend(&self) -> std::result::Result<bool, Taken> {
         let held = self.wires.records.lock().get(&self.id).filter(|held| held.claimed).cloned();
         let Some(held) = held else { return Ok(false) };
         let (id, nsids, machine) = (self.id.clone(), held.nsids, Arc::clone(&self.wires.machine));
@@ -654,6 +679,11 @@ impl Mending {
             return Ok(false);
         }
         self.wires.apply(held.record, &Fds::default()).await.map(|_| true)
+    }
+
+    /// Removes it, as there is no connection that has it.
+    pub(crate) fn nobodys(&self) {
+        self.wires.nobodys(&self.id, "its connection is over");
     }
 }
 
@@ -996,6 +1026,7 @@ mod tests {
         let left = mending.at().saturating_duration_since(Instant::now());
         assert!(!left.is_zero() && left <= MENDS, "{left:?}");
         assert!(mending.mend().await.unwrap(), "it is made again");
+        drop(mending);
         assert!(node.client.output("ip -br link").contains("nsm-w") && wires.broken(None).await.is_empty());
         assert!(!wires.cut(&links).await.pop().unwrap().mend().await.unwrap(), "it is there");
         let others = [(nsids.near.unwrap(), "nsm-x".to_owned()), (nsids.far.unwrap(), String::new())];
@@ -1009,6 +1040,46 @@ mod tests {
         }
         assert!(wires.cut(&links).await.is_empty(), "beyond mending");
         drop((ns, client, state));
+    }
+
+    /// Events of the kernel may be lost, or come before what they are about is known.
+    #[tokio::test]
+    async fn what_no_event_has_told_of_is_mended_ended_or_removed_when_all_is_looked_at() {
+        let test = "what_no_event_has_told_of_is_mended_ended_or_removed_when_all_is_looked_at";
+        let Some(node) = Node::new(test) else { return };
+        let (wires, hub) = (node.wires(), Arc::default());
+        let connections = nsm_mesh::Connections::serving("fwd", nsm_mesh::chain![], Arc::default());
+        let mut conn = Connection { id: "c".into(), network_service: "svc".into(), ..Connection::default() };
+        path::step(&mut conn, "client", || "c".into()).unwrap();
+        let request = nsm_api::pb::networkservice::NetworkServiceRequest {
+            connection: Some(conn),
+            ..Default::default()
+        };
+        connections.request(nsm_mesh::Call::default(), request).await.unwrap();
+        let id = connections.ids().remove(0);
+        let end = |side, pod: &Pod| EndPlan::new(side, pod.ns.id(), "nsm-had", &id);
+        let (near, far) = (end(Side::Near, &node.client), end(Side::Far, &node.endpoint));
+        made(&wires, &record(WirePlan::veth(&id, near, far))).await;
+        made(&wires, &node.veth("nobodys")).await;
+        node.client.output("ip link del nsm-had");
+        node.client.output("ip link del nsm-nobodys");
+        let settled = async |is_so: &dyn Fn() -> bool| {
+            crate::serve::look_at_all(&wires, &connections, &hub).await;
+            while !is_so() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            wires.flush().await;
+        };
+        settled(&|| wires.ids() == [id.clone()] && !wires.is_mended(&id)).await;
+        assert!(node.client.output("ip -br link").contains("nsm-had") && wires.broken(None).await.is_empty());
+        assert_eq!((connections.len(), node.files(), wires.orphans()), (1, 1, 1));
+
+        let (number, endpoint) = (wires.held(&id).unwrap().1, node.endpoint);
+        drop(endpoint);
+        while wires.machine.facts(&id, number).unwrap().0.is_some() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        settled(&|| connections.is_empty()).await;
     }
 
     #[test]

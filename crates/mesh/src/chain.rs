@@ -839,6 +839,14 @@ impl Connections {
         if held.closed { None } else { Some(work.await) }
     }
 
+    /// Does something where there is no connection with this id, before one can begin.
+    pub fn unless_known(&self, id: &str, then: impl FnOnce()) {
+        let table = self.table.lock();
+        if !table.contains_key(id) {
+            then();
+        }
+    }
+
     /// Undoes a connection whose caller does not know of it; a later answer proves that it does.
     async fn undo(&self, id: &str, answers: u64) {
         let Some(entry) = self.table.lock().get(id).cloned() else { return };
