@@ -8,7 +8,9 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -264,6 +266,21 @@ impl Lab {
             self.write_identity_config()?;
         }
         Ok(())
+    }
+
+    /// How many tasks each process that tells of itself has under way, by pid.
+    pub(crate) fn tasks(&self) -> BTreeMap<u32, u64> {
+        #[derive(serde::Deserialize)]
+        struct Told {
+            pid: u32,
+            tasks: u64,
+        }
+        let mut get = Command::new(&self.exe);
+        get.arg0("nsm").args(["get", "processes", "--output", "json"]);
+        get.env("NSM_INTROSPECT_DIR", self.plan.paths().introspect()).stdin(Stdio::null());
+        let told = get.output().map(|output| output.stdout).unwrap_or_default();
+        let told: Vec<Told> = serde_json::from_slice(&told).unwrap_or_default();
+        told.into_iter().map(|process| (process.pid, process.tasks)).collect()
     }
 
     /// Records what is known, for `status`, `exec` and `down`.

@@ -455,6 +455,7 @@ impl Inspector {
             process.spiffe_id = identity.id().to_string();
             process.svid_expires = millis(identity.svid().not_after());
         }
+        process.tasks = tokio::runtime::Handle::current().metrics().num_alive_tasks() as u64;
         for part in &parts {
             part.add_to(query, &mut process).await;
         }

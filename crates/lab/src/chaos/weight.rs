@@ -10,6 +10,8 @@ use crate::process::{Condition, ProcessId};
 /// being made, and memory that an allocator keeps.
 const MORE_FDS: u64 = 16;
 const MORE_THREADS: u64 = 8;
+/// Half as many again, and so many: a Close that nobody hears is tried again for a while.
+const MORE_TASKS: u64 = 32;
 /// Half as much again, and so many KiB. What is mapped from the program itself is not counted: it comes as it is run.
 const MORE_RSS: u64 = 8 * 1024;
 
@@ -18,6 +20,8 @@ const MORE_RSS: u64 = 8 * 1024;
 pub(crate) struct Weight {
     fds: u64,
     threads: u64,
+    /// 0 of a process that does not tell.
+    tasks: u64,
     rss_kib: u64,
 }
 
@@ -29,20 +33,22 @@ const WARM: u64 = 3;
 pub(crate) struct Weights(BTreeMap<String, (ProcessId, u64, Weight)>);
 
 impl Weight {
-    fn of(pid: u32) -> Option<Self> {
+    fn of(pid: u32, tasks: &BTreeMap<u32, u64>) -> Option<Self> {
         let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
         let number = |key: &str| {
             let line = status.lines().find_map(|line| line.strip_prefix(key))?;
             line.split_whitespace().next()?.parse().ok()
         };
         let fds = fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count() as u64;
-        Some(Self { fds, threads: number("Threads:")?, rss_kib: number("RssAnon:")? })
+        let tasks = tasks.get(&pid).copied().unwrap_or_default();
+        Some(Self { fds, threads: number("Threads:")?, tasks, rss_kib: number("RssAnon:")? })
     }
 
     fn most(self, other: Self) -> Self {
         Self {
             fds: self.fds.max(other.fds),
             threads: self.threads.max(other.threads),
+            tasks: self.tasks.max(other.tasks),
             rss_kib: self.rss_kib.max(other.rss_kib),
         }
     }
@@ -52,6 +58,7 @@ impl Weight {
         let bounds = [
             ("descriptors", before.fds, self.fds, before.fds + MORE_FDS),
             ("threads", before.threads, self.threads, before.threads + MORE_THREADS),
+            ("tasks", before.tasks, self.tasks, before.tasks * 3 / 2 + MORE_TASKS),
             ("KiB of memory", before.rss_kib, self.rss_kib, before.rss_kib * 3 / 2 + MORE_RSS),
         ];
         let grown = bounds.into_iter().filter(|(.., now, most)| now > most);
@@ -62,8 +69,9 @@ impl Weight {
 impl Weights {
     /// Weighs those that are new or warming up.
     pub(crate) fn note(&mut self, lab: &Lab) {
+        let tasks = lab.tasks();
         for (name, id) in ready(lab) {
-            let Some(now) = Weight::of(id.pid) else { continue };
+            let Some(now) = Weight::of(id.pid, &tasks) else { continue };
             match self.0.get_mut(&name).filter(|(before, ..)| *before == id) {
                 Some((_, rounds, most)) => {
                     *rounds += 1;
@@ -79,23 +87,28 @@ impl Weights {
     /// How those have grown that were warm; `Err`: one has too much.
     pub(crate) fn compare(&self, lab: &Lab) -> Result<String, String> {
         let (mut lived, mut most, mut bad) = (0, Weight::default(), Vec::new());
+        let tasks = lab.tasks();
+        if tasks.is_empty() {
+            return Err("no process tells how many tasks it has".to_owned());
+        }
         for (name, id) in ready(lab) {
             let Some((_, _, before)) =
                 self.0.get(&name).filter(|(was, rounds, _)| *was == id && *rounds > WARM)
             else {
                 continue;
             };
-            let Some(now) = Weight::of(id.pid) else { continue };
+            let Some(now) = Weight::of(id.pid, &tasks) else { continue };
             lived += 1;
             most.fds = most.fds.max(now.fds.saturating_sub(before.fds));
             most.threads = most.threads.max(now.threads.saturating_sub(before.threads));
+            most.tasks = most.tasks.max(now.tasks.saturating_sub(before.tasks));
             most.rss_kib = most.rss_kib.max(now.rss_kib.saturating_sub(before.rss_kib));
             bad.extend(now.too_much(*before).into_iter().map(|what| format!("{name}: {what}")));
         }
         match bad.as_slice() {
             [] => Ok(format!(
-                "{lived} processes lived through more than {WARM} rounds; at most {} descriptors, {} threads, {} KiB more",
-                most.fds, most.threads, most.rss_kib
+                "{lived} processes lived through more than {WARM} rounds; at most {} descriptors, {} threads, {} tasks, {} KiB more",
+                most.fds, most.threads, most.tasks, most.rss_kib
             )),
             _ => Err(bad.join("; ")),
         }
@@ -113,14 +126,15 @@ mod tests {
 
     #[test]
     fn what_grows_without_end_is_told_and_what_comes_and_goes_is_not() {
-        let before = Weight { fds: 30, threads: 4, rss_kib: 20_000 };
-        assert_eq!(Weight { fds: 46, threads: 12, rss_kib: 38_000 }.too_much(before), [""; 0]);
+        let before = Weight { fds: 30, threads: 4, tasks: 40, rss_kib: 20_000 };
+        assert_eq!(Weight { fds: 46, threads: 12, tasks: 92, rss_kib: 38_000 }.too_much(before), [""; 0]);
         assert_eq!(Weight::default().too_much(before), [""; 0]);
         assert_eq!(
-            Weight { fds: 47, threads: 13, rss_kib: 50_000 }.too_much(before),
+            Weight { fds: 47, threads: 13, tasks: 93, rss_kib: 50_000 }.too_much(before),
             [
                 "30 → 47 descriptors, at most 46",
                 "4 → 13 threads, at most 12",
+                "40 → 93 tasks, at most 92",
                 "20000 → 50000 KiB of memory, at most 38192"
             ]
         );
@@ -128,8 +142,8 @@ mod tests {
 
     #[test]
     fn this_process_has_a_weight() {
-        let own = Weight::of(std::process::id()).expect("we live");
-        assert!(own.fds > 2 && own.threads > 0 && own.rss_kib > 100, "{own:?}");
-        assert_eq!(Weight::of(0), None);
+        let own = Weight::of(std::process::id(), &[(std::process::id(), 7)].into()).expect("we live");
+        assert!(own.fds > 2 && own.threads > 0 && own.tasks == 7 && own.rss_kib > 100, "{own:?}");
+        assert_eq!(Weight::of(0, &BTreeMap::new()), None);
     }
 }
