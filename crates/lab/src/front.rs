@@ -63,9 +63,7 @@ impl Front {
         let report = self.start(file, Aim::Up, None, &Interrupt::listen()?, out)?;
         let good = report.errors.is_empty() && report.up_millis.is_some();
         if good && self.format != Format::Json {
-            let lab = &report.lab;
-            let text = format!("`nsm lab exec POD -- CMD` looks inside, `nsm lab down {lab}` ends it\n");
-            out.write_all(text.as_bytes()).map_err(|e| Error::system("write", e))?;
+            writeln!(out, "{}", stands(&report.lab)).map_err(|e| Error::system("write", e))?;
         }
         Ok(good)
     }
@@ -92,6 +90,10 @@ impl Front {
             Format::Text { .. } => report::summary(&reports, self.format),
         };
         writeln!(out, "{text}").map_err(|e| Error::system("write", e))?;
+        let kept = reports.iter().filter(|report| report.up_millis.is_some() && report.down_millis.is_none());
+        for report in kept.filter(|_| self.format != Format::Json) {
+            writeln!(out, "{}", stands(&report.lab)).map_err(|e| Error::system("write", e))?;
+        }
         Ok(reports.iter().all(Report::is_good))
     }
 
@@ -496,4 +498,9 @@ fn find_pod(labs: &BTreeSet<String>, pod: &str) -> Result<FoundPod, Error> {
             Err(Error::NotThere(format!("{}.{pod} and {}.{pod} exist: say which", a.lab, b.lab)))
         }
     }
+}
+
+/// What whoever has left a lab running is told.
+fn stands(lab: &str) -> String {
+    format!("lab {lab} stands: `nsm lab exec POD -- CMD` looks inside, `nsm lab down {lab}` ends it")
 }

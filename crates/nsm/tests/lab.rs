@@ -247,6 +247,21 @@ fn below_a_fault_that_failed_stands_what_the_processes_logged_since() {
 }
 
 #[test]
+fn a_lab_that_is_kept_says_how_to_end_it() {
+    if may_not("a_lab_that_is_kept_says_how_to_end_it") {
+        return;
+    }
+    let lab = Lab::new("kept", SCENARIO);
+    let ran = lab.run(&["run", "--keep", &lab.file().to_string_lossy()]);
+    assert!(ran.status.success(), "{}", text(&ran));
+    let says = format!("`nsm lab down {}` ends it", lab.name);
+    assert!(text(&ran).trim_end().ends_with(&says), "{}", text(&ran));
+    let down = lab.run(&["down", &lab.name]);
+    assert!(down.status.success(), "{}", text(&down));
+    lab.gone("down");
+}
+
+#[test]
 fn a_lab_that_stays_is_looked_into_refused_twice_and_ended() {
     if may_not("a_lab_that_stays_is_looked_into_refused_twice_and_ended") {
         return;
