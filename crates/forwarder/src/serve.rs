@@ -379,6 +379,7 @@ fn end(
             let is_anew = || wires.is_whole_since(&id, looked);
             connections.drop_connection_unless(&id, Reason::Gone, is_anew).await;
             wires.orphan(&id, why);
+            connections.unless_known(&id, || wires.nobodys(&id, why));
         });
     }
 }
