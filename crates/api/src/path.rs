@@ -159,6 +159,21 @@ pub fn trim(conn: &mut Connection) {
     }
 }
 
+/// Gives a connection the hops behind the current one as `known`, the same connection at this hop, has them: whoever asks
+/// may not have heard our last answer, and a hop would take it for another connection, beside the one that it has.
+pub fn go_on_as(conn: &mut Connection, known: &Connection) {
+    let behind = index(conn) + 1;
+    let Some(next) = segments(known).get(behind) else { return };
+    let is_known = |there: &PathSegment| (&there.name, &there.id) == (&next.name, &next.id);
+    if segments(conn).get(behind).is_some_and(is_known) {
+        return;
+    }
+    if let Some(path) = &mut conn.path {
+        path.path_segments.truncate(behind);
+        path.path_segments.extend_from_slice(&segments(known)[behind..]);
+    }
+}
+
 /// The current segment.
 #[must_use]
 pub fn current(conn: &Connection) -> Option<&PathSegment> {

@@ -1,6 +1,6 @@
 //! Chooses the forwarder that builds the wire (spec/control-plane.md 8.1).
 
-use std::borrow::Borrow;
+use std::{borrow::Borrow, sync::Arc};
 
 use async_trait::async_trait;
 use nsm_api::{
@@ -12,18 +12,30 @@ use nsm_api::{
         registry::NetworkServiceEndpoint,
     },
 };
-use nsm_mesh::{Context, Element, Error, Lease, Next, NextHop, Release, Result, Verdict, error::explain};
+use nsm_mesh::{
+    Context, Element, Error, Holders, Lease, Next, NextHop, Release, Result, Verdict, error::explain,
+};
 use nsm_registry::{Endpoint, ManagerRegistry};
+use nsm_transport::DialTarget;
 use tonic::Code;
 
 /// The element: the forwarders of this node that the service's matches admit, tried in turn; the one that serves a
 /// connection keeps it.
 #[derive(Debug)]
 pub struct DiscoverForwarder {
-    /// Who has registered.
-    pub registry: ManagerRegistry,
-    /// The forwarder of this process, if there is one.
-    pub own: Option<Candidate>,
+    registered: Arc<Registered>,
+    own: Option<Candidate>,
+}
+
+/// The forwarders that have registered.
+#[derive(Debug)]
+struct Registered(ManagerRegistry);
+
+impl Holders for Registered {
+    fn now(&self, called: &str) -> Option<DialTarget> {
+        let mut all = self.0.forwarders().into_iter();
+        all.find(|forwarder| forwarder.nse.name == called).map(|forwarder| forwarder.dial)
+    }
 }
 
 /// A forwarder, and how to reach it.
@@ -38,12 +50,6 @@ pub struct Candidate {
 impl Borrow<NetworkServiceEndpoint> for Candidate {
     fn borrow(&self) -> &NetworkServiceEndpoint {
         &self.nse
-    }
-}
-
-impl From<Endpoint> for Candidate {
-    fn from(Endpoint { nse, dial }: Endpoint) -> Self {
-        Self { hop: NextHop::from(dial).called(&nse.name), nse }
     }
 }
 
@@ -63,15 +69,25 @@ impl Lease for Chosen {
 }
 
 impl DiscoverForwarder {
+    /// Among those who have registered, and the forwarder of this process, if there is one.
+    #[must_use]
+    pub fn new(registry: ManagerRegistry, own: Option<Candidate>) -> Self {
+        Self { registered: Arc::new(Registered(registry)), own }
+    }
+
     /// The forwarders of this node.
     fn all(&self) -> Vec<Candidate> {
-        let registered = self.registry.forwarders().into_iter().map(Candidate::from);
+        let registered = self.registered.0.forwarders().into_iter().map(|Endpoint { nse, dial }| {
+            // Whoever registers by this name after a restart has the wires of who did before.
+            let hop = NextHop::from(dial).lasting(&nse.name, Arc::clone(&self.registered) as _);
+            Candidate { nse, hop }
+        });
         self.own.iter().cloned().chain(registered).collect()
     }
 
     async fn candidates(&self, cx: &mut Context<'_>, conn: &Connection) -> Result<Vec<Candidate>> {
         let name = &conn.network_service;
-        let find = self.registry.find_service(name, &conn.payload);
+        let find = self.registered.0.find_service(name, &conn.payload);
         let service = match tokio::time::timeout_at(cx.deadline, find).await {
             Ok(Ok(service)) => service,
             Ok(Err(error)) => {
@@ -92,7 +108,7 @@ impl DiscoverForwarder {
                 .hint("is the forwarder running, with NSM_CONNECT_TO at this manager?"));
         }
         let policy = Policy::lenient(&service);
-        let selection = policy.forwarders(&conn.labels, self.registry.forwarder_service(), &forwarders);
+        let selection = policy.forwarders(&conn.labels, self.registered.0.forwarder_service(), &forwarders);
         if cx.scope.get::<Chosen>().is_none() {
             for forwarder in &forwarders {
                 let (fits, why) = selection.reason(forwarder);

@@ -86,8 +86,8 @@ pub fn chain(
         where_clients_run(),                                                    // where the client runs
         edits,                                                   // what others have made of its wish
         config.excluded_prefixes.clone(),                        // what is taken in this cluster
-        follow_service,                      // where its service leads away, it goes elsewhere
-        DiscoverForwarder { registry, own }, // who builds the wire
+        follow_service,                        // where its service leads away, it goes elsewhere
+        DiscoverForwarder::new(registry, own), // who builds the wire
         Dial::new(pool, &config.name, hub, config.dial_timeout), // the forwarder
     ]
 }

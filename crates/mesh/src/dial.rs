@@ -37,7 +37,7 @@ use crate::{
     chain::{Caller, Context, Element, Next},
     error::{Error, Result},
     fds::{self, Fds},
-    hop::{NextHop, Way},
+    hop::{NextHop, Place, Way},
     inside::Inside,
     monitor::{self, Hub, UNASKED, Viewer},
     refresh,
@@ -132,7 +132,7 @@ impl Dial {
         &self,
         cx: &mut Context<'_>,
         target: &NextHop,
-        request: NetworkServiceRequest,
+        mut request: NetworkServiceRequest,
     ) -> Result<(Connection, StreamId)> {
         let (began, asker) = (Instant::now(), cx.asker.clone());
         let is_slow = || began.elapsed() > FAREWELL;
@@ -142,8 +142,16 @@ impl Dial {
                 self.silent.note(target);
             }
         })?;
-        let asked = request.connection.clone().unwrap_or_default();
-        self.parting.over(target, &asked.id, cx.deadline).await;
+        let conn = request.connection.get_or_insert_default();
+        let left = self.parting.over(target, &conn.id, cx.deadline).await;
+        let before = cx.scope.get::<Dialed>().map(|before| &before.farewell);
+        let before = before.filter(|before| before.target.is_at(target)).map(|before| &before.conn);
+        // Whoever asks may have left before our last answer, and not know what the connection is called there.
+        if let Some(known) = before.or(left.as_ref()) {
+            path::go_on_as(conn, known);
+        }
+        let stands = before.is_some() || left.is_none() && target.may_know(conn);
+        let asked = conn.clone();
         // Before the call: what happens to the connection right after the answer must not be missed.
         let stream = self.follower.follow(target, &asked.id);
         let result = asker.on(Box::pin(self.exchange(cx, target, &hop, &asked, request))).await;
@@ -163,8 +171,6 @@ impl Dial {
         // the path does: who has been restarted asks for wires through which packets pass.
         let made =
             |e: &Error| e.hop.is_none() || e.code == Code::DeadlineExceeded || e.code == Code::Cancelled;
-        let stands = cx.scope.get::<Dialed>().is_some_and(|before| before.farewell.target == *target)
-            || target.may_know(&asked);
         if !stands && result.is_err() {
             self.follower.leave(target, &asked.id);
         }
@@ -248,7 +254,7 @@ impl Element for Dial {
         let sent: Vec<_> = fds::mechanisms(&request).filter_map(|m| m.inode().ok().flatten()).collect();
         let (answer, stream) = self.call(cx, &target, request).await?;
         let theirs = inode(&answer).filter(|url| !sent.contains(url));
-        if cx.scope.get::<Dialed>().is_some_and(|old| old.farewell.target != target)
+        if cx.scope.get::<Dialed>().is_some_and(|old| !old.farewell.target.is_at(&target))
             && let Some(old) = cx.scope.take::<Dialed>()
         {
             // The connection has moved to another hop; the old one may be dead, and nobody waits for it. What it still tells
@@ -257,7 +263,7 @@ impl Element for Dial {
             let (old, parting) = (old.farewell, self.parting.clone());
             self.follower.leave(&old.target, &old.conn.id);
             cx.afterwards.push(move |scope| {
-                if dialed(scope) != Some(&old.target) {
+                if !dialed(scope).is_some_and(|hop| hop.is_at(&old.target)) {
                     let close = old.clone().say(Instant::now() + Release::TIME);
                     parting.begin(old, close);
                 }
@@ -265,7 +271,12 @@ impl Element for Dial {
         }
         let farewell = Farewell { conn: answer.clone(), theirs, ..self.farewell(&target) };
         match cx.scope.get_mut::<Dialed>() {
-            Some(dialed) => (dialed.farewell, dialed.stream) = (farewell, stream),
+            Some(dialed) => {
+                if dialed.farewell.target != target {
+                    self.follower.leave(&dialed.farewell.target, &farewell.conn.id);
+                }
+                (dialed.farewell, dialed.stream) = (farewell, stream);
+            }
             None => {
                 let (follower, parting) = (Arc::clone(&self.follower), self.parting.clone());
                 cx.scope.lease(Dialed { follower, parting, farewell, stream });
@@ -412,8 +423,8 @@ impl Lease for Dialed {
         }
         if let (Some(anew), true) = (&cx.anew, remembers) {
             let (parting, farewell) = (self.parting, self.farewell);
-            parting.hold_back(&farewell);
-            anew.lock().push(move |_| parting.tell_held_back(farewell));
+            let left = parting.hold_back(farewell);
+            anew.lock().push(move |_| parting.tell_held_back(left));
             return Ok(());
         }
         self.parting.see_off(self.farewell, cx.deadline).await
@@ -436,6 +447,7 @@ impl Farewell {
     /// Tells it.
     async fn say(self, deadline: Instant) -> Result<()> {
         let Self { pool, target, conn, theirs, dial_timeout } = self;
+        let target = target.now();
         let hop = reach(&pool, &target, dial_timeout, deadline)
             .await
             .map_err(|e| Error::unavailable(format!("{target} cannot be told to close: {e}")))?;
@@ -500,7 +512,7 @@ impl Farewells {
     #[must_use]
     pub fn is_left(&self, hop: &NextHop, id: &str) -> bool {
         let left = self.parting.left.lock();
-        left.get_key_value(&(hop.clone(), id.to_owned())).is_some_and(|((left, _), _)| left.may_be(hop))
+        left.get_key_value(&left_by(hop, id)).is_some_and(|((left, _), _)| left.0.may_be(hop))
     }
 
     /// Closes there what the path names behind us; nobody waits for it.
@@ -523,16 +535,22 @@ struct Parting {
 }
 
 /// A hop, and our id of the connection that has left it.
-type Left = (NextHop, String);
+type Left = (Place, String);
+
+fn left_by(hop: &NextHop, id: &str) -> Left {
+    (Place(hop.clone()), id.to_owned())
+}
 
 /// How far a Close has come.
 #[derive(Debug)]
 enum Leaving {
     /// The connection is being asked for with another endpoint. A hop that remembers it needs no Close before such a Request,
     /// which ends what was; one to which the Request does not go is told afterwards.
-    HeldBack,
+    HeldBack(Farewell),
     /// Under way, or between two tries.
     Told {
+        /// What ends.
+        conn: Connection,
         task: JoinHandle<()>,
         /// Dropped: no other try begins.
         goes_on: oneshot::Sender<()>,
@@ -590,24 +608,24 @@ impl Parting {
 
     /// Goes on with a Close, and tries again what its hop could not be told.
     fn begin(&self, farewell: Farewell, close: impl Future<Output = Result<()>> + Send + 'static) {
-        let (this, key) = (self.clone(), (farewell.target.clone(), farewell.conn.id.clone()));
+        let (this, key) = (self.clone(), left_by(&farewell.target, &farewell.conn.id));
         let (goes_on, mut back) = oneshot::channel();
         let mut partings = self.left.lock();
         let retries = partings.len() < MAX_LEAVING && farewell.target.may_come_back();
-        let done = key.clone();
+        let (done, conn) = (key.clone(), farewell.conn.clone());
         let task = tokio::spawn(async move {
             let until = Instant::now() + if retries { farewell.lasts() } else { Default::default() };
             let mut close = Box::pin(close);
             let mut closed = match tokio::time::timeout(FAREWELL, &mut close).await {
                 Ok(closed) => closed,
                 Err(_) => {
-                    this.silent.note(&done.0);
+                    this.silent.note(&done.0.0);
                     close.await
                 }
             };
             for attempt in 0_u32.. {
                 let Err(error) = &closed else { break };
-                tracing::debug!(from = %done.0, connection = done.1, %error, "not closed there");
+                tracing::debug!(from = %done.0.0, connection = done.1, %error, "not closed there");
                 let pause = refresh::backoff(attempt.saturating_add(SLOWLY), rand::random());
                 if !is_untold(error) || Instant::now() + pause >= until {
                     break;
@@ -618,7 +636,7 @@ impl Parting {
                 closed = farewell.clone().say(Instant::now() + Release::TIME).await;
             }
             if closed.is_ok() {
-                this.silent.answered(&done.0);
+                this.silent.answered(&done.0.0);
             }
             let mut partings = this.left.lock();
             if let Some(Leaving::Told { task, .. }) = partings.get(&done)
@@ -629,40 +647,45 @@ impl Parting {
         });
         // The same Close from before this connection came back there in vain is this one's now.
         if let Some(Leaving::Told { task: before, .. }) =
-            partings.insert(key, Leaving::Told { task, goes_on })
+            partings.insert(key, Leaving::Told { conn, task, goes_on })
         {
             before.abort();
         }
     }
 
     /// Until the request is over that may go there.
-    fn hold_back(&self, farewell: &Farewell) {
-        let key = (farewell.target.clone(), farewell.conn.id.clone());
-        if let Some(Leaving::Told { task: before, .. }) = self.left.lock().insert(key, Leaving::HeldBack) {
+    fn hold_back(&self, farewell: Farewell) -> Left {
+        let key = left_by(&farewell.target, &farewell.conn.id);
+        let held_back = Leaving::HeldBack(farewell);
+        if let Some(Leaving::Told { task: before, .. }) = self.left.lock().insert(key.clone(), held_back) {
             before.abort();
         }
+        key
     }
 
     /// That request is over: closes, if it did not go there.
-    fn tell_held_back(&self, farewell: Farewell) {
-        let key = (farewell.target.clone(), farewell.conn.id.clone());
-        let untold = matches!(self.left.lock().get(&key), Some(Leaving::HeldBack));
-        if untold {
-            let close = farewell.clone().say(Instant::now() + Release::TIME);
-            self.begin(farewell, close);
-        }
+    fn tell_held_back(&self, left: Left) {
+        let farewell = match self.left.lock().get(&left) {
+            Some(Leaving::HeldBack(farewell)) => farewell.clone(),
+            _ => return,
+        };
+        let close = farewell.clone().say(Instant::now() + Release::TIME);
+        self.begin(farewell, close);
     }
 
-    /// Waits until the connection is closed there, if it is being closed.
-    async fn over(&self, at: &NextHop, id: &str, deadline: Instant) {
+    /// Waits until the connection is closed there, if it is being closed; then tells as what it stood there.
+    async fn over(&self, at: &NextHop, id: &str, deadline: Instant) -> Option<Connection> {
         if planted::is("nobody waits for a late close") {
-            return;
+            return None;
         }
         let leaving = {
             let mut partings = self.left.lock();
-            if partings.is_empty() { None } else { partings.remove(&(at.clone(), id.to_owned())) }
+            if partings.is_empty() { None } else { partings.remove(&left_by(at, id)) }
         };
-        let Some(Leaving::Told { mut task, goes_on }) = leaving else { return };
+        let (conn, mut task, goes_on) = match leaving? {
+            Leaving::HeldBack(farewell) => return Some(farewell.conn),
+            Leaving::Told { conn, task, goes_on } => (conn, task, goes_on),
+        };
         drop(goes_on);
         let until = deadline.min(Instant::now() + LONGEST_PARTING);
         if tokio::time::timeout_at(until, &mut task).await.is_err() {
@@ -670,6 +693,7 @@ impl Parting {
             // It is taken back now, not when its task comes to it: after the Request it would be of that.
             let _ = task.await;
         }
+        Some(conn)
     }
 }
 
@@ -886,6 +910,16 @@ mod tests {
         assert_eq!(fallen(), 4 * AT_ONCE);
     }
 
+    /// Not yet registered again.
+    #[derive(Debug)]
+    struct Nobody;
+
+    impl crate::hop::Holders for Nobody {
+        fn now(&self, _: &str) -> Option<nsm_transport::DialTarget> {
+            None
+        }
+    }
+
     #[tokio::test]
     async fn an_endpoint_whose_socket_is_dead_has_nothing_left_to_close() {
         use nsm_identity::{Source, ca::Authority};
@@ -902,9 +936,9 @@ mod tests {
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         let socket = openat(CWD, &path, OFlags::PATH, Mode::empty()).unwrap();
         let url: nsm_transport::DialUrl = format!("unix://{}", path.display()).parse().unwrap();
-        for (target, comes_back) in
-            [(NextHop::from(DialTarget::Socket(Arc::new(socket))), false), (NextHop::from(url), true)]
-        {
+        let socket = NextHop::from(DialTarget::Socket(Arc::new(socket)));
+        let forwarder = socket.clone().lasting("forwarder", Arc::new(Nobody));
+        for (target, comes_back) in [(socket, false), (forwarder, true), (NextHop::from(url), true)] {
             let farewell = Farewell { conn: conn(0, &["t"]), ..dial.farewell(&target) };
             let closed = dial.parting.see_off(farewell, Instant::now() + Release::TIME).await;
             assert_eq!(closed.is_err(), comes_back, "{target}: {closed:?}");

@@ -15,7 +15,19 @@ pub struct NextHop {
     name: Arc<str>,
     /// What people call it.
     called: Option<Arc<str>>,
+    /// Who has its place, if what it keeps outlives its process.
+    holders: Option<Arc<dyn Holders>>,
 }
+
+/// Knows who has the place of a hop at present.
+pub trait Holders: Send + Sync + fmt::Debug {
+    /// Where the hop of this name is; `None`: nowhere at this moment.
+    fn now(&self, called: &str) -> Option<DialTarget>;
+}
+
+/// A hop by its place in the mesh: for one that outlives its process, whichever process has it.
+#[derive(Debug, Clone)]
+pub(crate) struct Place(pub NextHop);
 
 /// How a neighbour is reached.
 #[derive(Debug, Clone)]
@@ -31,7 +43,7 @@ impl NextHop {
     #[must_use]
     pub fn inside(hop: Arc<Inside>) -> Self {
         let name = format!("{} in this process", hop.name());
-        Self { way: Way::Inside(hop), name: name.into(), called: None }
+        Self { way: Way::Inside(hop), name: name.into(), called: None, holders: None }
     }
 
     /// How to reach it.
@@ -46,6 +58,34 @@ impl NextHop {
         self
     }
 
+    /// What it keeps outlives its process: whoever has the place of this name at present has it. So a forwarder finds the
+    /// wires of the process before it.
+    #[must_use]
+    pub fn lasting(self, name: &str, holders: Arc<dyn Holders>) -> Self {
+        Self { holders: Some(holders), ..self.called(name) }
+    }
+
+    /// Who has its place now; itself, where nobody has, or nobody can take it.
+    pub(crate) fn now(&self) -> Self {
+        let Some(target) = self.held().and_then(|(name, holders)| holders.now(name)) else {
+            return self.clone();
+        };
+        let Self { way, name, .. } = Self::from(target);
+        Self { way, name, ..self.clone() }
+    }
+
+    fn held(&self) -> Option<(&str, &dyn Holders)> {
+        Some((self.called.as_deref()?, &**self.holders.as_ref()?))
+    }
+
+    /// Whether both have the same place.
+    pub(crate) fn is_at(&self, other: &Self) -> bool {
+        match (self.held(), other.held()) {
+            (Some((name, _)), Some((others, _))) => name == others,
+            _ => self == other,
+        }
+    }
+
     /// Whether it may be where this connection went before: a hop behind us, or the endpoint, is called as it is.
     pub(crate) fn may_know(&self, conn: &Connection) -> bool {
         let behind = path::segments(conn).iter().skip(path::index(conn) + 1);
@@ -55,7 +95,7 @@ impl NextHop {
 
     /// Whether somebody may be there later where nobody is now: a socket file is its process's.
     pub(crate) fn may_come_back(&self) -> bool {
-        matches!(self.way, Way::Dial(DialTarget::Url(_)))
+        self.held().is_some() || matches!(self.way, Way::Dial(DialTarget::Url(_)))
     }
 
     /// Whether people call it that.
@@ -66,7 +106,7 @@ impl NextHop {
 
     /// Whether both may be the same endpoint: several may be reached over one neighbour.
     pub(crate) fn may_be(&self, other: &Self) -> bool {
-        self == other && (self.called == other.called || self.called.is_none() || other.called.is_none())
+        self.is_at(other) && (self.called == other.called || self.called.is_none() || other.called.is_none())
     }
 
     /// Whether it is on this node: descriptors can be handed over, and wires need no tunnel.
@@ -90,7 +130,7 @@ impl<T: Into<DialTarget>> From<T> for NextHop {
                 |id| format!("socket inode://{}/{}", id.dev, id.ino),
             ),
         };
-        Self { way: Way::Dial(target), name: name.into(), called: None }
+        Self { way: Way::Dial(target), name: name.into(), called: None, holders: None }
     }
 }
 
@@ -105,6 +145,23 @@ impl Eq for NextHop {}
 impl std::hash::Hash for NextHop {
     fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
         self.name.hash(state);
+    }
+}
+
+impl PartialEq for Place {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.is_at(&other.0)
+    }
+}
+
+impl Eq for Place {}
+
+impl std::hash::Hash for Place {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        match self.0.held() {
+            Some((name, _)) => name.hash(state),
+            None => self.0.hash(state),
+        }
     }
 }
 

@@ -26,7 +26,7 @@ mod signers;
 
 pub use chain::{Answer, Call, Chain, Connections, Context, Element, Next, Waiting};
 pub use error::{Error, Result};
-pub use hop::NextHop;
+pub use hop::{Holders, NextHop};
 pub use inside::Inside;
 pub use inspect::{Inspector, Trail, Verdict};
 pub use scope::{Lease, Reason, Release, Scope};

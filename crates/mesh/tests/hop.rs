@@ -41,7 +41,7 @@ use nsm_identity::{
     token,
 };
 use nsm_mesh::{
-    Connections, Context, Element, Next, NextHop, Result,
+    Connections, Context, Element, Holders, Next, NextHop, Result,
     auth::Authorize,
     chain,
     dial::Dial,
@@ -49,7 +49,7 @@ use nsm_mesh::{
     monitor::{Hub, Monitor},
     server,
 };
-use nsm_transport::{DialUrl, ListenUrl, Pool, PoolConfig, Server};
+use nsm_transport::{DialTarget, DialUrl, ListenUrl, Pool, PoolConfig, Server};
 use parking_lot::Mutex;
 use prost::Message;
 use tokio::sync::mpsc;
@@ -204,6 +204,7 @@ struct Mesh {
     next: Peer,
     /// Another, to which requests go when `to` says so.
     other: (NextHop, Peer),
+    other_at: DialUrl,
     nse: Arc<Identity>,
     hub: Arc<Hub>,
     served: Vec<tokio::task::JoinHandle<()>>,
@@ -265,7 +266,8 @@ impl Mesh {
         server::add(&mut routes, connections, Arc::clone(&hub), Arc::default());
         served.push(tokio::spawn(server.serve(routes.routes(), &[], std::future::pending())));
         let url = dial("mgr.sock");
-        let other = (dial("other.sock").into(), other);
+        let other_at = dial("other.sock");
+        let other = (other_at.clone().into(), other);
         Self {
             authority,
             _directory: directory,
@@ -274,6 +276,7 @@ impl Mesh {
             making,
             next,
             other,
+            other_at,
             nse: nse.current(),
             hub,
             served,
@@ -851,15 +854,32 @@ async fn of_two_endpoints_behind_one_hop_only_the_one_before_is_left() {
     assert!(!is_left(&hop.called("nse-1"), "another's"));
 }
 
+/// He left a moment before: his packets had stopped, because they were on their way to the new one already.
+#[tokio::test]
+async fn a_hop_is_asked_under_the_id_that_it_has_though_who_asks_has_not_heard_it() {
+    for state in [State::Up, State::ReselectRequested] {
+        let mesh = Mesh::start().await;
+        let mut before = mesh.ask(request()).await.unwrap();
+        *mesh.to.lock() = mesh.other.0.clone();
+        mesh.other.1.answers(|conn| conn.path.as_mut().unwrap().path_segments[2].id = "other's".into());
+        let unheard = mesh.ask(again(&before)).await.unwrap();
+        before.set_state(state);
+        assert_eq!(mesh.ask(again(&before)).await.unwrap().path.unwrap().path_segments.len(), 3);
+        let asked = mesh.other.1.asked.lock().pop().unwrap().connection.unwrap();
+        assert_eq!(path::segments(&asked)[2], path::segments(&unheard)[2], "{state:?}");
+    }
+}
+
 /// A node that was cut off comes back, and its endpoint has kept the connection's address, which nobody else gets.
 #[tokio::test]
 async fn a_hop_that_cannot_be_told_to_close_is_told_again_until_the_connection_is_back() {
     for comes_back in [false, true] {
         let mesh = Mesh::start().await;
-        let answer = mesh.ask(request()).await.unwrap();
+        let first = mesh.ask(request()).await.unwrap();
         mesh.next.deaf.store(true, Ordering::Relaxed);
         let home = std::mem::replace(&mut *mesh.to.lock(), mesh.other.0.clone());
-        let answer = mesh.ask(again(&answer)).await.unwrap();
+        mesh.other.1.answers(|conn| conn.path.as_mut().unwrap().path_segments[2].id = "other's".into());
+        let answer = mesh.ask(again(&first)).await.unwrap();
         while mesh.next.calls.lock().len() < 3 {
             tokio::task::yield_now().await;
         }
@@ -871,12 +891,53 @@ async fn a_hop_that_cannot_be_told_to_close_is_told_again_until_the_connection_i
             tokio::time::sleep(Duration::from_secs(3)).await;
             let calls = mesh.next.calls.lock();
             assert_eq!((calls.len(), calls.last()), (asked, Some(&"request")), "{calls:?}");
+            let asked = mesh.next.asked.lock().pop().unwrap().connection.unwrap();
+            assert_eq!(path::segments(&asked)[2].id, path::segments(&first)[2].id, "it still has that");
         } else {
             mesh.next.deaf.store(false, Ordering::Relaxed);
             while mesh.next.closed.lock().is_empty() {
                 tokio::task::yield_now().await;
             }
         }
+    }
+}
+
+/// Who has the place of the forwarder.
+#[derive(Debug)]
+struct Now(Arc<Mutex<Option<DialTarget>>>);
+
+impl Holders for Now {
+    fn now(&self, called: &str) -> Option<DialTarget> {
+        assert_eq!(called, "forwarder");
+        self.0.lock().clone()
+    }
+}
+
+/// A forwarder that comes back has the wires of the process before it.
+#[tokio::test]
+async fn who_has_the_place_of_a_hop_that_is_gone_is_told_to_close_in_its_stead() {
+    for asked_again in [false, true] {
+        let mesh = Mesh::start().await;
+        let now = Arc::new(Mutex::new(None));
+        let lasts = |hop: NextHop| hop.lasting("forwarder", Arc::new(Now(Arc::clone(&now))));
+        let home = mesh.to.lock().clone();
+        *mesh.to.lock() = lasts(home);
+        let answer = mesh.ask(request()).await.unwrap();
+        mesh.next.deaf.store(true, Ordering::Relaxed);
+        if asked_again {
+            *mesh.to.lock() = lasts(mesh.other.0.clone());
+            *now.lock() = Some(mesh.other_at.clone().into());
+            mesh.ask(again(&answer)).await.unwrap();
+            // As long as it takes a Close to come.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            assert!(mesh.other.1.closed.lock().is_empty() && mesh.next.closed.lock().is_empty());
+        }
+        NetworkServiceClient::new(mesh.channel().await).close(answer).await.unwrap();
+        *now.lock() = Some(mesh.other_at.clone().into());
+        while mesh.other.1.closed.lock().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        assert!(mesh.next.closed.lock().is_empty());
     }
 }
 
