@@ -9,26 +9,25 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use netlink_sys::protocols::NETLINK_ROUTE;
-use parking_lot::{Condvar, Mutex};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 
+use crate::desk::Desk;
 use crate::error::{Error, Result};
 use crate::join::{self, Join};
 use crate::netlink::{Route as Rt, Socket};
+use crate::sync::Bell;
 
 /// Keeps interfaces joined until it is stopped. Dropped without that it leaves them joined, as a crash does.
 #[derive(Debug)]
 pub struct Joiner {
-    shared: Arc<Shared>,
+    desk: Arc<Desk<Joins>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -43,24 +42,8 @@ pub enum State {
     Failed(String),
 }
 
-#[derive(Debug)]
-struct Shared {
-    desk: Mutex<Desk>,
-    changed: Condvar,
-    /// Wakes the thread.
-    bell: OwnedFd,
-}
-
-#[derive(Debug, Default)]
-struct Desk {
-    /// By the near interface.
-    joins: BTreeMap<String, Wanted>,
-    /// What the thread has brought about so far; equal to `orders` when it has nothing to do.
-    done: u64,
-    /// How often something was asked for.
-    orders: u64,
-    stop: bool,
-}
+/// By the near interface.
+type Joins = BTreeMap<String, Wanted>;
 
 #[derive(Debug)]
 struct Wanted {
@@ -96,36 +79,35 @@ impl Joiner {
             Ok(socket)
         };
         let ear = listen().map_err(|source| Error::Socket { what: "listen to interfaces", source })?;
-        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|e| Error::Socket { what: "make a wake-up call", source: e.into() })?;
+        let bell = Bell::new().map_err(|source| Error::Socket { what: "make a wake-up call", source })?;
         let mut socket = Socket::open()?;
         let found = join::joins(&join::snapshot(&mut socket, [])?);
-        let mut desk = Desk::default();
+        let mut joins = Joins::default();
         for join in found {
             tracing::info!(%join, "found a join");
             let wanted = Wanted { join, state: State::Waiting, found: true };
-            desk.joins.insert(wanted.join.near.clone(), wanted);
+            joins.insert(wanted.join.near.clone(), wanted);
         }
-        let shared = Arc::new(Shared { desk: Mutex::new(desk), changed: Condvar::new(), bell });
-        let worker = Worker { shared: Arc::clone(&shared), socket, ear };
+        let desk = Arc::new(Desk::new(joins, bell));
+        let worker = Worker { desk: Arc::clone(&desk), socket, ear };
         let thread = thread::Builder::new()
             .name("joiner".into())
             .spawn(move || worker.run())
             .map_err(|source| Error::Socket { what: "start its thread", source })?;
-        Ok(Self { shared, thread: Some(thread) })
+        Ok(Self { desk, thread: Some(thread) })
     }
 
     /// Asks for a join, or for another form of the one that this near interface is in. It comes about when both
     /// interfaces are there.
     pub fn want(&self, join: Join) {
-        self.shared.order(|desk| match desk.joins.get_mut(&join.near) {
+        self.desk.order(|joins| match joins.get_mut(&join.near) {
             Some(wanted) if wanted.join == join => {
                 wanted.found = false;
                 false
             }
             _ => {
                 let wanted = Wanted { join, state: State::Waiting, found: false };
-                desk.joins.insert(wanted.join.near.clone(), wanted);
+                joins.insert(wanted.join.near.clone(), wanted);
                 true
             }
         });
@@ -133,49 +115,36 @@ impl Joiner {
 
     /// Undoes the join of this near interface.
     pub fn forget(&self, near: &str) {
-        self.shared.order(|desk| desk.joins.remove(near).is_some());
+        self.desk.order(|joins| joins.remove(near).is_some());
     }
 
     /// The joins that there are or shall be, found ones included.
     pub fn joins(&self) -> Vec<Join> {
-        self.shared.desk.lock().joins.values().map(|wanted| wanted.join.clone()).collect()
+        self.desk.look(|joins| joins.values().map(|wanted| wanted.join.clone()).collect())
     }
 
     /// How far the join of this near interface is; `None`: nobody wants it.
     pub fn state(&self, near: &str) -> Option<State> {
-        self.shared.desk.lock().joins.get(near).map(|wanted| wanted.state.clone())
+        self.desk.look(|joins| joins.get(near).map(|wanted| wanted.state.clone()))
     }
 
     /// Waits until the join of this near interface is in that state (`None`: forgotten, and gone from the kernel).
     /// Whether it came to that.
     pub fn wait(&self, near: &str, state: Option<&State>, timeout: Duration) -> bool {
-        let deadline = Instant::now() + timeout;
-        let mut desk = self.shared.desk.lock();
-        loop {
-            let now = desk.joins.get(near).map(|wanted| &wanted.state);
-            if now == state && desk.done == desk.orders {
-                return true;
-            }
-            if self.shared.changed.wait_until(&mut desk, deadline).timed_out() {
-                return false;
-            }
-        }
+        self.desk.wait(|joins| joins.get(near).map(|wanted| &wanted.state) == state, timeout)
     }
 
     /// Undoes all joins and ends.
     pub fn stop(mut self) {
-        self.shared.order(|desk| {
-            desk.joins.clear();
+        self.desk.order(|joins| {
+            joins.clear();
             true
         });
         self.end();
     }
 
     fn end(&mut self) {
-        self.shared.order(|desk| {
-            desk.stop = true;
-            true
-        });
+        self.desk.stop();
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -188,17 +157,6 @@ impl Drop for Joiner {
     fn drop(&mut self) {
         if self.thread.is_some() {
             self.end();
-        }
-    }
-}
-
-impl Shared {
-    fn order(&self, change: impl FnOnce(&mut Desk) -> bool) {
-        let mut desk = self.desk.lock();
-        if change(&mut desk) {
-            desk.orders += 1;
-            // It can only fail by being full, and then it rings already.
-            let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
         }
     }
 }
@@ -216,7 +174,7 @@ impl fmt::Display for State {
 // === the thread ===
 
 struct Worker {
-    shared: Arc<Shared>,
+    desk: Arc<Desk<Joins>>,
     socket: Socket<Rt>,
     ear: netlink_sys::Socket,
 }
@@ -225,19 +183,15 @@ impl Worker {
     fn run(mut self) {
         let mut pause = None;
         loop {
-            // What happens from here on rings again, so nothing is missed between looking and sleeping.
+            // As of orders, nothing is missed between looking and sleeping.
             self.drain();
-            let (orders, stop) = {
-                let desk = self.shared.desk.lock();
-                (desk.orders, desk.stop)
-            };
+            let errand = self.desk.begin();
             let settled = self.settle().unwrap_or_else(|error| {
                 tracing::warn!(error = chain(&error), "cannot look at the interfaces");
                 false
             });
-            self.shared.desk.lock().done = orders;
-            self.shared.changed.notify_all();
-            if stop {
+            self.desk.done(errand);
+            if errand.stop {
                 return;
             }
             pause = match pause {
@@ -262,7 +216,7 @@ impl Worker {
     /// One comparison of what is wanted with what is there, and what follows from it. Whether nothing did.
     fn pass(&mut self) -> Result<bool> {
         let joins: Vec<Join> =
-            self.shared.desk.lock().joins.values().map(|wanted| wanted.join.clone()).collect();
+            self.desk.look(|joins| joins.values().map(|wanted| wanted.join.clone()).collect());
         let seen = join::snapshot(&mut self.socket, &joins)?;
         let wanted = join::wanted(&joins, &seen.links);
         let all: BTreeSet<_> = wanted.iter().flat_map(|(_, facts)| facts).cloned().collect();
@@ -280,46 +234,42 @@ impl Worker {
             };
             changes.push((change, error));
         }
-        let mut desk = self.shared.desk.lock();
-        for (join, facts) in wanted {
-            let Some(entry) = desk.joins.get_mut(&join.near).filter(|entry| entry.join == *join) else {
-                continue;
-            };
-            let mut missing = changes
-                .iter()
-                .filter(|(change, _)| matches!(change, join::Change::Add(fact) if facts.contains(fact)))
-                .peekable();
-            let state = match (join.is_ready(&seen.links), missing.peek().is_some()) {
-                (false, _) => State::Waiting,
-                (true, false) => State::Joined,
-                (true, true) => match missing.find_map(|(_, error)| error.clone()) {
-                    Some(error) => State::Failed(error),
-                    // The next pass tells.
-                    None => continue,
-                },
-            };
-            if entry.state != state {
-                match state {
-                    State::Failed(_) => tracing::warn!(%join, %state, "join"),
-                    _ => tracing::info!(%join, %state, "join"),
+        self.desk.look(|there| {
+            for (join, facts) in wanted {
+                let Some(entry) = there.get_mut(&join.near).filter(|entry| entry.join == *join) else {
+                    continue;
+                };
+                let mut missing = changes
+                    .iter()
+                    .filter(|(change, _)| matches!(change, join::Change::Add(fact) if facts.contains(fact)))
+                    .peekable();
+                let state = match (join.is_ready(&seen.links), missing.peek().is_some()) {
+                    (false, _) => State::Waiting,
+                    (true, false) => State::Joined,
+                    (true, true) => match missing.find_map(|(_, error)| error.clone()) {
+                        Some(error) => State::Failed(error),
+                        // The next pass tells.
+                        None => continue,
+                    },
+                };
+                if entry.state != state {
+                    match state {
+                        State::Failed(_) => tracing::warn!(%join, %state, "join"),
+                        _ => tracing::info!(%join, %state, "join"),
+                    }
+                    entry.state = state;
                 }
-                entry.state = state;
             }
-        }
-        // A found join whose interfaces are gone was nobody's after all.
-        let before = desk.joins.len();
-        desk.joins.retain(|_, wanted| !wanted.found || wanted.join.is_ready(&seen.links));
-        Ok(changes.is_empty() && desk.joins.len() == before)
+            // A found join whose interfaces are gone was nobody's after all.
+            let before = there.len();
+            there.retain(|_, wanted| !wanted.found || wanted.join.is_ready(&seen.links));
+            Ok(changes.is_empty() && there.len() == before)
+        })
     }
 
     fn sleep(&self, timeout: Option<Duration>) {
-        let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
-        let mut wait = [PollFd::new(&self.ear, PollFlags::IN), PollFd::new(&self.shared.bell, PollFlags::IN)];
-        // An interruption only makes it look once more.
-        if let Err(e) = poll(&mut wait, timeout.as_ref())
-            && e != Errno::INTR
-        {
-            tracing::error!(error = %io::Error::from(e), "cannot sleep");
+        if let Err(error) = self.desk.bell().wait(&[self.ear.as_fd()], timeout) {
+            tracing::error!(%error, "cannot sleep");
             thread::sleep(LAST_RETRY);
         }
     }
@@ -330,7 +280,6 @@ impl Worker {
         while let Ok(_) | Err(Errno::NOBUFS | Errno::INTR) =
             rustix::net::recv(&self.ear, &mut buffer, RecvFlags::TRUNC)
         {}
-        let _ = rustix::io::read(&self.shared.bell, &mut buffer[..8]);
     }
 }
 

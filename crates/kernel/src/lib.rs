@@ -23,6 +23,7 @@
 mod apply;
 mod backlog;
 mod crew;
+mod desk;
 mod error;
 pub mod join;
 pub mod joiner;

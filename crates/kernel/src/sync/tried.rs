@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::io;
 use std::ops::{Deref, DerefMut};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
@@ -44,6 +45,31 @@ pub(crate) fn spawn(name: &str, life: impl FnOnce() + Send + 'static) -> io::Res
             REFUSED.set(left - 1);
             Err(io::ErrorKind::OutOfMemory.into())
         }
+    }
+}
+
+/// Nothing else happens, and no time passes.
+#[derive(Debug)]
+pub(crate) struct Bell(Mutex<bool>, Condvar);
+
+impl Bell {
+    pub(crate) fn new() -> io::Result<Self> {
+        Ok(Self(Mutex::new(false), Condvar::new()))
+    }
+
+    pub(crate) fn ring(&self) {
+        *self.0.lock() = true;
+        self.1.notify_all();
+    }
+
+    pub(crate) fn quiet(&self) {
+        *self.0.lock() = false;
+    }
+
+    /// It rings on.
+    pub(crate) fn wait(&self, _: &[BorrowedFd<'_>], _: Option<Duration>) -> io::Result<()> {
+        self.1.wait_while(&mut self.0.lock(), |rings| !*rings);
+        Ok(())
     }
 }
 
