@@ -172,20 +172,21 @@ pub struct Context<'c> {
     pub scope: &'c mut Scope,
 }
 
-/// What is begun when a request is over, whatever came of it. It is given what the connection holds then.
+/// What is begun when a request is over, whatever came of it. It is given what the connection holds then, and whether the
+/// connection stands: it does not where the request was to establish it, and has failed.
 #[derive(Default)]
 pub struct Afterwards(Vec<Then>);
 
-type Then = Box<dyn FnOnce(&Scope) + Send + Sync>;
+type Then = Box<dyn FnOnce(&mut Scope, bool) + Send + Sync>;
 
 impl Afterwards {
     /// After what is to come before it.
-    pub fn push(&mut self, then: impl FnOnce(&Scope) + Send + Sync + 'static) {
+    pub fn push(&mut self, then: impl FnOnce(&mut Scope, bool) + Send + Sync + 'static) {
         self.0.push(Box::new(then));
     }
 
-    fn begin(self, scope: &Scope) {
-        self.0.into_iter().for_each(|then| then(scope));
+    fn begin(self, held: &mut Held) {
+        self.0.into_iter().for_each(|then| then(&mut held.scope, held.established));
     }
 }
 
@@ -690,7 +691,7 @@ impl Connections {
                 self.metrics.inspector().answered(&answer);
                 held.established = true;
                 self.arm(id, entry, held, &answer, own);
-                afterwards.begin(&held.scope);
+                afterwards.begin(held);
                 Ok(Answer { connection: answer, fds })
             }
             Err(error) => {
@@ -699,7 +700,7 @@ impl Connections {
                 if !planted::is("a failed request keeps what it took") {
                     held.scope.unwind_to(mark, &Release::now(Reason::Failed)).await;
                 }
-                afterwards.begin(&held.scope);
+                afterwards.begin(held);
                 if !held.established {
                     self.forget(id, entry, held);
                 }

@@ -260,13 +260,12 @@ impl Element for Dial {
             // The connection has moved to another hop; the old one may be dead, and nobody waits for it. What it still tells
             // is not about this connection any more. But it carries its packets until the elements above have made the way
             // to the new one.
-            let (old, parting) = (old.farewell, self.parting.clone());
-            self.follower.leave(&old.target, &old.conn.id);
-            cx.afterwards.push(move |scope| {
-                if !dialed(scope).is_some_and(|hop| hop.is_at(&old.target)) {
-                    let close = old.clone().say(Instant::now() + Release::TIME);
-                    parting.begin(old, close);
-                }
+            self.follower.leave(&old.farewell.target, &old.farewell.conn.id);
+            cx.afterwards.push(move |scope, stands| match dialed(scope) {
+                Some(hop) if hop.is_at(&old.farewell.target) => {}
+                // An element above could not go on from there: what stood before does.
+                None if stands => scope.lease(*old),
+                _ => old.parting.close(old.farewell),
             });
         }
         let farewell = Farewell { conn: answer.clone(), theirs, ..self.farewell(&target) };
@@ -424,7 +423,7 @@ impl Lease for Dialed {
         if let (Some(anew), true) = (&cx.anew, remembers) {
             let (parting, farewell) = (self.parting, self.farewell);
             let left = parting.hold_back(farewell);
-            anew.lock().push(move |_| parting.tell_held_back(left));
+            anew.lock().push(move |_, _| parting.tell_held_back(left));
             return Ok(());
         }
         self.parting.see_off(self.farewell, cx.deadline).await
@@ -519,9 +518,7 @@ impl Farewells {
     pub fn say(&self, hop: NextHop, conn: Connection) {
         let (pool, dial_timeout) = (self.pool.clone(), self.dial_timeout);
         let theirs = inode(&conn);
-        let farewell = Farewell { pool, target: hop, conn, theirs, dial_timeout };
-        let close = farewell.clone().say(Instant::now() + Release::TIME);
-        self.parting.begin(farewell, close);
+        self.parting.close(Farewell { pool, target: hop, conn, theirs, dial_timeout });
     }
 }
 
@@ -606,6 +603,12 @@ impl Parting {
         }
     }
 
+    /// Closes; nobody waits for it.
+    fn close(&self, farewell: Farewell) {
+        let close = farewell.clone().say(Instant::now() + Release::TIME);
+        self.begin(farewell, close);
+    }
+
     /// Goes on with a Close, and tries again what its hop could not be told.
     fn begin(&self, farewell: Farewell, close: impl Future<Output = Result<()>> + Send + 'static) {
         let (this, key) = (self.clone(), left_by(&farewell.target, &farewell.conn.id));
@@ -669,8 +672,7 @@ impl Parting {
             Some(Leaving::HeldBack(farewell)) => farewell.clone(),
             _ => return,
         };
-        let close = farewell.clone().say(Instant::now() + Release::TIME);
-        self.begin(farewell, close);
+        self.close(farewell);
     }
 
     /// Waits until the connection is closed there, if it is being closed; then tells as what it stood there.

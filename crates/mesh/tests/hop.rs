@@ -41,7 +41,7 @@ use nsm_identity::{
     token,
 };
 use nsm_mesh::{
-    Connections, Context, Element, Holders, Next, NextHop, Result,
+    Connections, Context, Element, Error, Holders, Next, NextHop, Result,
     auth::Authorize,
     chain,
     dial::Dial,
@@ -170,9 +170,9 @@ impl MonitorConnection for Peer {
     }
 }
 
-/// Where every request goes at present; then makes the way there, while nobody else has the turn.
+/// Where every request goes at present; then makes the way there, while nobody else has the turn, and if it can.
 #[derive(Debug)]
-struct To(Arc<Mutex<NextHop>>, Arc<tokio::sync::Mutex<()>>);
+struct To(Arc<Mutex<NextHop>>, Arc<tokio::sync::Mutex<()>>, Arc<AtomicBool>);
 
 #[async_trait]
 impl Element for To {
@@ -189,7 +189,7 @@ impl Element for To {
         cx.next_hop = Some(self.0.lock().clone());
         let answer = next.request(cx, request).await;
         drop(self.1.lock().await);
-        answer
+        if self.2.load(Ordering::Relaxed) { Err(Error::internal("there is no way")) } else { answer }
     }
 }
 
@@ -201,6 +201,8 @@ struct Mesh {
     to: Arc<Mutex<NextHop>>,
     /// The way there is made by whoever has this.
     making: Arc<tokio::sync::Mutex<()>>,
+    /// No way can be made.
+    stuck: Arc<AtomicBool>,
     next: Peer,
     /// Another, to which requests go when `to` says so.
     other: (NextHop, Peer),
@@ -249,7 +251,7 @@ impl Mesh {
             .add_service(MonitorConnectionServer::new(other.clone()));
         served.push(tokio::spawn(server.serve(routes.routes(), &[], std::future::pending())));
         let to = Arc::new(Mutex::new(NextHop::from(dial("nse.sock"))));
-        let making = Arc::default();
+        let (making, stuck) = (Arc::default(), Arc::default());
 
         let hub = Arc::new(Hub::default());
         let own = source("mgr");
@@ -257,7 +259,7 @@ impl Mesh {
         let chain = chain![
             Authorize { max_token_lifetime: Duration::from_secs(600), policies: Arc::new(policies) },
             Monitor { hub: Arc::clone(&hub), terminates: false },
-            To(Arc::clone(&to), Arc::clone(&making)),
+            To(Arc::clone(&to), Arc::clone(&making), Arc::clone(&stuck)),
             Dial::new(pool, "mgr", Arc::clone(&hub), PATIENCE),
         ];
         let connections = Connections::serving("mgr", chain, Arc::new(Metrics::default()));
@@ -274,6 +276,7 @@ impl Mesh {
             url,
             to,
             making,
+            stuck,
             next,
             other,
             other_at,
@@ -838,6 +841,25 @@ async fn the_hop_before_is_told_to_close_when_the_way_to_the_new_one_is_made() {
     assert_eq!(*mesh.next.calls.lock(), ["request", "close", "closed", "request"]);
 }
 
+/// Its wire leads there still.
+#[tokio::test]
+async fn a_connection_that_cannot_move_to_another_hop_stays_at_the_one_before() {
+    let mesh = Mesh::start().await;
+    let answer = mesh.ask(request()).await.unwrap();
+    mesh.stuck.store(true, Ordering::Relaxed);
+    *mesh.to.lock() = mesh.other.0.clone();
+    mesh.ask(again(&answer)).await.unwrap_err();
+    while mesh.other.1.closed.lock().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    // As long as it takes another Close to come.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(*mesh.next.calls.lock(), ["request"]);
+    NetworkServiceClient::new(mesh.channel().await).close(answer).await.unwrap();
+    assert_eq!(*mesh.next.calls.lock(), ["request", "close", "closed"]);
+    assert_eq!(*mesh.other.1.calls.lock(), ["request", "close", "closed"]);
+}
+
 /// Both are on one node, behind its manager; the one that the connection has left is dead, perhaps.
 #[tokio::test]
 async fn of_two_endpoints_behind_one_hop_only_the_one_before_is_left() {
@@ -1209,7 +1231,7 @@ async fn what_a_hop_behind_our_neighbour_did_not_sign_is_no_answer() {
     let mesh = Mesh::start().await;
     let pool = Pool::new(Source::fixed(mesh.identity("nsc")), PoolConfig::default());
     let edge = chain![
-        To(Arc::new(Mutex::new(mesh.url.clone().into())), Arc::default()),
+        To(Arc::new(Mutex::new(mesh.url.clone().into())), Arc::default(), Arc::default()),
         Dial::new(pool, "nsc", Arc::default(), PATIENCE).checking_answers(),
     ];
     let edge = Connections::asking("nsc", edge, Arc::new(Metrics::default()));
