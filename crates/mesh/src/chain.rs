@@ -657,15 +657,17 @@ impl Connections {
         let begin = Instant::now();
         // Not cut off at the deadline: an element in the middle of making something must come to its lease.
         // What waits for others (dialling, look-ups, descriptors) is bounded by the deadline itself, and by the caller's stay.
-        let mut own = None;
+        let mut lives = None;
         let run = AssertUnwindSafe(async {
             let conn = request.connection.get_or_insert_default();
             for element in self.chain.iter() {
                 element.admit(&mut cx, conn).await?;
             }
-            // As it was made a moment ago; in the answer stands what the next hop says of it.
-            let expires = path::current(conn).and_then(|own| own.expires.as_ref()).map(path::from_timestamp);
-            own = expires.map(|at| Instant::now() + at.duration_since(clock::now()).unwrap_or_default());
+            // As they were checked and made a moment ago: by when there is an answer the clock may have been set.
+            let own = path::current(conn).and_then(|own| own.expires.as_ref()).map(path::from_timestamp);
+            let before = path::expiry_before_us(conn);
+            let first = before.map(|before| own.map_or(before, |own| own.min(before)));
+            lives = first.map(|at| Instant::now() + at.duration_since(clock::now()).unwrap_or_default());
             if conn.state() == State::ReselectRequested && held.established {
                 let anew = Some(Mutex::default());
                 let release = Release { reason: Reason::Reselect, deadline, close: Some(conn.clone()), anew };
@@ -690,7 +692,7 @@ impl Connections {
                 note_answer(&mut entry.note.lock(), &trail);
                 self.metrics.inspector().answered(&answer);
                 held.established = true;
-                self.arm(id, entry, held, &answer, own);
+                self.arm(id, entry, held, &answer, lives);
                 afterwards.begin(held);
                 Ok(Answer { connection: answer, fds })
             }
@@ -889,16 +891,16 @@ impl Connections {
 
     /// Starts the clock of the connection anew.
     ///
-    /// `own`: when our own token of its path expires, as it was when that was made. A clock that was set back since then, or
-    /// while they were on their way, makes tokens live for hours; who keeps the connection refreshes it before any token of its
-    /// path expires, ours included.
+    /// `lives`: until when, by the tokens of the hops before us and our own; without one before us it has no end. A clock
+    /// that was set back while they were on their way makes those live for hours; who keeps the connection refreshes it before
+    /// any token of its path expires, ours included.
     fn arm(
         self: &Arc<Self>,
         id: &str,
         entry: &Arc<Entry>,
         held: &mut Held,
         answer: &Connection,
-        own: Option<Instant>,
+        lives: Option<Instant>,
     ) {
         held.answers += 1;
         if !self.expiry || planted::is("nothing expires") {
@@ -907,9 +909,8 @@ impl Connections {
         if let Some(timer) = held.expiry.take() {
             timer.abort();
         }
-        let Some(expires) = path::expiry_before_us(answer) else { return };
-        let left = expires.duration_since(clock::now()).unwrap_or_default();
-        let wait = own.map_or(left, |own| left.min(own.saturating_duration_since(Instant::now())));
+        let Some(lives) = lives else { return };
+        let expires = path::expiry_before_us(answer).unwrap_or_else(clock::now);
         let (this, id, entry, answers) =
             (Arc::downgrade(self), id.to_owned(), Arc::downgrade(entry), held.answers);
         let timer = tokio::spawn(async move {
@@ -918,7 +919,7 @@ impl Connections {
                     tokio::time::sleep(Duration::from_secs(1)).await;
                 }
             } else {
-                tokio::time::sleep(wait).await;
+                tokio::time::sleep_until(lives).await;
             }
             // A task of its own: ending the connection aborts this timer.
             tokio::spawn(async move {
