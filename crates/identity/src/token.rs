@@ -77,6 +77,29 @@ pub fn mint(
     Ok(Token { jwt, expires: peer_not_after.map_or(end, |peer| end.min(shortly_before(peer, now))) })
 }
 
+/// Makes a token in place of another one, which ends at `expires`; it ends then, too. `exp` is that in whole seconds, upwards:
+/// what ends a moment before a whole second, because a certificate does, would be over up to a second before that.
+///
+/// # Errors
+/// As [`mint`]; or `expires` is over.
+pub fn mint_until(
+    svid: &Svid,
+    audience: Option<&SpiffeId>,
+    peer_not_after: Option<SystemTime>,
+    expires: SystemTime,
+    now: SystemTime,
+) -> Result<Token, Error> {
+    let since_1970 = expires.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let whole =
+        UNIX_EPOCH + Duration::from_secs(since_1970.as_secs() + u64::from(since_1970.subsec_nanos() > 0));
+    let left = whole.duration_since(now).unwrap_or_default();
+    if expires <= now {
+        return Err(Error::SvidExpired(svid.id().clone()));
+    }
+    let token = mint(svid, audience, peer_not_after, left, now)?;
+    Ok(Token { expires: token.expires.min(expires), ..token })
+}
+
 /// Makes the tokens of one SVID for one peer. Tokens made within the same second say the same, so they are signed
 /// once: when many wires are set up, signing would be a good part of the work.
 #[derive(Default)]

@@ -12,7 +12,7 @@ use nsm_identity::{
         check_client, check_server, client_allowed, next_token_signed, prev_token_signed, tokens_chained,
         tokens_expired, tokens_valid,
     },
-    token::{Malformed, Minter, claims, is_signed_by, mint, parse_rfc3339},
+    token::{Malformed, Minter, claims, is_signed_by, mint, mint_until, parse_rfc3339},
 };
 use proptest::prelude::*;
 use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256, SanType};
@@ -129,6 +129,26 @@ fn what_is_made_later_ends_later_also_where_a_certificate_ends_it() {
             assert!(ends.is_sorted_by(|earlier, later| earlier < later), "{ends:?}");
             assert!(ends.iter().all(|at| *at < peer.unwrap_or(end)));
         }
+    }
+}
+
+/// Certificates of some seconds end soon, and a thousandth before a whole second.
+#[test]
+fn a_token_in_place_of_another_is_in_date_as_long_as_that() {
+    let cast = Cast::new();
+    let end = cast.client.not_after();
+    let again = |expires, now| mint_until(&cast.client, Some(&id("manager")), None, expires, now);
+    for left in [1, 10, 900, 1100, 3_000_000].map(Duration::from_millis) {
+        let now = end - left;
+        let first = mint(&cast.client, None, None, 60 * MINUTE, now).unwrap();
+        for later in [Duration::ZERO, left / 2, left - left / 1000 - Duration::from_micros(1)] {
+            let second = again(first.expires(), now + later).unwrap();
+            assert!(second.expires() <= first.expires() && second.expires() > now + later, "{left:?}");
+            let exp = SystemTime::UNIX_EPOCH
+                + Duration::from_secs_f64(claims(second.jwt()).unwrap().expires.unwrap());
+            assert!(exp >= second.expires() && exp <= end, "{left:?} {later:?}: {exp:?}");
+        }
+        again(first.expires(), first.expires()).unwrap_err();
     }
 }
 

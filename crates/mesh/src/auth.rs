@@ -102,9 +102,8 @@ pub(crate) fn sign_for_caller(answer: &mut Connection, caller: &Peer, next: &Pee
     let now = clock::now();
     let Some(own) = path::current_mut(answer) else { return Ok(()) };
     let expires = own.expires.as_ref().map_or(now, path::from_timestamp);
-    let left = expires.duration_since(now).unwrap_or_default();
     let svid = caller.identity().svid();
-    let token = token::mint(svid, Some(next.id()), Some(next.leaf().not_after()), left, now)
+    let token = token::mint_until(svid, Some(next.id()), Some(next.leaf().not_after()), expires, now)
         .map_err(|e| Error::internal(format!("no token can be made: {e}")))?;
     token.jwt().clone_into(&mut own.token);
     own.expires = Some(path::to_timestamp(token.expires()));
