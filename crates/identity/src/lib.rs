@@ -17,6 +17,7 @@ pub mod chains;
 pub mod clock;
 mod id;
 pub mod policy;
+mod readable;
 mod seldom;
 mod source;
 mod svid;

@@ -30,7 +30,7 @@ use rustix::{
     io::Errno,
 };
 
-use crate::Error;
+use crate::{Error, readable::readable};
 
 /// Inode of the PID namespace that the machine starts with, `include/linux/proc_ns.h`.
 const PROC_PID_INIT_INO: u64 = 0xEFFF_FFFC;
@@ -126,6 +126,17 @@ impl UnixPeer {
                 result => result == Ok(0),
             };
         }
+    }
+
+    /// Waits until the process has exited.
+    ///
+    /// # Errors
+    /// It cannot be waited for: nothing pins it.
+    pub async fn ended(&self) -> io::Result<()> {
+        let pidfd = self.pidfd.as_ref().ok_or(io::ErrorKind::Unsupported)?;
+        // A descriptor can be waited for once, and this one is everybody's.
+        let exit = readable(pidfd.try_clone()?)?;
+        exit.readable().await.map(drop)
     }
 
     /// The peer's network namespace, as it is now.

@@ -1,14 +1,12 @@
 //! Tells when a file may have changed, without looking at it all the time.
-#![allow(unsafe_code)]
 
 use std::{io, os::fd::OwnedFd, path::Path, time::Duration};
 
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    time::sleep,
-};
+use tokio::{io::unix::AsyncFd, time::sleep};
 use tracing::debug;
+
+use crate::readable::readable;
 
 /// How often the file is looked at where the kernel cannot tell that it changed.
 const LOOK: Duration = Duration::from_secs(1);
@@ -43,7 +41,5 @@ fn watch(dir: &Path) -> io::Result<AsyncFd<OwnedFd>> {
     let fd = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
     let gone = WatchFlags::MOVED_FROM | WatchFlags::DELETE;
     inotify::add_watch(&fd, dir, WatchFlags::CLOSE_WRITE | WatchFlags::MOVED_TO | gone)?;
-    // SAFETY: an `OwnedFd` names the same open descriptor for as long as it lives, and the `AsyncFd` owns it.
-    let registered = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
-    registered.map_err(Into::into)
+    readable(fd)
 }

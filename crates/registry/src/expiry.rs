@@ -105,6 +105,16 @@ impl Timers {
         }
     }
 
+    /// Brings the deadline of a name forward, if it is later and `still` so.
+    pub fn bring_forward(&self, name: &str, at: Instant, still: impl FnOnce() -> bool) {
+        let mut expiry = self.expiry.lock();
+        if expiry.deadline(name).is_some_and(|deadline| deadline > at) && still() {
+            expiry.set(name, at);
+            drop(expiry);
+            self.earlier.notify_one();
+        }
+    }
+
     /// Forgets the deadline of a name and does what belongs to it.
     pub fn clear(&self, name: &str, change: impl FnOnce()) {
         let mut expiry = self.expiry.lock();

@@ -10,7 +10,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     env,
-    os::fd::OwnedFd,
+    os::fd::{AsRawFd as _, OwnedFd},
     sync::{Arc, Weak},
     time::Duration,
 };
@@ -27,9 +27,13 @@ use nsm_api::{
 };
 use nsm_identity::clock;
 use nsm_identity::{SpiffeId, policy::Policies, token};
-use nsm_transport::{DialTarget, DialUrl, FdTable, FileId, MAX_MESSAGE, Peer, Pool};
+use nsm_transport::{DialTarget, DialUrl, FdTable, FileId, MAX_MESSAGE, Peer, Pool, UnixPeer};
 use parking_lot::Mutex;
-use rustix::fs::FileType;
+use rustix::{
+    fs::FileType,
+    io::Errno,
+    net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType},
+};
 use tokio::{sync::watch, task::JoinHandle, time::Instant};
 use tonic::service::Routes;
 use tracing::{debug, info};
@@ -130,6 +134,21 @@ pub struct Local {
     forwards: bool,
     /// The path of its registration, to end it when it expires.
     path: RegistrationPath,
+    /// Who registered it, while somebody waits for its end.
+    process: Option<Arc<Process>>,
+}
+
+/// A process of this node that has registered an endpoint.
+#[derive(Debug)]
+struct Process {
+    is: UnixPeer,
+    watched: JoinHandle<()>,
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.watched.abort();
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -160,6 +179,22 @@ impl Local {
             }
             (Reach::Socket(..), None) => {}
         }
+    }
+}
+
+impl Reach {
+    /// Whether somebody listens there, as far as this node can tell.
+    fn is_served(&self) -> bool {
+        let Self::Socket(socket, _) = self else { return true };
+        // A connection that is dropped at once; it waits for nobody.
+        let connect = || {
+            let path = format!("/proc/self/fd/{}", socket.as_raw_fd());
+            let address = SocketAddrUnix::new(path)?;
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            let ours = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+            net::connect(&ours, &address)
+        };
+        connect() != Err(Errno::CONNREFUSED)
     }
 }
 
@@ -383,6 +418,9 @@ impl ManagerRegistry {
     }
 }
 
+/// How long a registration outlives its process, which may be started again at once: a container takes a second or two.
+const AFTER_DEATH: Duration = Duration::from_secs(5);
+
 /// How long the news of an endpoint wait for its registration to end here.
 const SETTLE: Duration = Duration::from_secs(2);
 
@@ -416,6 +454,37 @@ impl Inner {
     async fn settled(&self, name: &str) {
         let soon = Some(Instant::now() + SETTLE);
         drop(self.lanes.enter(name, soon).await);
+    }
+
+    /// The process that registers an endpoint, watched. Forwarders are expected back, whenever that is.
+    fn process(self: &Arc<Self>, name: &str, peer: &UnixPeer) -> Option<Arc<Process>> {
+        let known = self.local(name).and_then(|local| local.process);
+        if let Some(known) = known.filter(|known| known.is.pid() == peer.pid() && known.is.is_alive()) {
+            return Some(known);
+        }
+        // Without a pid nothing tells a refresh of the same process from another's, and each would be watched anew.
+        peer.pid()?;
+        let (is, name, inner) = (peer.clone(), name.to_owned(), Arc::downgrade(self));
+        let watched = tokio::spawn(async move {
+            if is.ended().await.is_ok()
+                && let Some(inner) = inner.upgrade()
+            {
+                inner.ended(&name);
+            }
+        });
+        Some(Arc::new(Process { is: peer.clone(), watched }))
+    }
+
+    /// The process that registered this endpoint has ended, if it has.
+    fn ended(&self, name: &str) {
+        // Whoever took over its socket serves on, and will register.
+        let is_dead = |local: &Local| {
+            let ended = local.process.as_ref().is_some_and(|process| !process.is.is_alive());
+            ended && !local.reach.is_served()
+        };
+        self.timers.bring_forward(name, Instant::now() + AFTER_DEATH, || {
+            self.local(name).as_ref().is_some_and(is_dead)
+        });
     }
 
     fn changed(&self) {
@@ -500,7 +569,10 @@ async fn expire(timers: Arc<Timers>, inner: Weak<Inner>) {
                 }
                 let Some(local) = inner.locals.lock().remove(&name) else { return };
                 inner.changed();
-                info!(name, "an endpoint of this node was not refreshed and has expired");
+                match local.process.as_ref().is_some_and(|process| !process.is.is_alive()) {
+                    true => info!(name, "the process of an endpoint of this node has ended"),
+                    false => info!(name, "an endpoint of this node was not refreshed and has expired"),
+                }
                 let elsewhere = |nse: Arc<NetworkServiceEndpoint>| nse.url != inner.config.public_url;
                 if inner.endpoints.known(&name).is_some_and(elsewhere) {
                     // It has moved to another node meanwhile.
@@ -551,11 +623,15 @@ impl Directory<NetworkServiceEndpoint> for LocalEndpoints {
         let now = clock::now();
         let end = answer.expiration_time.as_ref().map(time_of);
         let left = end.map_or(inner.config.lifetime, |end| end.duration_since(now).unwrap_or_default());
-        let local = Local { nse: Arc::new(answer.clone()), reach, forwards, path: cx.path.clone() };
+        let peer = cx.peer.as_ref().and_then(Peer::unix).filter(|_| !forwards);
+        let process = peer.and_then(|peer| inner.process(&name, peer));
+        let local = Local { nse: Arc::new(answer.clone()), reach, forwards, path: cx.path.clone(), process };
         inner.timers.set(&name, Instant::now() + left, || {
             inner.locals.lock().insert(name.clone(), local);
         });
         inner.changed();
+        // Perhaps while it was registered.
+        inner.ended(&name);
         Ok(answer)
     }
 
@@ -606,5 +682,31 @@ impl Directory<NetworkServiceEndpoint> for LocalEndpoints {
             }
         });
         Ok(events.boxed())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use rustix::fs::{CWD, Mode, OFlags};
+
+    use super::*;
+
+    #[test]
+    fn a_socket_is_served_as_long_as_somebody_listens() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("endpoint.sock");
+        let first = UnixListener::bind(&path).unwrap();
+        let socket = rustix::fs::openat(CWD, &path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        let inode = InodeUrl { dev: 0, ino: 0 };
+        let reach = Reach::Socket(Arc::new(socket), inode);
+        assert!(reach.is_served());
+        // As a supervisor hands it on.
+        let heir = first.try_clone().unwrap();
+        drop(first);
+        assert!(reach.is_served());
+        drop(heir);
+        assert!(!reach.is_served());
     }
 }

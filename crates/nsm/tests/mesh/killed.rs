@@ -1,4 +1,4 @@
-//! What a killed endpoint leaves in the file system: nothing, whenever that happens.
+//! What a killed endpoint leaves in the file system and in the registry: nothing, whenever that happens.
 
 use std::{
     fs,
@@ -84,4 +84,34 @@ fn an_endpoint_that_is_killed_leaves_no_directory() {
     for name in ["early", "patient"] {
         is_empty(&mesh.lab.plan.paths().root.join(format!("tmp-{name}")));
     }
+}
+
+/// Long before its registration expires; and not where it is started again at once, as containers are.
+#[test]
+fn a_registration_ends_with_its_process() {
+    let Some(mesh) = Mesh::up("a_registration_ends_with_its_process", PODS) else { return };
+    let services = ["--service-names", "plain", "--cidr-prefix", "172.16.1.0/24"];
+    for name in ["dies", "returns"] {
+        mesh.endpoint(name, "b", &services);
+    }
+    mesh.ready(&["dies", "returns"]);
+    mesh.client("client", "a", "kernel://plain/nsm0", &[]);
+    mesh.ready(&["client"]);
+    let registered = || {
+        let all = mesh.json(&["get", "endpoints", "-o", "json"]);
+        let names = all.as_array().into_iter().flatten().filter_map(|nse| nse["name"].as_str());
+        names.map(str::to_owned).filter(|name| !name.starts_with("forwarder")).collect::<Vec<_>>()
+    };
+    assert_eq!(registered(), ["dies", "returns"]);
+
+    mesh.end("dies", Signal::KILL);
+    mesh.end("returns", Signal::KILL);
+    mesh.endpoint("returns", "b", &services);
+    mesh.ready(&["returns"]);
+    eventually("the dead one is not registered any more", || match registered() {
+        found if found == ["returns"] => Ok(()),
+        found => Err(format!("{found:?}")),
+    });
+    mesh.says("node1/manager", "the process of an endpoint of this node has ended");
+    mesh.has("a", "nsm0");
 }

@@ -36,7 +36,7 @@ impl Mesh {
     }
 
     /// What it prints; it must succeed.
-    fn told(&self, args: &[&str]) -> String {
+    pub(crate) fn told(&self, args: &[&str]) -> String {
         let output = self.nsm(args);
         assert!(output.status.success(), "{args:?}: {}", text(&output));
         let told = String::from_utf8(output.stdout).expect("UTF-8");
@@ -49,7 +49,7 @@ impl Mesh {
         told
     }
 
-    fn json(&self, args: &[&str]) -> Value {
+    pub(crate) fn json(&self, args: &[&str]) -> Value {
         let told = self.told(args);
         serde_json::from_str(&told).unwrap_or_else(|e| panic!("{args:?}: {e}: {told}"))
     }
