@@ -268,7 +268,7 @@ fn an_end_that_was_not_told_of_a_close_is_an_orphan_and_goes() {
         mesh.ready(&["client"]);
         let forwarder = format!("{here}/forwarder");
         mesh.end(&forwarder, Signal::KILL);
-        mesh.end("client", Signal::TERM);
+        mesh.end("client", Signal::KILL);
         mesh.restart(&forwarder);
         mesh.says(&forwarder, "found wires of an earlier process wires=1");
         mesh.says(&forwarder, "its client's token has expired");
@@ -276,6 +276,22 @@ fn an_end_that_was_not_told_of_a_close_is_an_orphan_and_goes() {
         mesh.nothing_is_left(&["a", "gw"]);
         let log = mesh.log(&format!("{there}/forwarder"));
         assert!(!log.contains("orphans"), "on {there} it ends with its connection: {log}");
+    }
+}
+
+/// Its manager tells whoever has registered in its stead, long before any token expires.
+#[test]
+fn a_forwarder_that_was_away_is_told_of_a_close() {
+    for here in ["node1", "node2"] {
+        let test = format!("a_forwarder_that_was_away_is_told_of_a_close on {here}");
+        let Some(mesh) = Mesh::up(&test.replace(' ', "_"), PODS) else { return };
+        mesh.client("client", "a", "kernel://plain/nsm0", &[]);
+        mesh.ready(&["client"]);
+        let forwarder = format!("{here}/forwarder");
+        mesh.end(&forwarder, Signal::KILL);
+        mesh.end("client", Signal::TERM);
+        mesh.restart(&forwarder);
+        mesh.nothing_is_left(&["a", "gw"]);
     }
 }
 
