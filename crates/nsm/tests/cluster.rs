@@ -1,6 +1,8 @@
 //! The mesh on a real cluster of two nodes, as somebody installs it: one manifest, one annotation.
 #![allow(clippy::unwrap_used, clippy::print_stderr, clippy::print_stdout, reason = "a test")]
 
+#[path = "cluster/examples.rs"]
+mod examples;
 #[path = "common/plugin.rs"]
 mod plugin;
 

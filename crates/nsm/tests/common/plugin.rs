@@ -26,6 +26,12 @@ impl Plugin {
         Self { kubectl, programs }
     }
 
+    /// Where they are.
+    #[allow(dead_code, reason = "some tests look elsewhere")]
+    pub(crate) fn directory(&self) -> &std::path::Path {
+        self.programs.path()
+    }
+
     /// `kubectl nsm ARGS`: kubectl finds the plugin.
     pub(crate) fn run(&self, args: &[&str]) -> Output {
         let path = format!("{}:/usr/bin:/bin", self.programs.path().display());
