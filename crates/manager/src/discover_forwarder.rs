@@ -33,8 +33,7 @@ struct Registered(ManagerRegistry);
 
 impl Holders for Registered {
     fn now(&self, called: &str) -> Option<DialTarget> {
-        let mut all = self.0.forwarders().into_iter();
-        all.find(|forwarder| forwarder.nse.name == called).map(|forwarder| forwarder.dial)
+        self.0.forwarder(called).map(|forwarder| forwarder.dial())
     }
 }
 

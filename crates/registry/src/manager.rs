@@ -145,6 +145,12 @@ struct Process {
     watched: JoinHandle<()>,
 }
 
+impl Process {
+    fn watches(&self, peer: &UnixPeer) -> bool {
+        self.is.pid() == peer.pid() && self.is.is_alive() && !self.watched.is_finished()
+    }
+}
+
 impl Drop for Process {
     fn drop(&mut self) {
         self.watched.abort();
@@ -401,7 +407,15 @@ impl ManagerRegistry {
     /// [`nsm_api::matching::Policy::forwarders`].
     #[must_use]
     pub fn forwarders(&self) -> Vec<Endpoint> {
-        self.locals().into_iter().filter(|local| local.forwards).map(Endpoint::from).collect()
+        // A node may have many endpoints, and every request asks.
+        let locals = self.inner.locals.lock();
+        locals.values().filter(|local| local.forwards).cloned().map(Endpoint::from).collect()
+    }
+
+    /// The forwarder of this node that has this name.
+    #[must_use]
+    pub fn forwarder(&self, name: &str) -> Option<Local> {
+        self.inner.local(name).filter(|local| local.forwards)
     }
 
     /// The service that forwarders register under.
@@ -459,7 +473,7 @@ impl Inner {
     /// The process that registers an endpoint, watched. Forwarders are expected back, whenever that is.
     fn process(self: &Arc<Self>, name: &str, peer: &UnixPeer) -> Option<Arc<Process>> {
         let known = self.local(name).and_then(|local| local.process);
-        if let Some(known) = known.filter(|known| known.is.pid() == peer.pid() && known.is.is_alive()) {
+        if let Some(known) = known.filter(|known| known.watches(peer)) {
             return Some(known);
         }
         // Without a pid nothing tells a refresh of the same process from another's, and each would be watched anew.
@@ -485,6 +499,18 @@ impl Inner {
         self.timers.bring_forward(name, Instant::now() + AFTER_DEATH, || {
             self.local(name).as_ref().is_some_and(is_dead)
         });
+    }
+
+    /// Tells the registry that an endpoint of this node has ended, unless it has moved to another node meanwhile.
+    async fn tell_end(&self, name: &str, local: &Local) -> Result<(), Error> {
+        let query = NetworkServiceEndpoint { name: name.to_owned(), ..Default::default() };
+        let registered: Vec<_> = self.endpoints.find(query, false, None).await?.try_collect().await?;
+        let elsewhere = |nse: &NetworkServiceEndpoint| nse.name == name && nse.url != self.config.public_url;
+        if registered.iter().any(|(nse, _)| elsewhere(nse)) {
+            return Ok(());
+        }
+        let nse = NetworkServiceEndpoint { url: self.config.public_url.clone(), ..(*local.nse).clone() };
+        self.endpoints.unregister(&mut Context::own(local.path.clone()), nse).await
     }
 
     fn changed(&self) {
@@ -573,17 +599,16 @@ async fn expire(timers: Arc<Timers>, inner: Weak<Inner>) {
                     true => info!(name, "the process of an endpoint of this node has ended"),
                     false => info!(name, "an endpoint of this node was not refreshed and has expired"),
                 }
-                let elsewhere = |nse: Arc<NetworkServiceEndpoint>| nse.url != inner.config.public_url;
-                if inner.endpoints.known(&name).is_some_and(elsewhere) {
-                    // It has moved to another node meanwhile.
-                    return;
-                }
-                let mut cx = Context::own(local.path);
-                let nse =
-                    NetworkServiceEndpoint { url: inner.config.public_url.clone(), ..(*local.nse).clone() };
-                // The registry ends it at the same time by itself.
-                if let Err(reason) = inner.endpoints.unregister(&mut cx, nse).await {
-                    debug!(name, %reason, "the registry was not told of an expired endpoint");
+                if let Err(reason) = inner.tell_end(&name, &local).await {
+                    debug!(name, %reason, "the registry was not told of an endpoint that has ended");
+                    let end = local.nse.expiration_time.as_ref().map(time_of);
+                    let left = end.and_then(|end| end.duration_since(clock::now()).ok()).unwrap_or_default();
+                    // What has expired the registry ends at the same time by itself.
+                    if left > AFTER_DEATH {
+                        inner.timers.set(&name, Instant::now() + AFTER_DEATH, || {
+                            inner.locals.lock().insert(name.clone(), local);
+                        });
+                    }
                 }
             });
         })
