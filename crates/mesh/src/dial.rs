@@ -264,7 +264,10 @@ impl Element for Dial {
             cx.afterwards.push(move |scope, stands| match dialed(scope) {
                 Some(hop) if hop.is_at(&old.farewell.target) => {}
                 // An element above could not go on from there: what stood before does.
-                None if stands => scope.lease(*old),
+                None if stands => {
+                    old.follower.stay(&old.farewell.target, &old.farewell.conn.id, old.stream);
+                    scope.lease(*old);
+                }
                 _ => old.parting.close(old.farewell),
             });
         }
@@ -588,9 +591,10 @@ impl Parting {
                 Ok(())
             }
             Ok(Err(error)) if is_untold(&error) => {
+                let is_ours = error.code == Code::Aborted || farewell.target.lasts();
                 self.begin(farewell, std::future::ready(Err(error.clone())));
                 // It is ours now to tell: nobody else tries.
-                if error.code == Code::Aborted { Ok(()) } else { Err(error) }
+                if is_ours { Ok(()) } else { Err(error) }
             }
             Ok(closed) => closed,
             Err(_) => {
@@ -835,6 +839,15 @@ impl Follower {
         Ok(())
     }
 
+    /// Follows again what was left a moment ago, if that stream still goes on.
+    fn stay(&self, target: &NextHop, id: &str, stream: StreamId) {
+        if let Some((is, ids)) = self.streams.lock().get_mut(target)
+            && *is == stream
+        {
+            ids.insert(id.to_owned());
+        }
+    }
+
     fn leave(&self, target: &NextHop, id: &str) {
         // The stream stays: the next connection to this neighbour finds it open.
         if let Some((_, ids)) = self.streams.lock().get_mut(target) {
@@ -940,10 +953,14 @@ mod tests {
         let url: nsm_transport::DialUrl = format!("unix://{}", path.display()).parse().unwrap();
         let socket = NextHop::from(DialTarget::Socket(Arc::new(socket)));
         let forwarder = socket.clone().lasting("forwarder", Arc::new(Nobody));
-        for (target, comes_back) in [(socket, false), (forwarder, true), (NextHop::from(url), true)] {
+        // Of a forwarder it is for us to tell whoever comes after it.
+        for (target, fails, is_told_later) in
+            [(socket, false, false), (forwarder, false, true), (NextHop::from(url), true, true)]
+        {
             let farewell = Farewell { conn: conn(0, &["t"]), ..dial.farewell(&target) };
             let closed = dial.parting.see_off(farewell, Instant::now() + Release::TIME).await;
-            assert_eq!(closed.is_err(), comes_back, "{target}: {closed:?}");
+            assert_eq!(closed.is_err(), fails, "{target}: {closed:?}");
+            assert_eq!(dial.farewells().is_left(&target, ""), is_told_later, "{target}");
         }
     }
 

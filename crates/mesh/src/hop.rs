@@ -74,6 +74,11 @@ impl NextHop {
         Self { way, name, ..self.clone() }
     }
 
+    /// Whether what it keeps outlives its process.
+    pub(crate) fn lasts(&self) -> bool {
+        self.held().is_some()
+    }
+
     fn held(&self) -> Option<(&str, &dyn Holders)> {
         Some((self.called.as_deref()?, &**self.holders.as_ref()?))
     }
@@ -95,7 +100,7 @@ impl NextHop {
 
     /// Whether somebody may be there later where nobody is now: a socket file is its process's.
     pub(crate) fn may_come_back(&self) -> bool {
-        self.held().is_some() || matches!(self.way, Way::Dial(DialTarget::Url(_)))
+        self.lasts() || matches!(self.way, Way::Dial(DialTarget::Url(_)))
     }
 
     /// Whether people call it that.
