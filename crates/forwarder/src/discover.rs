@@ -146,10 +146,11 @@ impl Discover {
         }
         let mut candidates = selection.order(self.turn(&service.name));
         if !(self.silent.is_empty() && self.farewells.is_empty()) {
-            // Who does not answer may be gone, and who is left at this moment is the one that is not wanted any more.
+            // Who does not answer may be gone, and who was left last is the one that is not wanted any more; another may
+            // only not have been told yet.
             candidates.sort_by_cached_key(|candidate| {
                 let hop = NextHop::from(candidate.dial.clone()).called(&candidate.nse.name);
-                self.silent.is_silent(&hop) || self.farewells.is_left(&hop, &id)
+                (self.silent.is_silent(&hop), self.farewells.left_since(&hop, &id))
             });
         }
         let mut failures: Vec<(String, Error)> = Vec::new();

@@ -509,12 +509,13 @@ impl Farewells {
         self.parting.left.lock().is_empty()
     }
 
-    /// Whether this hop is still to hear that the connection of this id (ours) has left it, or the endpoint behind it that
-    /// it is called by.
+    /// Since when the connection of this id (ours) has left this hop, or the endpoint behind it that it is called by, if that
+    /// is still to hear of it.
     #[must_use]
-    pub fn is_left(&self, hop: &NextHop, id: &str) -> bool {
+    pub fn left_since(&self, hop: &NextHop, id: &str) -> Option<Instant> {
         let left = self.parting.left.lock();
-        left.get_key_value(&left_by(hop, id)).is_some_and(|((left, _), _)| left.0.may_be(hop))
+        let ((place, _), (since, _)) = left.get_key_value(&left_by(hop, id))?;
+        place.0.may_be(hop).then_some(*since)
     }
 
     /// Closes there what the path names behind us; nobody waits for it.
@@ -530,7 +531,7 @@ impl Farewells {
 /// for the connection, its address first of all, for as long as its tokens live: nobody else would get that.
 #[derive(Debug, Clone)]
 struct Parting {
-    left: Arc<Mutex<HashMap<Left, Leaving>>>,
+    left: Arc<Mutex<HashMap<Left, (Instant, Leaving)>>>,
     silent: Silent,
 }
 
@@ -646,16 +647,15 @@ impl Parting {
                 this.silent.answered(&done.0.0);
             }
             let mut partings = this.left.lock();
-            if let Some(Leaving::Told { task, .. }) = partings.get(&done)
+            if let Some((_, Leaving::Told { task, .. })) = partings.get(&done)
                 && task.id() == tokio::task::id()
             {
                 partings.remove(&done);
             }
         });
         // The same Close from before this connection came back there in vain is this one's now.
-        if let Some(Leaving::Told { task: before, .. }) =
-            partings.insert(key, Leaving::Told { conn, task, goes_on })
-        {
+        let told = (Instant::now(), Leaving::Told { conn, task, goes_on });
+        if let Some((_, Leaving::Told { task: before, .. })) = partings.insert(key, told) {
             before.abort();
         }
     }
@@ -663,8 +663,9 @@ impl Parting {
     /// Until the request is over that may go there.
     fn hold_back(&self, farewell: Farewell) -> Left {
         let key = left_by(&farewell.target, &farewell.conn.id);
-        let held_back = Leaving::HeldBack(farewell);
-        if let Some(Leaving::Told { task: before, .. }) = self.left.lock().insert(key.clone(), held_back) {
+        let held_back = (Instant::now(), Leaving::HeldBack(farewell));
+        if let Some((_, Leaving::Told { task: before, .. })) = self.left.lock().insert(key.clone(), held_back)
+        {
             before.abort();
         }
         key
@@ -673,7 +674,7 @@ impl Parting {
     /// That request is over: closes, if it did not go there.
     fn tell_held_back(&self, left: Left) {
         let farewell = match self.left.lock().get(&left) {
-            Some(Leaving::HeldBack(farewell)) => farewell.clone(),
+            Some((_, Leaving::HeldBack(farewell))) => farewell.clone(),
             _ => return,
         };
         self.close(farewell);
@@ -689,8 +690,8 @@ impl Parting {
             if partings.is_empty() { None } else { partings.remove(&left_by(at, id)) }
         };
         let (conn, mut task, goes_on) = match leaving? {
-            Leaving::HeldBack(farewell) => return Some(farewell.conn),
-            Leaving::Told { conn, task, goes_on } => (conn, task, goes_on),
+            (_, Leaving::HeldBack(farewell)) => return Some(farewell.conn),
+            (_, Leaving::Told { conn, task, goes_on }) => (conn, task, goes_on),
         };
         drop(goes_on);
         let until = deadline.min(Instant::now() + LONGEST_PARTING);
@@ -960,7 +961,7 @@ mod tests {
             let farewell = Farewell { conn: conn(0, &["t"]), ..dial.farewell(&target) };
             let closed = dial.parting.see_off(farewell, Instant::now() + Release::TIME).await;
             assert_eq!(closed.is_err(), fails, "{target}: {closed:?}");
-            assert_eq!(dial.farewells().is_left(&target, ""), is_told_later, "{target}");
+            assert_eq!(dial.farewells().left_since(&target, "").is_some(), is_told_later, "{target}");
         }
     }
 

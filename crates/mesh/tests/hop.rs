@@ -870,7 +870,7 @@ async fn of_two_endpoints_behind_one_hop_only_the_one_before_is_left() {
     let dial = Dial::new(Pool::new(source, PoolConfig::default()), "mgr", Arc::default(), PATIENCE);
     let (farewells, hop) = (dial.farewells(), mesh.to.lock().clone());
     farewells.say(hop.clone().called("nse-1"), answer.clone());
-    let is_left = |hop: &NextHop, id: &str| farewells.is_left(hop, id);
+    let is_left = |hop: &NextHop, id: &str| farewells.left_since(hop, id).is_some();
     assert!(is_left(&hop.clone().called("nse-1"), &answer.id) && is_left(&hop, &answer.id));
     assert!(!is_left(&hop.clone().called("nse-2"), &answer.id));
     assert!(!is_left(&hop.called("nse-1"), "another's"));
