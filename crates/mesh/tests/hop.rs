@@ -873,7 +873,12 @@ async fn of_two_endpoints_behind_one_hop_only_the_one_before_is_left() {
     let is_left = |hop: &NextHop, id: &str| farewells.left_since(hop, id).is_some();
     assert!(is_left(&hop.clone().called("nse-1"), &answer.id) && is_left(&hop, &answer.id));
     assert!(!is_left(&hop.clone().called("nse-2"), &answer.id));
-    assert!(!is_left(&hop.called("nse-1"), "another's"));
+    assert!(!is_left(&hop.clone().called("nse-1"), "another's"));
+    // Who is asked for an endpoint asks the one that was left last after all others.
+    farewells.say(mesh.other.0.clone(), answer.clone());
+    let since = [&hop.called("nse-2"), &mesh.to.lock().clone(), &mesh.other.0]
+        .map(|hop| farewells.left_since(hop, &answer.id));
+    assert!(since.is_sorted_by(|before, after| before < after), "{since:?}");
 }
 
 /// He left a moment before: his packets had stopped, because they were on their way to the new one already.
