@@ -11,9 +11,14 @@ use crate::dns;
 use crate::fault;
 use crate::lab::Lab;
 use crate::logs::{Logged, Since};
-use crate::network::Seen;
+use crate::network::{self, Seen};
 use crate::probe::{self, Connected, Echo};
-use crate::scenario::{Dns, Expectation, Http, Ping, PortState, Presence, SILENCE, Tcp, WITHIN};
+use crate::scenario::{
+    Dns, Echoed, Expectation, Http, Lookup, Ping, PortState, Presence, SILENCE, Tcp, WITHIN,
+};
+
+/// How long an answer is waited for that is not expected to come.
+const ECHO: Duration = Duration::from_millis(100);
 
 /// The result of one expectation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,6 +76,7 @@ pub(crate) fn check(lab: &Lab, expectation: &Expectation) -> Outcome {
                 .find(|other| other.interface == address.interface && other.address == address.address)?;
             Some((true, found.address.to_string()))
         }),
+        Expectation::Lookup(lookup) => check_lookup(lab, lookup),
         Expectation::Fault(fault) => fault::check(lab, fault),
     };
     let (held, measured) = match result {
@@ -96,6 +102,13 @@ fn in_pod(lab: &Lab, pod: &str, work: impl FnOnce() -> Finding + Send) -> Findin
 }
 
 fn check_ping(ping: &Ping) -> Finding {
+    if ping.is == Echoed::Unanswered {
+        return probe::until(ping.within.unwrap_or(Duration::ZERO), |_| match unanswered(ping) {
+            Ok(0) => Ok(format!("0 of {} answered", ping.count)),
+            Ok(answered) => Err(format!("{answered} of {} answered", ping.count)),
+            Err(error) => Ok(error.to_string()),
+        });
+    }
     let end = Instant::now() + ping.within.unwrap_or(WITHIN);
     let mut lost_before = 0;
     probe::until(ping.within.unwrap_or(Duration::ZERO), |_| {
@@ -109,6 +122,23 @@ fn check_ping(ping: &Ping) -> Finding {
         }
         let late = if lost_before == 0 { String::new() } else { format!(", after {lost_before} lost") };
         Ok(format!("{} of {} answered, {} to {}{late}", row.answered, row.sent, ms(row.best), ms(row.worst)))
+    })
+}
+
+/// How many of the requests are answered, each of which is given a moment; or why they cannot even be sent.
+fn unanswered(ping: &Ping) -> std::io::Result<u64> {
+    let echo = Echo::open(ping.to)?;
+    (0..ping.count).map(|_| Ok(echo.row(1, Instant::now() + ECHO)?.answered)).sum()
+}
+
+fn check_lookup(lab: &Lab, lookup: &Lookup) -> Finding {
+    let namespace = lab.namespace(&lookup.pod).map_err(|error| error.chain())?;
+    probe::until(lookup.within, |_| {
+        let way = network::lookup(&namespace, lookup).map_err(|error| error.chain())?;
+        let via = way.via.map(|via| format!(" via {via}")).unwrap_or_default();
+        let found = format!("{}{via} dev {} table {}", way.to.addr(), way.interface, way.table);
+        let expected = (lookup.via, &lookup.interface, lookup.table);
+        if (way.via, &way.interface, way.table) == expected { Ok(found) } else { Err(found) }
     })
 }
 

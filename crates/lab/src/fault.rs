@@ -35,20 +35,24 @@ pub(crate) fn check(lab: &Lab, fault: &Fault) -> Finding {
     let done = happen(lab, fault).map_err(|error| error.chain());
     let Some(traffic) = traffic else { return done };
     let (row, answers) = traffic.end(fault.within)?;
-    let lost = row.lost();
-    let measured = match fault.silence {
-        Some(_) => format!("{} without an answer, {}", ms(row.silence), done?),
-        None => format!("{lost} of {} lost, slowest {}; {}", row.sent, ms(row.worst), done?),
-    };
-    let good = match fault.silence {
-        Some(most) => row.silence <= most,
-        None => lost <= fault.lost && row.answered > 0,
-    };
+    let (lost, silence) = (row.lost(), row.silence);
+    let counted =
+        format!("{lost} of {} lost, {} without an answer, slowest {}", row.sent, ms(silence), ms(row.worst));
+    let measured = format!("{counted}; {}", done?);
     match answers {
         Err(seen) => Err(format!("{measured}, but no answers in a row afterwards: {seen}")),
-        Ok(()) if good => Ok(measured),
+        Ok(()) if is_within(fault, &row) => Ok(measured),
         Ok(()) => Err(measured),
     }
+}
+
+/// Whether no more was lost than may be: a wire that may be silent for a while may lose what is sent meanwhile, and any
+/// other nothing, if the fault does not say.
+fn is_within(fault: &Fault, row: &Row) -> bool {
+    let most = fault.lost.or(if fault.silence.is_some() { None } else { Some(0) });
+    row.answered > 0
+        && most.is_none_or(|most| row.lost() <= most)
+        && fault.silence.is_none_or(|most| row.silence <= most)
 }
 
 /// What a ping across a fault has counted.
@@ -148,12 +152,21 @@ pub(crate) fn happen(lab: &Lab, fault: &Fault) -> Result<String, Error> {
         if let Some(pod) = &fault.remove {
             lab.restore_namespace(pod)?;
         }
-        // In the order of the plan: who is needed comes first.
-        let order = lab.plan.processes.iter().map(|process| process.name.as_str());
-        let doomed: Vec<&str> = order.filter(|name| doomed.contains(name)).collect();
+        let doomed = in_order(lab, &doomed);
         doomed.iter().try_for_each(|name| lab.start(name))?;
         lab.supervisor.wait_ready(&doomed, fault.within)?;
         said = vec![format!("ready again in {}", ms(again.elapsed()))];
+    }
+    if !fault.start.is_empty() {
+        let again = Instant::now();
+        // A pod's only process has its name, and so has its namespace.
+        let is_pod = |name: &str| lab.plan.processes.iter().any(|process| process.namespace == name);
+        let missing = |name: &&&str| is_pod(name) && lab.namespace(name).is_err();
+        let started = in_order(lab, &fault.start.iter().map(String::as_str).collect::<Vec<_>>());
+        started.iter().filter(missing).try_for_each(|pod| lab.restore_namespace(pod))?;
+        started.iter().try_for_each(|name| lab.start(name))?;
+        lab.supervisor.wait_ready(&started, fault.within)?;
+        said.push(format!("ready in {}", ms(again.elapsed())));
     }
     if let Some(link) = &fault.down {
         network::change(&*lab.namespace(&link.pod)?, &link.interface, LinkChange::Down)?;
@@ -170,6 +183,12 @@ pub(crate) fn happen(lab: &Lab, fault: &Fault) -> Result<String, Error> {
         said.push(format!("over after {}", ms(fault.lasts)));
     }
     Ok(said.join(", "))
+}
+
+/// In the order of the plan: who is needed comes first.
+fn in_order<'a>(lab: &'a Lab, names: &[&str]) -> Vec<&'a str> {
+    let order = lab.plan.processes.iter().map(|process| process.name.as_str());
+    order.filter(|name| names.contains(name)).collect()
 }
 
 /// What goes on until it is ended: all of it ends, whatever of it failed to begin or to end.
@@ -259,4 +278,35 @@ impl<'a> Lasting<'a> {
 /// Changes a link at the end of a cable that is the underlay's.
 fn change(lab: &Lab, cable: &Cable, interface: &str, change: LinkChange<'_>) -> Result<(), Error> {
     network::change(&*lab.namespace(&cable.b.namespace)?, interface, change)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_be_lost_is_what_the_fault_says() {
+        let ms = Duration::from_millis;
+        let row = |lost: u64, silence| Row {
+            sent: 1000,
+            answered: 1000 - lost,
+            best: ms(1),
+            worst: ms(1),
+            silence: ms(silence),
+        };
+        let fault = |lost, silence: Option<u64>| Fault { lost, silence: silence.map(ms), ..Fault::default() };
+        for (lost, silence, row, good) in [
+            (None, None, row(0, 1), true),
+            (None, None, row(1, 1), false),
+            (Some(1), None, row(1, 1), true),
+            (Some(1), None, row(2, 1), false),
+            (None, Some(20), row(500, 20), true),
+            (None, Some(20), row(0, 21), false),
+            (Some(0), Some(20), row(0, 20), true),
+            (Some(0), Some(20), row(1, 2), false),
+            (Some(2000), Some(2000), row(1000, 1000), false),
+        ] {
+            assert_eq!(is_within(&fault(lost, silence), &row), good, "{lost:?} {silence:?} {row:?}");
+        }
+    }
 }

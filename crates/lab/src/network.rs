@@ -15,7 +15,7 @@ use netlink_packet_route::link::{
     InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, Prop,
 };
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
 use netlink_packet_route::rule::{RuleAttribute, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
@@ -25,6 +25,7 @@ use serde::Serialize;
 
 use crate::Error;
 use crate::plan::{Cable, End};
+use crate::scenario::{Lookup, Transport};
 
 /// What one namespace holds, in an order that does not depend on chance.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -150,6 +151,47 @@ impl Seen {
         seen.rules.sort();
         Ok(seen)
     }
+}
+
+/// The route that the kernel would take for such a packet of this namespace.
+pub(crate) fn lookup(namespace: &Namespace, lookup: &Lookup) -> Result<SeenRoute, Error> {
+    let what = || format!("look up the route to {}", lookup.to);
+    let mut socket = Socket::<Route>::open_in(namespace).map_err(Error::kernel(what()))?;
+    let length = if lookup.to.is_ipv4() { 32 } else { 128 };
+    let mut question = RouteMessage::default();
+    question.header.address_family = family(lookup.to);
+    if lookup.to.is_ipv4() {
+        // Which table said so: IPv6 says it always, and refuses the question.
+        question.header.flags = RouteFlags::LookupTable;
+    }
+    question.header.destination_prefix_length = length;
+    question.attributes.push(RouteAttribute::Destination(lookup.to.into()));
+    if let Some(from) = lookup.from {
+        question.header.source_prefix_length = length;
+        question.attributes.push(RouteAttribute::Source(from.into()));
+    }
+    let protocol = match lookup.protocol {
+        Transport::Tcp => libc::IPPROTO_TCP,
+        Transport::Udp => libc::IPPROTO_UDP,
+    };
+    question.attributes.push(RouteAttribute::IpProto(protocol as u8));
+    question.attributes.extend(lookup.source_port.map(RouteAttribute::Sport));
+    question.attributes.extend(lookup.port.map(RouteAttribute::Dport));
+    let answers = socket.ask(vec![RouteNetlinkMessage::GetRoute(question)]).map_err(Error::kernel(what()))?;
+    let route = match answers.into_iter().next() {
+        Some(Ok(RouteNetlinkMessage::NewRoute(route))) => route,
+        Some(Err(source)) => {
+            let refused = nsm_kernel::Error::Refused { what: what(), source };
+            return Err(Error::kernel(what())(refused));
+        }
+        _ => return Err(Error::NotThere(format!("{}: the kernel did not answer", what()))),
+    };
+    let links = Seen::of(namespace)?.links;
+    let name = |index: &u32| {
+        let link = links.iter().find(|link| link.index == *index);
+        link.map_or_else(|| format!("if{index}"), |link| link.name.clone())
+    };
+    seen_route(&route, &name).ok_or_else(|| Error::NotThere(format!("{}: it is an address here", what())))
 }
 
 // === making cables ===

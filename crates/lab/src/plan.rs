@@ -593,6 +593,11 @@ fn pod_process(pod: &Pod, at: &Paths, after: Vec<String>, files: &mut Vec<Planne
             let configs = serde_json::to_string(&endpoint.dns_configs).unwrap_or_default();
             args.extend(["--dns-configs".into(), configs]);
         }
+        if !endpoint.policies.is_empty() {
+            let path = at.root.join(format!("{}.policies.yaml", pod.name));
+            args.extend(strings(&["--pbr-config-path", &path.to_string_lossy()]));
+            files.push(PlannedFile { path, content: endpoint.policies.clone() });
+        }
         args.extend(strings(&["--register-service", "false"]));
         "endpoint"
     } else if let Some(firewall) = &pod.firewall {

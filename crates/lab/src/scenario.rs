@@ -146,6 +146,9 @@ pub struct Endpoint {
     /// What clients are told of DNS (`NSM_DNS_CONFIGS`), spelled as there.
     #[serde(default)]
     pub dns_configs: Vec<DnsConfig>,
+    /// Its clients' policy routes, as text (`policies: |`), in the form of the file that `NSM_PBR_CONFIG_PATH` names.
+    #[serde(default)]
+    pub policies: String,
 }
 
 /// A part of [`Endpoint::dns_configs`].
@@ -211,7 +214,7 @@ pub struct CableRoute {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Expectation {
-    /// Every echo request is answered.
+    /// Every echo request is answered, or none.
     Ping(Ping),
     /// A TCP port opens, or stays silent.
     Tcp(Tcp),
@@ -225,6 +228,8 @@ pub enum Expectation {
     Interface(Interface),
     /// An address is there, or not.
     Address(Address),
+    /// Packets of a kind go some way.
+    Lookup(Lookup),
     /// Something is broken, perhaps mended, and packets are counted meanwhile.
     Fault(Box<Fault>),
 }
@@ -240,9 +245,23 @@ pub struct Ping {
     /// How many requests must be answered in a row.
     #[serde(default = "five")]
     pub count: u32,
+    /// `answered` (the default) or `unanswered`: not one of them is, or none can even be sent.
+    #[serde(default)]
+    pub is: Echoed,
     /// How long it may take until they are; without, not one may be lost: a wire that is up carries packets.
     #[serde(default, deserialize_with = "some_duration")]
     pub within: Option<Duration>,
+}
+
+/// What becomes of echo requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Default)]
+#[serde(rename_all = "camelCase")]
+pub enum Echoed {
+    /// Answers come.
+    #[default]
+    Answered,
+    /// None comes.
+    Unanswered,
 }
 
 /// See [`Expectation::Tcp`].
@@ -375,6 +394,43 @@ pub struct Address {
     pub within: Duration,
 }
 
+/// See [`Expectation::Lookup`]: which way the kernel would send such a packet (`ip route get`).
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Lookup {
+    /// In which pod.
+    pub pod: String,
+    /// Where the packet is sent.
+    pub to: IpAddr,
+    /// Its source address, if the sender has chosen one.
+    pub from: Option<IpAddr>,
+    /// Its protocol.
+    pub protocol: Transport,
+    /// The port that it comes from, if that matters.
+    pub source_port: Option<u16>,
+    /// The port that it goes to, if that matters.
+    pub port: Option<u16>,
+    /// The gateway that it is given to; without this: none.
+    pub via: Option<IpAddr>,
+    /// The interface that it leaves by.
+    pub interface: String,
+    /// The routing table that says so.
+    pub table: u32,
+    /// Bound.
+    #[serde(default = "within", deserialize_with = "duration")]
+    pub within: Duration,
+}
+
+/// A protocol above IP that has ports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Transport {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
 /// See [`Expectation::Fault`]. At least one thing happens; several happen in the order of the fields.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
@@ -389,6 +445,10 @@ pub struct Fault {
     pub remove: Option<String>,
     /// Make what was killed or removed again, and wait until it is ready.
     pub restart: bool,
+    /// Processes, and pods with their namespaces, that are made again after a fault before this one ended them; one or a
+    /// list.
+    #[serde(deserialize_with = "one_or_more")]
+    pub start: Vec<String>,
     /// Processes that stand still for a while; one or a list.
     #[serde(deserialize_with = "one_or_more")]
     pub freeze: Vec<String>,
@@ -409,9 +469,9 @@ pub struct Fault {
     pub lasts: Duration,
     /// A ping every millisecond from before the fault until everything is well again.
     pub ping: Option<FaultPing>,
-    /// How many of those may stay unanswered.
-    pub lost: u64,
-    /// Instead: the longest time in which none may be answered.
+    /// How many of those may stay unanswered: none, without this and without `silence`.
+    pub lost: Option<u64>,
+    /// The longest time in which none may be answered.
     #[serde(deserialize_with = "some_duration")]
     pub silence: Option<Duration>,
     /// Bound for dying, being ready again and, with `ping`, answers in a row.
@@ -492,6 +552,7 @@ impl Default for Fault {
             signal: FaultSignal::KILL,
             remove: None,
             restart: false,
+            start: Vec::new(),
             freeze: Vec::new(),
             cut: None,
             down: None,
@@ -501,7 +562,7 @@ impl Default for Fault {
             apply: None,
             lasts: LASTS,
             ping: None,
-            lost: 0,
+            lost: None,
             silence: None,
             within: WITHIN,
         }
@@ -513,6 +574,7 @@ impl Fault {
     pub(crate) fn is_some(&self) -> bool {
         !self.kill.is_empty()
             || self.remove.is_some()
+            || !self.start.is_empty()
             || self.down.is_some()
             || self.apply.is_some()
             || self.lasts_a_while()
@@ -543,6 +605,9 @@ impl fmt::Display for Fault {
         happens.extend(self.remove.iter().map(|pod| format!("{pod} removed")));
         if self.restart {
             happens.push("made again".to_owned());
+        }
+        if !self.start.is_empty() {
+            happens.push(format!("{} there again", self.start.join(", ")));
         }
         if !self.freeze.is_empty() {
             happens.push(format!("{} frozen for {lasts}", self.freeze.join(", ")));
@@ -742,10 +807,11 @@ impl Scenario {
                 Expectation::Route(route) => vec![("route.pod", &route.pod)],
                 Expectation::Interface(interface) => vec![("interface.pod", &interface.pod)],
                 Expectation::Address(address) => vec![("address.pod", &address.pod)],
+                Expectation::Lookup(lookup) => vec![("lookup.pod", &lookup.pod)],
                 Expectation::Fault(fault) => {
                     let wrong = |message: String| (lines.expect[i], format!("expect[{i}].fault{message}"));
                     if !fault.is_some() {
-                        let expected = ": nothing happens; expected kill, remove, freeze, cut, impair, clock, full, down or apply";
+                        let expected = ": nothing happens; expected kill, remove, start, freeze, cut, impair, clock, full, down or apply";
                         return Err(wrong(expected.to_owned()));
                     }
                     let named = |field, names: &[String]| {
@@ -757,6 +823,7 @@ impl Scenario {
                         })
                     };
                     named("kill", &fault.kill)?;
+                    named("start", &fault.start)?;
                     named("freeze", &fault.freeze)?;
                     let impair = fault.impair.as_ref();
                     let nodes = [
@@ -849,7 +916,12 @@ impl fmt::Display for Expectation {
             Presence::Gone => "no ",
         };
         match self {
-            Self::Ping(ping) => write!(f, "{} pings {} ({} times)", ping.from, ping.to, ping.count),
+            Self::Ping(Ping { from, to, count, is: Echoed::Answered, .. }) => {
+                write!(f, "{from} pings {to} ({count} times)")
+            }
+            Self::Ping(Ping { from, to, count, .. }) => {
+                write!(f, "nobody answers {from} that pings {to} ({count} times)")
+            }
             Self::Tcp(Tcp { from, to, is: PortState::Open, .. }) => write!(f, "{from} connects to {to}"),
             Self::Tcp(Tcp { from, to, listens_in: Some(_), .. }) => {
                 write!(f, "{to} is blocked for {from} although it listens")
@@ -873,6 +945,7 @@ impl fmt::Display for Expectation {
                 i.mtu.iter().try_for_each(|mtu| write!(f, " with MTU {mtu}"))
             }
             Self::Address(a) => write!(f, "{} has {}{} on {}", a.pod, no(&a.is, ""), a.address, a.interface),
+            Self::Lookup(lookup) => lookup.fmt(f),
             Self::Fault(fault) => {
                 write!(f, "{fault}")?;
                 let Some(ping) = &fault.ping else { return Ok(()) };
@@ -880,6 +953,23 @@ impl fmt::Display for Expectation {
                 write!(f, ", {} pings {}", ping.from, to.join(" or "))
             }
         }
+    }
+}
+
+/// The question, and the expected answer.
+impl fmt::Display for Lookup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let protocol = match self.protocol {
+            Transport::Tcp => "TCP",
+            Transport::Udp => "UDP",
+        };
+        write!(f, "{} sends {protocol} to {}", self.pod, self.to)?;
+        self.port.iter().try_for_each(|port| write!(f, " port {port}"))?;
+        self.from.iter().try_for_each(|from| write!(f, " from {from}"))?;
+        self.source_port.iter().try_for_each(|port| write!(f, " port {port}"))?;
+        f.write_str(",")?;
+        self.via.iter().try_for_each(|via| write!(f, " via {via}"))?;
+        write!(f, " dev {} table {}", self.interface, self.table)
     }
 }
 

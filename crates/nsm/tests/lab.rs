@@ -37,7 +37,12 @@ expect:
 - interface: {pod: shell, name: eth1, is: gone}
 - address: {pod: web, interface: eth0, address: 10.1.0.2/24}
 - route: {pod: shell, to: 10.1.0.0/24, interface: eth0}
+- ping: {from: shell, to: 10.1.0.9, count: 1, is: unanswered}
+- lookup: {pod: shell, to: 10.1.0.2, protocol: tcp, port: 80, interface: eth0, table: 254}
+- lookup: {pod: shell, to: 'fd01::2', from: 'fd01::1', protocol: udp, sourcePort: 53, interface: eth0, table: 254}
 - fault: {kill: node1/manager, restart: true, ping: {from: shell, to: 10.1.0.2}}
+- fault: {kill: node1/manager, ping: {from: shell, to: 10.1.0.2}, lost: 0, silence: 5s}
+- fault: {start: node1/manager, ping: {from: shell, to: 10.1.0.2}}
 ";
 
 /// A scenario file whose lab is gone when the test is, whatever happened.
@@ -188,7 +193,7 @@ fn a_run_measures_every_kind_of_expectation_and_leaves_nothing() {
     let reports: serde_json::Value =
         serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {}", text(&output)));
     let expectations = reports[0]["expectations"].as_array().expect("expectations");
-    assert_eq!(expectations.len(), 10);
+    assert_eq!(expectations.len(), 15);
     for outcome in expectations {
         assert_eq!(outcome["held"], true, "{outcome:#}");
         assert_ne!(outcome["measured"], "", "{outcome:#}");
@@ -207,6 +212,9 @@ fn an_expectation_that_does_not_hold_is_shown_and_is_the_exit_status() {
 - tcp: {from: shell, to: '10.1.0.2:81', is: blocked}
 - ping: {from: shell, to: 10.1.0.3, within: 100ms}
 - tcp: {from: shell, to: '10.1.0.3:80', is: blocked, listensIn: shell, within: 100ms}
+- ping: {from: shell, to: 10.1.0.2, is: unanswered}
+- lookup: {pod: shell, to: 10.1.0.2, protocol: tcp, interface: eth1, table: 1, within: 100ms}
+- lookup: {pod: shell, to: 192.0.2.1, protocol: udp, interface: eth0, table: 254, within: 100ms}
 ";
     let lab = Lab::new("fails", &scenario);
     let output = lab.run(&["run", &lab.file().to_string_lossy()]);
@@ -215,6 +223,9 @@ fn an_expectation_that_does_not_hold_is_shown_and_is_the_exit_status() {
     assert!(said.contains("answered, not silent: Connection refused"), "closed is not blocked: {said}");
     assert!(said.contains("0 of 5 answered"), "{said}");
     assert!(said.contains("nothing listens in shell either"), "{said}");
+    assert!(said.contains("5 of 5 answered"), "somebody answers: {said}");
+    assert!(said.contains("10.1.0.2 dev eth0 table 254"), "{said}");
+    assert!(said.contains("look up the route to 192.0.2.1") && said.contains("unreachable"), "{said}");
     assert!(said.trim_end().ends_with(&format!("FAILED: {}", lab.name)), "{said}");
     lab.gone("after a failed run");
 }

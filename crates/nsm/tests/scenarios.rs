@@ -38,9 +38,11 @@ macro_rules! scenarios {
 
 scenarios! {
     chaos: "chaos",
+    component_restart: "component-restart",
     dns: "dns",
     dual_stack: "dual-stack",
     heal: "heal",
+    heal_ethernet: "heal-ethernet",
     kernel2kernel: "kernel2kernel",
     kernel2vxlan2kernel: "kernel2vxlan2kernel",
     one_process: "one-process",
