@@ -43,6 +43,8 @@ use crate::{
 const DESCRIPTOR: Duration = Duration::from_secs(2);
 /// So many are waited for at once, in order: one that does not come holds up nobody for longer than itself.
 const AT_ONCE: usize = 64;
+/// How long a registry may take to tell a watch of what it has; longer than a manager lets news wait for a registration.
+const TOLD: Duration = Duration::from_secs(5);
 
 /// How a [`Client`] behaves.
 #[derive(Debug, Clone)]
@@ -539,11 +541,20 @@ async fn lost<T: Kept>(connection: Connection, name: &str) -> Cause {
         Ok(events) => events,
         Err(error) => return Cause::Lost(tonic::Status::from(error).message().to_owned()),
     };
+    // What was dropped before the watch began is not told to have gone: it is not told of at all.
+    let told = sleep(TOLD);
+    tokio::pin!(told);
+    let mut is_there = false;
     loop {
-        match events.next().await {
+        let event = tokio::select! {
+            event = events.next() => event,
+            () = &mut told, if !is_there => return Cause::Lost("the registry does not have it".to_owned()),
+        };
+        match event {
             Some(Ok((item, true))) if item.name() == name => {
                 return Cause::Lost("the registry dropped it".to_owned());
             }
+            Some(Ok((item, false))) => is_there |= item.name() == name,
             Some(Ok(_)) => {}
             Some(Err(error)) => return Cause::Lost(tonic::Status::from(error).message().to_owned()),
             None => return Cause::Lost("the registry ended its watch".to_owned()),
