@@ -443,7 +443,8 @@ impl Inspector {
     fn set_log(&self, filter: &str) -> Result<String, Status> {
         let set =
             self.log.get().ok_or_else(|| Status::unimplemented("this process has a fixed log level"))?;
-        let now = set(filter).map_err(Status::invalid_argument)?;
+        // A filter is as long as a message may be, and an error has to fit into the headers of HTTP/2.
+        let now = set(filter).map_err(|error| Status::invalid_argument(brief(&error, MAX_ERROR)))?;
         Ok(now)
     }
 
@@ -654,6 +655,15 @@ mod tests {
         let asked = Asked { client: client.into(), service: "svc".into(), ..Asked::default() };
         let now = SystemTime::UNIX_EPOCH + std::time::Duration::from_millis(at);
         failures.note(asked, &Error::not_found(text).hint("do"), &Trail::default(), now);
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_filter_is_told_in_few_words_however_long_it_is() {
+        let inspector = Inspector::default();
+        inspector.log(Box::new(|filter| Err(format!("log level {filter:?}: expected off"))));
+        let refused = inspector.set_log(&"x".repeat(64 * 1024)).unwrap_err();
+        assert_eq!((refused.code(), refused.message().len()), (Code::InvalidArgument, MAX_ERROR));
+        assert!(refused.message().starts_with("log level \"xxx"));
     }
 
     #[test]
