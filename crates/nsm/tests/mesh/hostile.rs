@@ -3,8 +3,11 @@
 //! stays bounded, and nothing is left.
 
 use std::{
+    collections::BTreeSet,
+    fs,
     io::{Read as _, Write as _},
     net::TcpStream,
+    path::PathBuf,
     time::{Duration, SystemTime},
 };
 
@@ -13,15 +16,20 @@ use nsm_api::pb::{
     connectioncontext::{
         ConnectionContext, DnsConfig, DnsContext, EthernetContext, IpContext, IpNeighbor, PolicyRoute, Route,
     },
+    introspect::{Item, Kind, LogLevel, Query, item::What},
+    ipam::{PrefixRequest, Type},
     networkservice::NetworkServiceRequest,
     registry::{
         Destination, Match, NetworkService, NetworkServiceEndpoint, NetworkServiceEndpointQuery,
         NetworkServiceLabels, NetworkServiceQuery,
     },
 };
-use nsm_hostile::Schema;
+use nsm_hostile::{Mangled, Schema};
 use nsm_identity::{Token, ca::Authority};
-use nsm_lab::{Plan, plan::PodEntry};
+use nsm_lab::{
+    Plan,
+    plan::{Paths, PodEntry},
+};
 use prost::Message;
 use rand::{SeedableRng as _, rngs::StdRng};
 use rustix::process::Signal;
@@ -42,6 +50,14 @@ const PODS: &str = "\
 const REQUEST: &str = "/networkservice.NetworkService/Request";
 const CLOSE: &str = "/networkservice.NetworkService/Close";
 const MONITOR: &str = "/connection.MonitorConnection/MonitorConnections";
+const PREFIXES: &str = "/ipam.IPAM/ManagePrefixes";
+const LOOK: &str = "/nsm.introspect.v1.Introspect/Look";
+const SET_LOG_LEVEL: &str = "/nsm.introspect.v1.Introspect/SetLogLevel";
+const SVID: &str = "/SpiffeWorkloadAPI/FetchX509SVID";
+const BUNDLES: &str = "/SpiffeWorkloadAPI/FetchX509Bundles";
+/// Every role has these beside its own; they are tonic's, and so are their `.proto` files. Of reflection's, which has one
+/// RPC that looks up names in a table, nothing is mangled.
+const HEALTH: [&str; 2] = ["/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"];
 const SERVICES: &str = "/registry.NetworkServiceRegistry/";
 const ENDPOINTS: &str = "/registry.NetworkServiceEndpointRegistry/";
 /// Roles that serve, where they listen, whom the test has to be, and where they show their metrics.
@@ -81,7 +97,9 @@ fn every_role_survives_every_field_mangled() {
     let Some(mesh) = up("every_role_survives_every_field_mangled") else { return };
     // Pools, allocators and caches are warm before memory is measured.
     mesh.warm(&["a"]);
-    let names = ["identity", "registry", "node1/manager", "node1/forwarder", "gw"];
+    mesh.start("ipam", "a", &["ipam", "--listen-on", &mesh.url("ipam.sock"), "--prefix", "172.16.0.0/16"]);
+    mesh.ready(&["ipam"]);
+    let names = ["identity", "registry", "node1/manager", "node1/forwarder", "gw", "ipam"];
     let before = names.map(|name| (name, mesh.pid(name), rss_kib(&mesh, name)));
     for (name, socket, pod, ..) in ROLES {
         mesh.inside(pod, &format!("mangle {socket}"));
@@ -91,7 +109,9 @@ fn every_role_survives_every_field_mangled() {
             "{name} lives"
         );
     }
-    mesh.inside("a", "mangle identity.sock");
+    for job in ["mangle ipam.sock", "mangle introspect", "mangle identity.sock"] {
+        mesh.inside("a", job);
+    }
     for (name, pid, kib) in before {
         assert_eq!(mesh.pid(name), pid, "{name} lives");
         let now = rss_kib(&mesh, name);
@@ -102,8 +122,37 @@ fn every_role_survives_every_field_mangled() {
         assert!(metrics.contains("nsm_refusals_total{"), "{name} has counted nothing: {metrics}");
         assert!(!metrics.contains("nsm_panics_total") || metrics.contains("nsm_panics_total 0"), "{name}");
     }
+    mesh.end("ipam", Signal::TERM);
     mesh.nothing_is_left(&["a", "m", "gw"]);
     mesh.warm(&["a"]);
+}
+
+/// Whoever adds an RPC adds a good message of it here, or says why not.
+#[test]
+fn every_rpc_of_the_proto_files_is_mangled() {
+    let crates = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..");
+    let mut rpcs = BTreeSet::new();
+    for entry in fs::read_dir(crates).expect("crates").flatten() {
+        let Ok(files) = fs::read_dir(entry.path().join("proto")) else { continue };
+        for file in files.flatten() {
+            let text = fs::read_to_string(file.path()).expect("a .proto file");
+            let (mut package, mut service) = (String::new(), String::new());
+            for line in text.lines().map(str::trim_start) {
+                let word = line.split([' ', '(', ';', '{']).nth(1).unwrap_or_default();
+                match line.split(' ').next() {
+                    Some("package") => package = format!("{word}."),
+                    Some("service") => word.clone_into(&mut service),
+                    Some("rpc") => _ = rpcs.insert(format!("/{package}{service}/{word}")),
+                    _ => {}
+                }
+            }
+        }
+    }
+    let sockets = ROLES.iter().map(|(_, socket, ..)| *socket).chain(["ipam.sock", "introspect"]);
+    let methods = sockets.flat_map(messages).map(|(method, ..)| method);
+    let mangled = methods.filter(|method| !HEALTH.contains(method)).chain([SVID, BUNDLES]);
+    assert_eq!(mangled.map(str::to_owned).collect::<BTreeSet<_>>(), rpcs);
+    assert!(rpcs.len() >= 14, "{rpcs:?}");
 }
 
 #[test]
@@ -146,8 +195,8 @@ fn no_log_of_a_mesh_shows_a_token_even_at_trace_level() {
     mesh.end("nsc", Signal::TERM);
     mesh.lost("a", "nsm0");
     let mut traced = 0;
-    for entry in std::fs::read_dir(mesh.lab.plan.paths().root.join("logs")).expect("logs").flatten() {
-        let log = std::fs::read_to_string(entry.path()).unwrap_or_default();
+    for entry in fs::read_dir(mesh.lab.plan.paths().root.join("logs")).expect("logs").flatten() {
+        let log = fs::read_to_string(entry.path()).unwrap_or_default();
         traced += usize::from(log.contains("TRACE"));
         // The beginning of every JWT (`{"alg"`), of a PKCS#8 key in base64, and of one in PEM.
         for secret in ["eyJhbGci", "MIGHAgEAMBMGByqGSM49", "PRIVATE KEY"] {
@@ -160,7 +209,7 @@ fn no_log_of_a_mesh_shows_a_token_even_at_trace_level() {
 
 fn rss_kib(mesh: &Mesh, name: &str) -> u64 {
     let path = format!("/proc/{}/status", mesh.pid(name).as_raw_nonzero());
-    let status = std::fs::read_to_string(path).expect("it lives");
+    let status = fs::read_to_string(path).expect("it lives");
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS");
     line.trim().trim_end_matches(" kB").parse().expect("a number")
 }
@@ -181,40 +230,70 @@ fn metrics(mesh: &Mesh, namespace: &str, port: u16) -> String {
 /// Sends one role everything that it serves, mangled.
 pub(crate) fn mangle(lab: &str, socket: &str) {
     in_runtime(async {
-        let schema = Schema::new(nsm_api::DESCRIPTORS).expect("descriptors");
-        let mut chance = StdRng::seed_from_u64(4);
-        if socket == "identity.sock" {
-            return mangle_identity(lab).await;
+        match socket {
+            "identity.sock" => return mangle_identity(lab).await,
+            "introspect" => return mangle_introspection(lab).await,
+            _ => {}
         }
         let raw = Raw::connect(lab, socket).await;
         let mut sent = 0;
-        for (method, message, good) in messages(socket) {
-            let all: Vec<_> = schema.mangled(message, &good).collect();
-            // Evenly over all fields and changes, beginning elsewhere for each role.
-            let step = (all.len() / OF_A_KIND).max(1);
-            let chosen = all.into_iter().skip(socket.len() % step).step_by(step);
-            let random =
-                (0..AT_RANDOM).map(|_| schema.at_random(message, &good, &mut chance)).collect::<Vec<_>>();
-            for mangled in chosen.chain(random) {
-                let answer = send(&raw, method, mangled.bytes).await;
-                sent += 1;
-                check(&mangled.what, &answer);
-                match answer {
-                    Ok(bytes) if method == REQUEST => undo(&raw, CLOSE, bytes).await,
-                    Ok(bytes) if method.ends_with("/Register") => {
-                        undo(&raw, &method.replace("/Register", "/Unregister"), bytes).await;
-                    }
-                    _ => {}
+        for (method, mangled) in mangled(socket) {
+            let answer = send(&raw, method, mangled.bytes).await;
+            sent += 1;
+            check(&mangled.what, &answer);
+            match answer {
+                Ok(bytes) if method == REQUEST => undo(&raw, CLOSE, bytes).await,
+                Ok(bytes) if method.ends_with("/Register") => {
+                    undo(&raw, &method.replace("/Register", "/Unregister"), bytes).await;
                 }
+                _ => {}
             }
         }
         println!("{socket}: {sent} mangled messages");
     });
 }
 
+/// What a role is sent: evenly over all fields and changes, beginning elsewhere for each role, and some at random.
+fn mangled(socket: &str) -> Vec<(&'static str, Mangled)> {
+    let schema = Schema::new(nsm_api::DESCRIPTORS).expect("descriptors");
+    let mut chance = StdRng::seed_from_u64(4);
+    let mut chosen = Vec::new();
+    for (method, message, good) in messages(socket) {
+        let all: Vec<_> = schema.mangled(message, &good).collect();
+        let step = (all.len() / OF_A_KIND).max(1);
+        chosen.extend(all.into_iter().skip(socket.len() % step).step_by(step).map(|m| (method, m)));
+        chosen.extend((0..AT_RANDOM).map(|_| (method, schema.at_random(message, &good, &mut chance))));
+    }
+    chosen
+}
+
+/// The owner's own sockets are served without TLS, by every process. What each logs is as before in the end, and none has
+/// panicked, whatever it was sent there or elsewhere.
+async fn mangle_introspection(lab: &str) {
+    let mut looked_at = 0;
+    for entry in fs::read_dir(Paths::new(lab).introspect()).expect("sockets").flatten() {
+        let socket = format!("../introspect/{}", entry.file_name().to_string_lossy());
+        let raw = raw::plain(lab, &socket).await;
+        let deadline = || vec![("grpc-timeout", "2S".to_owned())];
+        for (method, mangled) in mangled("introspect") {
+            let answer = raw::exchange(&raw, method, mangled.bytes, deadline()).await;
+            check(&format!("{socket}: {}", mangled.what), &answer);
+        }
+        let of_the_start = LogLevel::default().encode_to_vec();
+        raw::exchange(&raw, SET_LOG_LEVEL, of_the_start, deadline()).await.expect("that of the start");
+        let query = Query { kinds: vec![Kind::Process.into()], verify: false };
+        let item = raw::exchange(&raw, LOOK, query.encode_to_vec(), deadline()).await.expect("an item");
+        match Item::decode(&item[..]).expect("an item").what {
+            Some(What::Process(process)) => assert_eq!(process.panics, 0, "{socket}"),
+            other => panic!("{socket}: {other:?}"),
+        }
+        looked_at += 1;
+    }
+    assert!(looked_at >= 6, "{looked_at} processes can be looked at");
+}
+
 /// The Workload API is served without TLS, and its requests are empty: what can be wrong is everything around them.
 async fn mangle_identity(lab: &str) {
-    let method = "/SpiffeWorkloadAPI/FetchX509SVID";
     let empty = vec![
         ("a field that it has not", vec![0x0a, 0x03, b'a', b'b', b'c']),
         ("a length that lies", vec![0x0a, 0xff, 0xff, 0xff, 0xff, 0x0f]),
@@ -224,7 +303,7 @@ async fn mangle_identity(lab: &str) {
     ];
     for header in [None, Some("true"), Some("false"), Some("")] {
         for (what, bytes) in &empty {
-            for method in [method, "/SpiffeWorkloadAPI/FetchX509Bundles", "/SpiffeWorkloadAPI/FetchJWTSVID"] {
+            for method in [SVID, BUNDLES, "/SpiffeWorkloadAPI/FetchJWTSVID"] {
                 let raw = raw::plain(lab, "identity.sock").await;
                 let headers = header.map(|value| ("workload.spiffe.io", value.to_owned()));
                 let answer = raw::exchange(&raw, method, bytes.clone(), headers.into_iter().collect()).await;
@@ -249,9 +328,33 @@ fn check(what: &str, answer: &Result<Vec<u8>, Status>) {
 
 /// A good message of each kind that a role takes.
 fn messages(socket: &str) -> Vec<(&'static str, &'static str, Vec<u8>)> {
-    if socket == "registry.socket" {
-        return registry_messages();
+    let health = || {
+        // A message of one text, as that of health is.
+        let service = LogLevel { filter: "networkservice.NetworkService".into() }.encode_to_vec();
+        HEALTH.map(|method| (method, "nsm.introspect.v1.LogLevel", service.clone()))
+    };
+    let query = Query { kinds: vec![Kind::Process.into(), Kind::Wire.into()], verify: true };
+    let level = LogLevel { filter: "info,nsm_mesh=debug".into() };
+    let prefix = PrefixRequest {
+        r#type: Type::Allocate.into(),
+        prefix: "172.16.1.0/24".into(),
+        exclude_prefixes: vec!["172.16.2.0/24".into()],
+    };
+    let mut all = vec![(LOOK, "nsm.introspect.v1.Query", query.encode_to_vec())];
+    all.extend(health());
+    match socket {
+        "introspect" => all.push((SET_LOG_LEVEL, "nsm.introspect.v1.LogLevel", level.encode_to_vec())),
+        "ipam.sock" => all.push((PREFIXES, "ipam.PrefixRequest", prefix.encode_to_vec())),
+        "registry.socket" => all.extend(registry_messages()),
+        _ => all.extend(connection_messages()),
     }
+    if socket == "nsm.io.sock" {
+        all.extend(registry_messages());
+    }
+    all
+}
+
+fn connection_messages() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     let (url, _) = file("/proc/self/ns/net");
     let mut request = good("raw-0", "nsm0", url);
     // A namespace that never comes would be waited for, each time.
@@ -297,15 +400,11 @@ fn messages(socket: &str) -> Vec<(&'static str, &'static str, Vec<u8>)> {
     let close = conn.encode_to_vec();
     let path_segments = conn.path.clone().expect("good").path_segments;
     let selector = MonitorScopeSelector { path_segments, network_services: vec!["plain".into()] };
-    let mut all = vec![
+    vec![
         (REQUEST, "networkservice.NetworkServiceRequest", request.encode_to_vec()),
         (CLOSE, "connection.Connection", close),
         (MONITOR, "connection.MonitorScopeSelector", selector.encode_to_vec()),
-    ];
-    if socket == "nsm.io.sock" {
-        all.extend(registry_messages());
-    }
-    all
+    ]
 }
 
 fn registry_messages() -> Vec<(&'static str, &'static str, Vec<u8>)> {
