@@ -7,6 +7,7 @@ use std::{
 };
 
 use nsm_api::{
+    mechanism::key,
     path,
     pb::connection::{Connection, State},
 };
@@ -32,6 +33,8 @@ pub(crate) struct Checker {
     left: BTreeMap<String, Instant>,
     /// Addresses that are there twice.
     twice: BTreeMap<String, Instant>,
+    /// Interfaces that are down.
+    down: BTreeMap<String, Instant>,
     /// When no endpoint had an address left, the last time.
     full: Option<Instant>,
     panics: u64,
@@ -50,7 +53,12 @@ impl Checker {
         self.panics(world);
         addresses_are_unique(world);
         numbers_are_unique(world);
+        names_are_unique(world);
+        for call in world.net.overdue() {
+            world.trace.violated("every call is answered or given up", call);
+        }
         self.twice(world, now);
+        self.down(world, now);
         let clients = world.all(|what| matches!(what, What::Client { .. }));
         let mut wanted = BTreeSet::new();
         let mut unwell = BTreeMap::new();
@@ -86,9 +94,11 @@ impl Checker {
                 world.trace.violated("every client has a wire", format!("{client}: {why}"));
             }
         }
-        for (things, invariant) in
-            [(&self.left, "nothing is left behind"), (&self.twice, "one address, one interface")]
-        {
+        for (things, invariant) in [
+            (&self.left, "nothing is left behind"),
+            (&self.twice, "one address, one interface"),
+            (&self.down, "an interface that was set down is up again"),
+        ] {
             for (thing, since) in things {
                 if now - (*since).max(calm) > world.shape.lifetime + GRACE {
                     world.trace.violated(invariant, thing.clone());
@@ -138,6 +148,24 @@ impl Checker {
             }
         }
         self.twice = twice;
+    }
+
+    /// Interfaces that somebody has set down: whoever looks whether a wire is as planned, sets them up.
+    fn down(&mut self, world: &World, now: Instant) {
+        let all = world.kernels.all().into_iter().filter(|(_, _, device)| device.is_down);
+        let of = |(node, _, device): (usize, _, Device)| {
+            format!("{} of wire {} on node {node}", device.plan.ifname, device.wire)
+        };
+        let since = |what: String| {
+            let since = self.down.get(&what).copied().unwrap_or(now);
+            (what, since)
+        };
+        self.down = all.map(of).map(since).collect();
+    }
+
+    /// Whether every interface is up.
+    pub(crate) fn all_up(&self) -> bool {
+        self.down.is_empty()
     }
 
     /// What hops and kernels hold that is no client's wire.
@@ -194,6 +222,25 @@ fn addresses_are_unique(world: &World) {
                     let what = format!("{} gives {address} to {other} and {id}", world.slots[slot].name);
                     world.trace.violated("one address, one connection", what);
                 }
+            }
+        }
+    }
+}
+
+/// No two connections that a hop holds have one interface, as their mechanisms name it, and no two interfaces of a
+/// namespace one name.
+fn names_are_unique(world: &World) {
+    for slot in &world.slots {
+        let Some(running) = &slot.running else { continue };
+        let mut owners = BTreeMap::new();
+        for (id, conn) in running.process.held() {
+            let Some(mechanism) = &conn.mechanism else { continue };
+            let (Ok(Some(ns)), Some(name)) = (mechanism.inode(), mechanism.get(key::NAME)) else {
+                continue;
+            };
+            if let Some(other) = owners.insert((ns.dev, ns.ino, name.to_owned()), id.clone()) {
+                let what = format!("{} holds {other} and {id} for {name} of one namespace", slot.name);
+                world.trace.violated("one name, one connection", what);
             }
         }
     }

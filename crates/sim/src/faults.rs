@@ -9,7 +9,7 @@ use crate::{
     ambient,
     chance::Chance,
     network::Weather,
-    world::{What, World},
+    world::{SHORT, What, World},
 };
 
 /// Something that ends at a time.
@@ -35,17 +35,24 @@ pub(crate) struct Faults {
     pace: Duration,
     /// Whether messages have been lost without a word.
     stalled: bool,
+    /// When no identities are given out for so long that those expire which are short, if they are.
+    outage: Option<(Instant, Duration)>,
 }
 
 impl Faults {
-    pub(crate) fn new(mut chance: Chance) -> Self {
+    pub(crate) fn new(mut chance: Chance, world: &World) -> Self {
         let pace = chance.duration(Duration::from_secs(1)..Duration::from_secs(20));
+        let secs = Duration::from_secs;
+        let outage = (world.shape.certificates == SHORT).then(|| {
+            (Instant::now() + chance.duration(secs(5)..secs(30)), chance.duration(secs(30)..secs(80)))
+        });
         Self {
             chance,
             passing: Vec::new(),
             next: Instant::now() + Duration::from_secs(5),
             pace,
             stalled: false,
+            outage,
         }
     }
 
@@ -53,6 +60,9 @@ impl Faults {
     pub(crate) fn step(&mut self, world: &mut World) -> Result<()> {
         let now = Instant::now();
         self.undo(world, |until| until <= now)?;
+        if let Some((_, lasts)) = self.outage.take_if(|(at, _)| *at <= now) {
+            self.withhold(world, now + lasts);
+        }
         if now >= self.next {
             self.next = now + self.chance.duration(self.pace / 5..self.pace * 3);
             self.strike(world)?;
@@ -113,7 +123,7 @@ impl Faults {
         let secs = Duration::from_secs;
         let now = Instant::now();
         let slot = self.chance.below(world.slots.len());
-        match self.chance.below(16) {
+        match self.chance.below(19) {
             0..=3 => {
                 let until = now + self.chance.duration(millis(10)..secs(15));
                 self.down(world, slot, until);
@@ -198,12 +208,20 @@ impl Faults {
                     self.passing.push((until, Passing::Clock(-seconds)));
                 }
             }
+            15..=17 => {
+                let devices = world.kernels.all();
+                if !devices.is_empty() {
+                    let (_, _, device) = &devices[self.chance.below(devices.len())];
+                    match self.chance.happens(0.7) {
+                        true => drop(world.kernels.cut(device.index)),
+                        false => world.kernels.set_down(device.index),
+                    }
+                }
+            }
             _ => {
                 if self.chance.happens(0.5) {
-                    world.trace.note(format_args!("no identities"));
-                    world.issuing.send_replace(false);
                     let until = now + self.chance.duration(secs(1)..secs(200));
-                    self.passing.push((until, Passing::Identities));
+                    self.withhold(world, until);
                 } else {
                     let likely = self.chance.fraction();
                     world.trace.note(format_args!("the kernel refuses {likely:.2}"));
@@ -214,6 +232,12 @@ impl Faults {
             }
         }
         Ok(())
+    }
+
+    fn withhold(&mut self, world: &World, until: Instant) {
+        world.trace.note(format_args!("no identities"));
+        world.issuing.send_replace(false);
+        self.passing.push((until, Passing::Identities));
     }
 
     fn down(&mut self, world: &mut World, slot: usize, until: Instant) {

@@ -64,6 +64,8 @@ pub(crate) struct Device {
     pub(crate) peer: Option<(NsId, String)>,
     /// Of no other interface, ever.
     pub(crate) index: u32,
+    /// Whether somebody has set it down.
+    pub(crate) is_down: bool,
 }
 
 impl Kernels {
@@ -90,14 +92,32 @@ impl Kernels {
         let mut inner = self.inner.lock();
         let Some(gone) = inner.namespaces.remove(&ns) else { return };
         for device in gone.links.values() {
-            if let Some((ns, name)) = &device.peer
-                && let Some(ns) = inner.namespaces.get_mut(ns)
-            {
-                ns.links.remove(name);
+            if let Some((ns, name)) = &device.peer {
+                inner.unlink(*ns, name, None);
             }
         }
-        if let Some(events) = inner.listening.get(&gone.node) {
-            let _ = events.try_send(Event::NamespaceGone { nsid: gone.nsid });
+        inner.tell(gone.node, Event::NamespaceGone { nsid: gone.nsid });
+    }
+
+    /// Somebody deletes an interface, and with it the other end of a pair. Says which it was.
+    pub(crate) fn cut(&self, index: u32) -> Option<Device> {
+        let mut inner = self.inner.lock();
+        let (ns, name) = inner.place(index)?;
+        let device = inner.unlink(ns, &name, None)?;
+        if let Some((ns, name)) = &device.peer {
+            inner.unlink(*ns, name, Some(&device.wire));
+        }
+        self.trace.note(format_args!("somebody deletes {name} of {}", device.wire));
+        Some(device)
+    }
+
+    /// Somebody sets an interface down. Nobody is told.
+    pub(crate) fn set_down(&self, index: u32) {
+        let mut inner = self.inner.lock();
+        let Some((ns, name)) = inner.place(index) else { return };
+        if let Some(device) = inner.namespaces.get_mut(&ns).and_then(|ns| ns.links.get_mut(&name)) {
+            device.is_down = true;
+            self.trace.note(format_args!("somebody sets {name} of {} down", device.wire));
         }
     }
 
@@ -134,21 +154,41 @@ impl Kernels {
 
 impl Inner {
     fn delete(&mut self, wire: &str, node: usize) {
-        let mut peers = Vec::new();
-        for ns in self.namespaces.values_mut().filter(|ns| ns.node == node) {
-            ns.links.retain(|_, device| {
-                if device.wire == wire {
-                    peers.extend(device.peer.clone());
-                }
-                device.wire != wire
-            });
-        }
-        for (ns, name) in peers {
-            if let Some(ns) = self.namespaces.get_mut(&ns)
-                && ns.links.get(&name).is_some_and(|device| device.wire == wire)
-            {
-                ns.links.remove(&name);
+        let mut doomed = Vec::new();
+        for (id, ns) in self.namespaces.iter().filter(|(_, ns)| ns.node == node) {
+            for (name, device) in ns.links.iter().filter(|(_, device)| device.wire == wire) {
+                doomed.push((*id, name.clone()));
+                doomed.extend(device.peer.clone());
             }
+        }
+        for (ns, name) in doomed {
+            self.unlink(ns, &name, Some(wire));
+        }
+    }
+
+    /// Where an interface is.
+    fn place(&self, index: u32) -> Option<(NsId, String)> {
+        self.namespaces.iter().find_map(|(id, ns)| {
+            let (name, _) = ns.links.iter().find(|(_, device)| device.index == index)?;
+            Some((*id, name.clone()))
+        })
+    }
+
+    /// Removes an interface, of this wire if one is named, and says so to whoever listens.
+    fn unlink(&mut self, id: NsId, name: &str, of: Option<&str>) -> Option<Device> {
+        let ns = self.namespaces.get_mut(&id)?;
+        if of.is_some_and(|of| ns.links.get(name).is_none_or(|device| device.wire != of)) {
+            return None;
+        }
+        let device = ns.links.remove(name)?;
+        let (node, nsid) = (ns.node, ns.nsid);
+        self.tell(node, Event::LinkGone { nsid, ifindex: device.index, ifname: name.to_owned() });
+        Some(device)
+    }
+
+    fn tell(&self, node: usize, event: Event) {
+        if let Some(events) = self.listening.get(&node) {
+            let _ = events.try_send(event);
         }
     }
 
@@ -160,7 +200,7 @@ impl Inner {
             ifindex: device.index,
             mac: mac(device.index),
             mtu: device.plan.mtu.unwrap_or(1500),
-            up: true,
+            up: !device.is_down,
             counters: Counters::default(),
         })
     }
@@ -295,6 +335,7 @@ impl Host {
                 construction: plan.construction.clone(),
                 peer,
                 index,
+                is_down: false,
             };
             ns.links.insert(end.ifname.clone(), device);
             let state = EndState { nsid: ns.nsid, ifindex: index, mac: mac(index) };

@@ -24,7 +24,7 @@ mod network;
 mod trace;
 mod world;
 
-use std::{collections::BTreeSet, fmt, time::Duration};
+use std::{collections::BTreeSet, fmt, sync::atomic::Ordering, time::Duration};
 
 use anyhow::{Context as _, Result};
 use tokio::time::{Instant, sleep};
@@ -60,14 +60,20 @@ pub struct Outcome {
     pub events: u64,
     /// How long it took in there.
     pub simulated: Duration,
+    /// How many certificates have expired with nobody to give out others.
+    pub certificates_expired: u64,
     /// What did not hold.
     pub violations: Vec<Violation>,
 }
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { seed, hash, events, simulated, violations } = self;
-        write!(f, "seed {seed} hash {hash:016x} events {events} simulated {} ms", simulated.as_millis())?;
+        let Self { seed, hash, events, simulated, certificates_expired: expired, violations } = self;
+        let millis = simulated.as_millis();
+        write!(
+            f,
+            "seed {seed} hash {hash:016x} events {events} simulated {millis} ms certificates expired {expired}"
+        )?;
         violations.iter().try_for_each(|violation| write!(f, "\n  {violation}"))
     }
 }
@@ -104,7 +110,7 @@ async fn live(seed: u64, options: Options) -> Result<Outcome> {
     let mut world = World::new(shape, seed, trace.clone())?;
     world.supervise()?;
     let mut checker = Checker::default();
-    let mut faults = Faults::new(Chance::new(seed, 5));
+    let mut faults = Faults::new(Chance::new(seed, 5), &world);
     let end = Instant::now() + TROUBLE;
     let mut calm = Some(Instant::now());
     while Instant::now() < end && !trace.is_violated() {
@@ -126,7 +132,8 @@ async fn live(seed: u64, options: Options) -> Result<Outcome> {
         audit(&mut world, &mut checker).await?;
     }
     let (hash, events, violations) = trace.end();
-    Ok(Outcome { seed, hash, events, simulated: ambient::elapsed(), violations })
+    let certificates_expired = world.certificates_expired.load(Ordering::Relaxed);
+    Ok(Outcome { seed, hash, events, simulated: ambient::elapsed(), certificates_expired, violations })
 }
 
 /// Waits until the mesh is well, or something does not hold.
@@ -150,6 +157,8 @@ async fn settle(world: &mut World, checker: &mut Checker, calm: Instant) -> Resu
 const LATE: Duration = Duration::from_millis(200);
 /// How long the mesh may take, while nothing else goes wrong, over what is done to it one at a time.
 const SOON: Duration = Duration::from_secs(15);
+/// How long a wire of which an interface was deleted may be without it: it is mended once a second.
+const MENDED: Duration = Duration::from_secs(3);
 
 /// Waits until `well` says so, for a bounded time.
 async fn soon(
@@ -158,9 +167,20 @@ async fn soon(
     invariant: &'static str,
     well: impl Fn(&Checker) -> bool,
 ) -> Result<()> {
+    within(SOON, world, checker, invariant, well).await
+}
+
+/// As [`soon`], for this long.
+async fn within(
+    bound: Duration,
+    world: &mut World,
+    checker: &mut Checker,
+    invariant: &'static str,
+    well: impl Fn(&Checker) -> bool,
+) -> Result<()> {
     let (begin, mut seen) = (Instant::now(), false);
     while !seen && !world.trace.is_violated() {
-        if begin.elapsed() > SOON {
+        if begin.elapsed() > bound {
             world.trace.violated(invariant, checker.complaints().join("; "));
         }
         sleep(LOOK).await;
@@ -189,6 +209,26 @@ async fn clock_jumps(world: &mut World, checker: &mut Checker, seconds: i64) -> 
     }
     // Whoever was refused meanwhile has the time that he has after other trouble.
     settle(world, checker, Instant::now()).await
+}
+
+/// Somebody deletes interfaces of wires, and sets one down. Nobody but the node's own forwarder has to see that.
+async fn interfaces_go(world: &mut World, checker: &mut Checker, chance: &mut Chance) -> Result<()> {
+    for _ in 0..4 {
+        let devices = world.kernels.all();
+        if world.trace.is_violated() || devices.is_empty() {
+            return Ok(());
+        }
+        world.kernels.cut(devices[chance.below(devices.len())].2.index);
+        let mended = |checker: &Checker| checker.is_well();
+        within(MENDED, world, checker, "an interface that is deleted is made again", mended).await?;
+    }
+    let devices = world.kernels.all();
+    if let Some((_, _, device)) = devices.get(chance.below(devices.len())) {
+        world.kernels.set_down(device.index);
+        let bound = world.shape.lifetime;
+        within(bound, world, checker, "an interface that was set down is up again", Checker::all_up).await?;
+    }
+    Ok(())
 }
 
 /// One thing after the other is done to a mesh that is well. While much goes wrong at once tokens that expire clear up
@@ -222,6 +262,8 @@ async fn drill(world: &mut World, checker: &mut Checker, chance: &mut Chance, de
             clock_jumps(world, checker, seconds).await?;
         }
     }
+
+    interfaces_go(world, checker, chance).await?;
 
     let endpoints = world.all(|what| matches!(what, What::Endpoint { .. }));
     if endpoints.len() > 1 && !deaf {

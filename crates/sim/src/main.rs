@@ -89,6 +89,7 @@ struct Said {
     good: bool,
     text: String,
     simulated: Duration,
+    certificates_expired: u64,
 }
 
 /// A seed in a process of its own: programs have global state, and some of it is in what happens.
@@ -125,9 +126,13 @@ impl Running {
         if hangs {
             text.push_str("it does not end\n");
         }
-        let millis = text.split_once("simulated ").and_then(|(_, rest)| rest.split(' ').next()?.parse().ok());
-        let simulated = Duration::from_millis(millis.unwrap_or_default());
-        Ok(Said { seed: self.seed, good: said.status.success(), text, simulated })
+        let number = |after: &str| -> u64 {
+            let rest = text.split_once(after).and_then(|(_, rest)| rest.split_ascii_whitespace().next());
+            rest.and_then(|number| number.parse().ok()).unwrap_or_default()
+        };
+        let simulated = Duration::from_millis(number("simulated "));
+        let certificates_expired = number("certificates expired ");
+        Ok(Said { seed: self.seed, good: said.status.success(), text, simulated, certificates_expired })
     }
 }
 
@@ -161,8 +166,11 @@ fn each(args: &Args, mut enough: impl FnMut(Said) -> Result<bool>) -> Result<()>
 fn all(args: &Args) -> Result<bool> {
     let (begin, mut out) = (Instant::now(), io::stdout());
     let (mut failed, mut simulated) = (Vec::new(), Duration::ZERO);
+    let (mut expired, mut with_expired) = (0, 0);
     each(args, |said| {
         simulated += said.simulated;
+        expired += said.certificates_expired;
+        with_expired += u64::from(said.certificates_expired > 0);
         if !said.good {
             failed.push(said.seed);
             let calm = if args.calm { " --calm" } else { "" };
@@ -180,6 +188,10 @@ fn all(args: &Args) -> Result<bool> {
         used.as_secs_f64(),
         begin.elapsed().as_secs_f64(),
         hours / (used.as_secs_f64() / 60.0).max(1e-9),
+    )?;
+    writeln!(
+        out,
+        "{expired} certificates expired, in {with_expired} seeds, because no others were given out"
     )?;
     Ok(failed.is_empty())
 }

@@ -10,7 +10,7 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     task::{Context, Poll},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use bytes::Bytes;
@@ -20,9 +20,13 @@ use http_body::{Body as _, Frame};
 use http_body_util::BodyExt as _;
 use nsm_api::{
     path,
-    pb::{connection::Connection, networkservice::NetworkServiceRequest},
+    pb::{
+        connection::Connection,
+        networkservice::NetworkServiceRequest,
+        registry::{NetworkServiceEndpointQuery, NetworkServiceQuery},
+    },
 };
-use nsm_identity::{FileId, Identity, UnixPeer};
+use nsm_identity::{FileId, Identity, UnixPeer, clock};
 use nsm_mesh::inspect::Follow;
 use nsm_transport::{
     DialTarget, DialUrl, ListenUrl, Peer,
@@ -70,7 +74,22 @@ pub(crate) struct Net {
     /// Closes whose callers wait.
     closing: Mutex<BTreeMap<CloseOf, usize>>,
     turns: Mutex<Option<Turns>>,
+    /// Calls whose callers wait.
+    waiting: Mutex<BTreeMap<u64, Waits>>,
 }
+
+/// A call that is to be answered, or given up, by then.
+#[derive(Debug)]
+struct Waits {
+    by: Instant,
+    caller: Arc<Proc>,
+    what: String,
+}
+
+/// How long a call may take whose caller says nothing of a deadline.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How much later than its deadline a call may end.
+const SLACK: Duration = Duration::from_secs(1);
 
 /// While nobody may ask out of turn: since when, and when the clients, by process, were answered what they asked since.
 #[derive(Debug)]
@@ -143,7 +162,16 @@ impl Net {
             numbers: AtomicU64::new(1),
             closing: Mutex::default(),
             turns: Mutex::default(),
+            waiting: Mutex::default(),
         })
+    }
+
+    /// Calls of those who live that should have been over by now.
+    pub(crate) fn overdue(&self) -> Vec<String> {
+        let now = Instant::now();
+        let waiting = self.waiting.lock();
+        let overdue = waiting.values().filter(|call| !call.caller.is_dead() && now > call.by + SLACK);
+        overdue.map(|call| format!("{}, {:?} too late", call.what, now - call.by)).collect()
     }
 
     /// From now on, or no longer, a client that is answered does not ask again for a [`TURN`].
@@ -361,6 +389,8 @@ impl Process for Proc {
             if this.is_dead() || listener.process.is_dead() {
                 return Err(Refused::Nobody);
             }
+            let until = caller.leaf().not_after().min(server.leaf().not_after());
+            let left = until.duration_since(clock::now()).unwrap_or_default();
             let conn = Arc::new(Conn {
                 net: Arc::clone(&net),
                 number: net.number(),
@@ -371,6 +401,7 @@ impl Process for Proc {
                 server,
                 local,
                 silent: AtomicBool::new(false),
+                vouched: (Instant::now() + left, until),
                 end: OnceLock::new(),
                 ended: Notify::new(),
             });
@@ -427,11 +458,22 @@ struct Conn {
     local: bool,
     /// One of its ends has died: what comes is not read.
     silent: AtomicBool,
+    /// When the certificates that its ends have shown are over: for whom the clock goes on as it did, and as it tells.
+    vouched: (Instant, SystemTime),
     end: OnceLock<String>,
     ended: Notify,
 }
 
 impl Conn {
+    /// Nobody is called over a connection whose certificates are over.
+    fn is_vouched_for(&self) {
+        let (passed, told) = self.vouched;
+        if Instant::now() > passed && clock::now() > told {
+            let what = format!("{} calls {} {:?} after that", self.from.name, self.to.name, passed.elapsed());
+            self.net.trace.violated("no call with a certificate that has expired", what);
+        }
+    }
+
     fn end(&self, why: &str) {
         if self.end.set(why.to_owned()).is_ok() {
             sim::close_descriptors(&self.caller);
@@ -503,7 +545,9 @@ impl Link for Dialled {
             if let Some(why) = conn.end.get() {
                 return Err(why.clone());
             }
+            conn.is_vouched_for();
             let (request, asking) = in_order(&conn, request).await;
+            let (request, waiting) = waiting(&conn, request).await;
             let (tell, told) = oneshot::channel();
             let call = tokio::spawn(call(Arc::clone(&conn), request, tell));
             let caller = Caller(Arc::clone(&conn), call.abort_handle());
@@ -513,7 +557,7 @@ impl Link for Dialled {
                 answer = told => match answer {
                     Ok(answer) => {
                         asking.answered(&conn, code(answer.headers()));
-                        Ok(answer.map(|frames| Body::new(Frames { frames, caller, ended: false })))
+                        Ok(answer.map(|frames| Body::new(Frames { frames, caller, waiting, ended: false })))
                     }
                     Err(_) => Err(conn.over().await),
                 },
@@ -615,6 +659,56 @@ async fn in_order(conn: &Conn, request: Request<Body>) -> (Request<Body>, Asking
     (request, asking.unwrap_or(Asking::Other))
 }
 
+/// A call that is answered once, and by when.
+async fn waiting(conn: &Conn, request: Request<Body>) -> (Request<Body>, Option<Waiting>) {
+    let method = request.uri().path().rsplit('/').next().unwrap_or_default().to_owned();
+    if method == "MonitorConnections" {
+        return (request, None);
+    }
+    let (head, body) = request.into_parts();
+    let body = body.collect().await.map(http_body_util::Collected::to_bytes).unwrap_or_default();
+    let message = body.get(GRPC_PREFIX..).unwrap_or_default();
+    let watches = method == "Find"
+        && (NetworkServiceEndpointQuery::decode(message).is_ok_and(|query| query.watch)
+            || NetworkServiceQuery::decode(message).is_ok_and(|query| query.watch));
+    let waiting = (!watches).then(|| {
+        let net = Arc::clone(&conn.net);
+        let patience = timeout(&head.headers).unwrap_or(PATIENCE);
+        let number = net.number();
+        let what = format!("{method} of {} at {}", conn.from.name, conn.to.name);
+        let waits = Waits { by: Instant::now() + patience, caller: Arc::clone(&conn.from), what };
+        net.waiting.lock().insert(number, waits);
+        Waiting { net, number }
+    });
+    (Request::from_parts(head, Body::new(http_body_util::Full::new(body))), waiting)
+}
+
+/// The deadline that a caller tells, as tonic writes it.
+fn timeout(headers: &http::HeaderMap) -> Option<Duration> {
+    let text = headers.get("grpc-timeout")?.to_str().ok()?;
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    let nanos = match unit {
+        "S" => 1_000_000_000,
+        "m" => 1_000_000,
+        "u" => 1_000,
+        "n" => 1,
+        _ => return None,
+    };
+    Some(Duration::from_nanos(digits.parse::<u64>().ok()? * nanos))
+}
+
+/// While a caller waits for all of an answer.
+struct Waiting {
+    net: Arc<Net>,
+    number: u64,
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.net.waiting.lock().remove(&self.number);
+    }
+}
+
 /// While a caller waits for a Close.
 struct Closing {
     net: Arc<Net>,
@@ -640,6 +734,8 @@ type Frames_ = mpsc::UnboundedReceiver<Result<Frame<Bytes>, Status>>;
 struct Frames {
     frames: Frames_,
     caller: Caller,
+    /// Until it has come in full.
+    waiting: Option<Waiting>,
     ended: bool,
 }
 
@@ -654,6 +750,9 @@ impl http_body::Body for Frames {
         let frame = std::task::ready!(self.frames.poll_recv(cx));
         let broke = frame.is_none() && !self.ended;
         self.ended |= frame.as_ref().is_none_or(|frame| frame.as_ref().is_ok_and(Frame::is_trailers));
+        if self.ended {
+            self.waiting = None;
+        }
         let why = broke.then(|| self.caller.0.end.get().cloned().unwrap_or_default());
         Poll::Ready(frame.or_else(|| why.map(|why| Err(Status::unavailable(why)))))
     }

@@ -7,11 +7,15 @@ use std::{
     os::fd::OwnedFd,
     os::unix::fs::MetadataExt as _,
     path::PathBuf,
-    sync::{Arc, Weak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
 use anyhow::{Context as _, Result, anyhow};
+use futures::FutureExt as _;
 use nsm_api::{
     nsurl::NsUrl,
     pb::registry::{NetworkService, NetworkServiceEndpoint},
@@ -37,7 +41,7 @@ use tempfile::TempDir;
 use tokio::{
     sync::{oneshot, watch},
     task::JoinHandle,
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout_at},
 };
 
 use crate::{
@@ -59,6 +63,9 @@ pub(crate) const CAPACITY: usize = 8;
 /// Namespaces that there are for pods, those that take a lost one's place included.
 const NAMESPACES: usize = 96;
 
+/// The life of certificates that expire when they are not renewed for a while.
+pub(crate) const SHORT: Duration = Duration::from_secs(40);
+
 /// How large a mesh is, and how long things live in it.
 #[derive(Debug, Clone)]
 pub(crate) struct Shape {
@@ -79,7 +86,7 @@ impl Shape {
             endpoints: 1 + chance.below(3),
             clients: 1 + chance.below(5),
             lifetime: [secs(30), secs(60), secs(120)][chance.below(3)],
-            certificates: [secs(120), secs(300), secs(3600)][chance.below(3)],
+            certificates: [SHORT, secs(120), secs(300), secs(3600)][chance.below(4)],
         }
     }
 }
@@ -139,6 +146,8 @@ pub(crate) struct World {
     authority: Arc<Authority>,
     /// Whether identities are given out.
     pub(crate) issuing: watch::Sender<bool>,
+    /// How many certificates have expired because no other was given out in their place.
+    pub(crate) certificates_expired: Arc<AtomicU64>,
     dir: TempDir,
     /// Files that stand for network namespaces.
     namespaces: Vec<(NsId, PathBuf)>,
@@ -166,6 +175,7 @@ impl World {
             slots: Vec::new(),
             authority: Arc::new(authority),
             issuing: watch::Sender::new(true),
+            certificates_expired: Arc::default(),
             dir,
             namespaces,
             shape,
@@ -286,11 +296,11 @@ impl World {
     /// Starts a program.
     pub(crate) fn start(&mut self, number: usize) -> Result<()> {
         let manager = self.dir.path().join(format!("manager{}.sock", self.slots[number].node));
+        let id: SpiffeId = format!("spiffe://{DOMAIN}/{}", self.slots[number].name).parse()?;
+        let (source, renewing) = identity(self, id);
         let slot = &mut self.slots[number];
         slot.lives += 1;
         let process = self.net.process(&slot.name, slot.node, Arc::clone(&slot.netns));
-        let id: SpiffeId = format!("spiffe://{DOMAIN}/{}", slot.name).parse()?;
-        let (source, renewing) = identity(&self.authority, id, self.shape.certificates, &self.issuing)?;
         let inspector = Arc::<Inspector>::default();
         inspector.follow(Box::new(Seen(Arc::downgrade(&process))));
         let metrics = Arc::new(Metrics::of(inspector));
@@ -298,6 +308,8 @@ impl World {
         let stopped = async {
             let _ = stopped.await;
         };
+        let stopped = stopped.shared();
+        let waits = stopped.clone();
         self.trace.note(format_args!("start {} on node {}", slot.name, slot.node));
         let here = Arc::clone(&process) as Arc<dyn sim::Process>;
         let lifetime = self.shape.lifetime;
@@ -315,7 +327,7 @@ impl World {
                     max_token_lifetime: lifetime,
                     ..nsm_registry::Config::default()
                 };
-                spawn(here, async move {
+                spawn(here, source, waits, move |source| async move {
                     let registry = nsm_registry::Registry::bind(config, source).await?;
                     registry.serve(stopped).await;
                     Ok(())
@@ -340,7 +352,7 @@ impl World {
                     registry_answers: Default::default(),
                     metrics: Arc::clone(&metrics),
                 };
-                spawn(here, async move {
+                spawn(here, source, waits, move |source| async move {
                     let manager = nsm_manager::Manager::bind(config, source).await?;
                     manager.serve(None, || {}, stopped).await;
                     Ok(())
@@ -351,7 +363,7 @@ impl World {
                 let state = self.dir.path().join(format!("{}-{}", slot.name, slot.lives));
                 copy(&slot.state, &state)?;
                 slot.state.clone_from(&state);
-                let (machine, events) = self.kernels.machine(&process);
+                let (kernels, process) = (Arc::clone(&self.kernels), Arc::clone(&process));
                 let ip = std::net::IpAddr::from([10, 0, 0, slot.node as u8 + 1]);
                 let uplink = Uplink { ip, ifname: "eth0".to_owned(), ifindex: 2, mtu: 1500 };
                 let config = nsm_forwarder::Config {
@@ -370,7 +382,8 @@ impl World {
                     metrics: Arc::clone(&metrics),
                 };
                 let made = Arc::clone(&slot.made);
-                spawn(here, async move {
+                spawn(here, source, waits, move |source| async move {
+                    let (machine, events) = kernels.machine(&process);
                     let forwarder = nsm_forwarder::Forwarder::on(config, machine, &uplink, events)?;
                     *made.lock() = Arc::downgrade(forwarder.wires());
                     forwarder.serve(connect_to, unix(own), source, || {}, stopped).await?;
@@ -400,7 +413,7 @@ impl World {
                     dns: Default::default(),
                 };
                 let namespace = own_namespace(&slot.netns)?;
-                spawn(here, async move {
+                spawn(here, source, waits, move |source| async move {
                     let hub = Arc::new(Hub::guarded(&config.guard));
                     let chain = endpoint::endpoint(config.authorize(), Arc::clone(&hub), provides, namespace);
                     let pool = config.pool(source.clone());
@@ -427,7 +440,7 @@ impl World {
                 let namespace = own_namespace(&slot.netns)?;
                 let (wire, metrics) = (Arc::clone(&slot.wire), Arc::clone(&metrics));
                 let (trace, name) = (self.trace.clone(), slot.name.clone());
-                spawn(here, async move {
+                spawn(here, source, waits, move |source| async move {
                     let client = Client::measured(config, Pool::new(source, pool), namespace, metrics);
                     let asking = ask(&client, &url, patient, &trace, &name);
                     let mut stopped = std::pin::pin!(stopped);
@@ -471,7 +484,8 @@ impl World {
         let slot = self.slots.iter().find(|slot| slot.what == What::Registry).context("no registry")?;
         let process = self.net.process("asker", slot.node, Arc::clone(&slot.netns));
         let id: SpiffeId = format!("spiffe://{DOMAIN}/asker").parse()?;
-        let (source, renewing) = identity(&self.authority, id, self.shape.certificates, &self.issuing)?;
+        let (source, renewing) = identity(self, id);
+        let source = source.await?;
         let url = format!("tcp://{REGISTRY}").parse()?;
         let asked = tokio::spawn(sim::HERE.scope(process as Arc<dyn sim::Process>, async move {
             let pool = Pool::new(source, PoolConfig::default());
@@ -521,12 +535,21 @@ async fn ask(client: &Arc<Client>, url: &NsUrl, patient: bool, trace: &Trace, na
     }
 }
 
-fn spawn(
+/// Starts a program that has its identity first, however long that takes.
+fn spawn<F: Future<Output = Result<()>> + Send>(
     here: Arc<dyn sim::Process>,
-    work: impl Future<Output = Result<()>> + Send + 'static,
+    identity: oneshot::Receiver<Source>,
+    stopped: impl Future<Output = ()> + Send + 'static,
+    work: impl FnOnce(Source) -> F + Send + 'static,
 ) -> JoinHandle<()> {
     tokio::spawn(sim::HERE.scope(here, async move {
-        if let Err(error) = work.await {
+        let source = tokio::select! {
+            biased;
+            source = identity => source,
+            () = stopped => return,
+        };
+        let Ok(source) = source else { return };
+        if let Err(error) = work(source).await {
             tracing::warn!("a program ended: {error:#}");
         }
     }))
@@ -544,29 +567,42 @@ fn copy(from: &std::path::Path, to: &std::path::Path) -> Result<()> {
     Ok(())
 }
 
-/// An identity that is renewed at the half of its life, as the Workload API does, while identities are given out.
-fn identity(
-    authority: &Arc<Authority>,
-    id: SpiffeId,
-    ttl: Duration,
-    issuing: &watch::Sender<bool>,
-) -> Result<(Source, JoinHandle<()>)> {
-    let mut renewal = Renewal::after(ttl / 2);
-    let (tell, current) = watch::channel(Arc::new(authority.identity(&id, ttl, SystemTime::now())?));
-    let (authority, mut issuing) = (Arc::clone(authority), issuing.subscribe());
+/// An identity that is renewed at the half of its life, as the Workload API does, while identities are given out. Who
+/// starts while none are waits for his first.
+fn identity(world: &World, id: SpiffeId) -> (oneshot::Receiver<Source>, JoinHandle<()>) {
+    let (authority, ttl) = (Arc::clone(&world.authority), world.shape.certificates);
+    let (mut issuing, expired) = (world.issuing.subscribe(), Arc::clone(&world.certificates_expired));
+    let trace = world.trace.clone();
+    let (tell, told) = oneshot::channel();
     let renewing = tokio::spawn(async move {
+        if issuing.wait_for(|issuing| *issuing).await.is_err() {
+            return;
+        }
+        let Ok(first) = authority.identity(&id, ttl, SystemTime::now()) else { return };
+        let (mut renewal, mut over) = (Renewal::after(ttl / 2), Instant::now() + ttl);
+        let (current, source) = watch::channel(Arc::new(first));
+        let _ = tell.send(Source::from_watch(source));
         loop {
             renewal.due().await;
-            if issuing.wait_for(|issuing| *issuing).await.is_err() {
+            let given = async |issuing: &mut watch::Receiver<bool>| issuing.wait_for(|is| *is).await.is_ok();
+            let goes_on = match timeout_at(over, given(&mut issuing)).await {
+                Ok(goes_on) => goes_on,
+                Err(_) => {
+                    trace.note(format_args!("the certificate of {} expires", id.path()));
+                    expired.fetch_add(1, Ordering::Relaxed);
+                    given(&mut issuing).await
+                }
+            };
+            if !goes_on {
                 return;
             }
-            renewal = Renewal::after(ttl / 2);
+            (renewal, over) = (Renewal::after(ttl / 2), Instant::now() + ttl);
             let renewed: Option<Identity> = authority.identity(&id, ttl, SystemTime::now()).ok();
             if let Some(renewed) = renewed {
-                let renewed = renewed.after(&tell.borrow());
-                tell.send_replace(Arc::new(renewed));
+                let renewed = renewed.after(&current.borrow());
+                current.send_replace(Arc::new(renewed));
             }
         }
     });
-    Ok((Source::from_watch(current), renewing))
+    (told, renewing)
 }
