@@ -36,6 +36,7 @@ use http::{HeaderValue, Request, Response, Uri, uri::Authority};
 use http_body::{Body, Frame, SizeHint};
 use hyper::{body::Incoming, client::conn::http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use nsm_api::planted;
 use nsm_identity::clock;
 use nsm_identity::{FileId, Identity, Source, explain, policy::Policies, token::DEFAULT_MAX_LIFETIME};
 use parking_lot::Mutex;
@@ -468,8 +469,8 @@ impl Connection {
 
     fn takes_new_calls(&self, identity: &Arc<Identity>) -> bool {
         !self.is_closed()
-            && Arc::ptr_eq(self.0.peer.identity(), identity)
-            && clock::now() < self.0.retire
+            && (planted::is("an expired certificate is still used")
+                || (Arc::ptr_eq(self.0.peer.identity(), identity) && clock::now() < self.0.retire))
             && self.sent() < self.0.descriptors
     }
 
