@@ -113,6 +113,24 @@ impl Heal<'_> {
         Ok(ENDPOINTS.iter().find(|(_, address)| leads_to(address)).map(|(pod, _)| *pod))
     }
 
+    /// Echo requests that have reached a pod so far (RFC 4293, `icmpStatsInMsgs` by kind): its own kernel counts them.
+    fn received(&self, pod: &str) -> Result<u64, Error> {
+        let read = || std::fs::read_to_string("/proc/thread-self/net/snmp");
+        let text = self.lab.namespace(pod)?.run(read).map_err(Error::kernel(format!("enter {pod}")))?;
+        let text = text.map_err(Error::system("read what its kernel has counted"))?;
+        let mut rows = text.lines().filter_map(|line| line.strip_prefix("Icmp: ")).map(str::split_whitespace);
+        let counted = rows.next().zip(rows.next()).and_then(|(names, mut counts)| {
+            counts.nth(names.into_iter().position(|name| name == "InEchos")?)?.parse().ok()
+        });
+        let unknown = || std::io::Error::other("no count of echo requests");
+        counted.ok_or_else(unknown).map_err(Error::system("read what its kernel has counted"))
+    }
+
+    /// The endpoint beside one that serves.
+    fn other(server: &str) -> &'static str {
+        ENDPOINTS.iter().map(|(pod, _)| *pod).find(|pod| *pod != server).expect("there are two")
+    }
+
     /// The one that serves, once one has for a while.
     fn server(&self) -> Result<&'static str, Error> {
         let end = Instant::now() + WITHIN;
@@ -155,11 +173,14 @@ impl Heal<'_> {
         for _ in 0..self.times {
             let server = self.server()?;
             let kill = vec![server.to_owned()];
+            let other = Self::other(server);
+            let before = self.received(other)?;
             let began = Instant::now();
             let mut at = None;
             let mut look = || {
-                let other = self.serving().ok().flatten().is_some_and(|serves| serves != server);
-                at = at.or_else(|| other.then(|| began.elapsed()));
+                let moved = self.serving().ok().flatten() == Some(other);
+                let receives = || self.received(other).is_ok_and(|now| now > before);
+                at = at.or_else(|| (moved && receives()).then(|| began.elapsed()));
                 at.is_some()
             };
             let struck = self.lab.strike(&Fault { kill, restart: false, ..self.fault() }, &mut look)?;
@@ -172,9 +193,9 @@ impl Heal<'_> {
         let times = Times::of(moved);
         let reached = times.max / 1e6;
         Ok([
-            Row::new(self.topology, "heal.process", "endpoint's process killed: until another serves", Value::Times(times))
+            Row::new(self.topology, "heal.process", "endpoint's process killed: until another receives packets", Value::Times(times))
                 .target(Target::at_most(reached, 1.0, " s each"))
-                .note("from before the pings begin, 200 ms before the kill, until the client's routes lead to the other endpoint; the first one's process stays away"),
+                .note("from before the pings begin, 200 ms before the kill, until the client's routes lead to the other endpoint and its kernel has counted an echo request; the first one's process stays away"),
             Row::new(self.topology, "heal.process.lost", "… and pings lost", Value::count(lost as usize))
                 .target(Target::none_of(lost as usize))
                 .note(format!("of one each millisecond, {} times together", self.times)),
@@ -185,7 +206,7 @@ impl Heal<'_> {
         let (mut moved, mut lost) = (Vec::new(), Vec::new());
         for _ in 0..self.times {
             let server = self.server()?;
-            let (other, _) = *ENDPOINTS.iter().find(|(pod, _)| *pod != server).expect("there are two");
+            let other = Self::other(server);
             let mut changed = None;
             let mut at = None;
             let mut look = || {
