@@ -77,7 +77,8 @@ pub fn domain(text: &str) -> Option<Name> {
     }
     let mut name = Name::from_ascii(text).ok()?;
     name.set_fqdn(true);
-    Some(name)
+    // A lone backslash is read as the root, too.
+    (!name.is_root()).then_some(name)
 }
 
 impl Configs {
@@ -229,6 +230,13 @@ mod tests {
             format!("{}.", ["a23456789012345678901234567890123456789012345678901234567890123"; 3].join("."));
         configs.set("x", vec![config(&["10.0.0.1"], &[&*"long-domain-name.".repeat(8).leak()])]);
         assert_eq!(configs.steps(&Name::from_ascii(long).unwrap()).len(), 1, "too long with the domain");
+    }
+
+    #[test]
+    fn the_root_is_no_search_domain_however_it_is_written() {
+        for root in ["", ".", "..", "\\", "\\."] {
+            assert_eq!(domain(root), None, "{root:?}");
+        }
     }
 
     #[test]
