@@ -25,6 +25,9 @@ use regorus::{Engine, Value, utils::limits::ExecutionTimerConfig};
 /// How long one evaluation may take. Everybody's requests wait for it: a policy that loops is cut off.
 const LONGEST: Duration = Duration::from_millis(100);
 
+/// Brackets in brackets, at most: the interpreter's reader tries each in several ways, which doubles its work.
+const DEEPEST: usize = 12;
+
 /// Why a policy is not taken.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -89,6 +92,11 @@ impl Policy {
     /// It is not Rego, calls what does not exist, or has no rule `valid`.
     pub fn parse(file: &str, text: &str) -> Result<Self, Error> {
         let syntax = |reason: String| Error::Syntax { file: file.into(), reason };
+        if depth(text) > DEEPEST {
+            return Err(syntax(format!(
+                "brackets are nested deeper than {DEEPEST}; expected helper rules instead"
+            )));
+        }
         let mut engine = Engine::new();
         engine.set_rego_v0(true);
         engine.set_execution_timer_config(ExecutionTimerConfig {
@@ -129,6 +137,24 @@ impl Judge for Policy {
     }
 }
 
+/// How deep brackets are nested, but for those in texts and comments.
+fn depth(text: &str) -> usize {
+    let (mut open, mut deepest, mut rest) = (Vec::new(), 0, text.chars());
+    while let Some(c) = rest.next() {
+        match c {
+            '#' => _ = rest.find(|c| *c == '\n'),
+            '`' => _ = rest.find(|c| *c == '`'),
+            '"' => while rest.next().is_some_and(|c| c != '"' && (c != '\\' || rest.next().is_some())) {},
+            '{' => open.push('}'),
+            '[' => open.push(']'),
+            '(' => open.push(')'),
+            _ => _ = open.pop_if(|closes| *closes == c),
+        }
+        deepest = deepest.max(open.len());
+    }
+    deepest
+}
+
 /// The place and the kind of an error, without what it quotes.
 fn first_line(text: &str) -> String {
     let line = text.lines().find(|line| line.contains("error:")).or(text.lines().last()).unwrap_or_default();
@@ -139,5 +165,25 @@ fn first_line(text: &str) -> String {
 impl fmt::Debug for Policy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Policy").field("file", &self.file).field("rule", &self.rule).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_policy_whose_brackets_are_nested_without_end_is_refused_at_once() {
+        let nested = |times| format!("package nsm\nvalid = {}", "{".repeat(times));
+        for text in [nested(31), nested(10_000), format!("package nsm\nvalid = {{\"a\": -{}", "[".repeat(40))]
+        {
+            let error = Policy::parse("deep.rego", &text).unwrap_err().to_string();
+            assert!(error.contains("nested deeper than 12; expected helper rules"), "{error}");
+        }
+        // Slow as they may be, those that are read end.
+        assert!(Policy::parse("deep.rego", &nested(DEEPEST)).is_err());
+        let good = "package nsm\n# ((((((((((((((\nvalid { input.x != \"\\\"{{{{{{{{{{{{{{\" ; input.x != `[[[[[[[[[[[[[` }";
+        assert_eq!((depth(good), depth("[)](){}"), depth("({[}])")), (1, 1, 3));
+        Policy::parse("good.rego", good).unwrap();
     }
 }
