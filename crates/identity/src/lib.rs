@@ -30,15 +30,20 @@ use std::{io, path::PathBuf, sync::Arc};
 pub use id::{InvalidId, SpiffeId, TrustDomain};
 pub use policy::Denial;
 pub use seldom::Seldom;
+#[doc(hidden)]
+pub use source::identity as identity_of;
 pub use source::{ENDPOINT_VARIABLE, Source};
+#[doc(hidden)]
+pub use svid::split_certificates;
 pub use svid::{Bundles, CertificateError, Identity, Leaf, Svid};
 pub use token::{Claims, Token};
 pub use unix::{FileId, UnixPeer, UnixSocket};
 pub use watch_file::FileWatch;
 
 /// The Workload API on the wire.
+#[doc(hidden)]
 #[allow(missing_docs, missing_debug_implementations, unreachable_pub, clippy::all)]
-mod pb {
+pub mod pb {
     tonic::include_proto!("_");
 }
 

@@ -195,7 +195,7 @@ impl Follower {
 }
 
 /// The first SVID of an answer is the one to use (SPIFFE Workload API, section 5.2.1).
-fn identity(response: pb::X509svidResponse) -> Result<Identity, Error> {
+pub fn identity(response: pb::X509svidResponse) -> Result<Identity, Error> {
     let svid = response.svids.into_iter().next().ok_or(Error::EmptyChain)?;
     let mut bundles = Bundles::default();
     for (domain, roots) in &response.federated_bundles {

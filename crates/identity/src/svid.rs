@@ -388,7 +388,7 @@ impl Identity {
 }
 
 /// Splits concatenated DER certificates, the Workload API's form of chains and bundles.
-pub(crate) fn split_certificates(mut der: &[u8]) -> Result<Vec<CertificateDer<'static>>, CertificateError> {
+pub fn split_certificates(mut der: &[u8]) -> Result<Vec<CertificateDer<'static>>, CertificateError> {
     let mut certificates = Vec::new();
     while !der.is_empty() {
         let (rest, _) = X509Certificate::from_der(der).map_err(|_| CertificateError::Malformed)?;

@@ -110,7 +110,8 @@ fn name(object: &Value) -> String {
 }
 
 /// What a node's addresses mean: inside it is reached by one, outside by the other. `own`: of a pod on it.
-fn of_node(addresses: &Value, own: Option<IpAddr>) -> Map {
+#[doc(hidden)]
+pub fn of_node(addresses: &Value, own: Option<IpAddr>) -> Map {
     let of_type = |wanted: &str| -> Vec<String> {
         let all = addresses.as_array().into_iter().flatten().filter(|address| address["type"] == wanted);
         all.filter_map(|address| address["address"].as_str().map(str::to_owned)).collect()
@@ -127,7 +128,8 @@ fn of_node(addresses: &Value, own: Option<IpAddr>) -> Map {
 }
 
 /// What users say: every key holds a map.
-fn of_config_map(data: &Value) -> Result<Map, String> {
+#[doc(hidden)]
+pub fn of_config_map(data: &Value) -> Result<Map, String> {
     let mut map = Map::new();
     for (key, text) in data.as_object().into_iter().flatten() {
         let text = text.as_str().unwrap_or_default();

@@ -28,6 +28,17 @@ pub(crate) enum Heard {
     Gone(Value),
 }
 
+/// The object that a line of a watch tells of, if it tells of one.
+#[doc(hidden)]
+pub fn object_of(line: &[u8]) -> Option<Value> {
+    match serde_json::from_slice(line).ok()? {
+        WatchEvent::Added(object) | WatchEvent::Modified(object) | WatchEvent::Deleted(object) => {
+            Some(object)
+        }
+        WatchEvent::Bookmark(_) | WatchEvent::Error(_) => None,
+    }
+}
+
 /// Follows the objects at a path.
 #[derive(Debug)]
 pub(crate) struct Follower {

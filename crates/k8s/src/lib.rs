@@ -25,3 +25,6 @@ pub mod resource;
 mod table;
 mod verdict;
 pub mod wires;
+
+#[doc(hidden)]
+pub use follow::object_of;

@@ -169,10 +169,7 @@ impl Collector {
         let text = config["data"]["ClusterConfiguration"].as_str().unwrap_or_default();
         let bad =
             |problem: String| NoPrefixes::Malformed { place: "kube-system/kubeadm-config".into(), problem };
-        let made: Option<Kubeadm> = serde_saphyr::from_str(text).map_err(|e| bad(e.to_string()))?;
-        let Networking { pods, services } = made.unwrap_or_default().networking;
-        let both = format!("{pods},{services}");
-        listed(both.split(',')).map_err(bad)
+        made(text).map_err(bad)
     }
 
     /// What CNI plugins hand out, where they do not take it from nodes: Calico's pools, Cilium's.
@@ -201,9 +198,7 @@ impl Collector {
         let place = format!("{}/{name}, {key}", self.namespace);
         let bad = |problem| NoPrefixes::Malformed { place: place.clone(), problem };
         let text = config["data"][key].as_str().ok_or_else(|| bad("the key is not there".into()))?;
-        let added: Option<Added> = serde_saphyr::from_str(text)
-            .map_err(|e| bad(format!("{e}; expected YAML such as `prefixes: [10.96.0.0/12]`")))?;
-        listed(added.unwrap_or_default().prefixes.iter().map(String::as_str)).map_err(bad)
+        added(text).map_err(bad)
     }
 }
 
@@ -227,6 +222,22 @@ struct Added {
     prefixes: Vec<String>,
 }
 
+/// What a cluster was made with, as kubeadm keeps it.
+#[doc(hidden)]
+pub fn made(text: &str) -> Result<Vec<IpNet>, String> {
+    let made: Option<Kubeadm> = serde_saphyr::from_str(text).map_err(|e| e.to_string())?;
+    let Networking { pods, services } = made.unwrap_or_default().networking;
+    listed(format!("{pods},{services}").split(','))
+}
+
+/// What users add.
+#[doc(hidden)]
+pub fn added(text: &str) -> Result<Vec<IpNet>, String> {
+    let added: Option<Added> = serde_saphyr::from_str(text)
+        .map_err(|e| format!("{e}; expected YAML such as `prefixes: [10.96.0.0/12]`"))?;
+    listed(added.unwrap_or_default().prefixes.iter().map(String::as_str))
+}
+
 /// What people write: a mistake is told.
 fn listed<'a>(texts: impl Iterator<Item = &'a str>) -> Result<Vec<IpNet>, String> {
     let texts = texts.map(str::trim).filter(|text| !text.is_empty());
@@ -234,7 +245,8 @@ fn listed<'a>(texts: impl Iterator<Item = &'a str>) -> Result<Vec<IpNet>, String
 }
 
 /// What the API server has checked: addresses and prefixes; what is none (a Service without an address) is left out.
-fn prefixes(list: &Value) -> Vec<IpNet> {
+#[doc(hidden)]
+pub fn prefixes(list: &Value) -> Vec<IpNet> {
     list.as_array().into_iter().flatten().filter_map(|text| prefix(text.as_str()?)).collect()
 }
 

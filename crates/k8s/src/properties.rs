@@ -142,7 +142,8 @@ impl Known {
 }
 
 /// A flat map of texts; numbers are texts, too.
-fn texts(yaml: &str) -> Result<BTreeMap<String, String>, String> {
+#[doc(hidden)]
+pub fn texts(yaml: &str) -> Result<BTreeMap<String, String>, String> {
     if yaml.trim().is_empty() {
         return Ok(BTreeMap::new());
     }

@@ -17,6 +17,8 @@ use nsm_identity::clock;
 use parking_lot::Mutex;
 use tokio::{sync::Notify, time::Instant};
 
+#[doc(hidden)]
+pub use self::edits::read;
 use self::{
     edits::Known,
     object::Shape,

@@ -405,7 +405,8 @@ impl fmt::Display for WirePlan {
 }
 
 /// The ownership mark of one end of the wire with that id.
-pub(crate) fn mark(side: Side, id: &str) -> String {
+#[doc(hidden)]
+pub fn mark(side: Side, id: &str) -> String {
     format!("nsm-{side}-{}", encode_id(id))
 }
 
@@ -422,7 +423,8 @@ pub fn parse_mark(altname: &str) -> Option<(Side, String)> {
 }
 
 /// An id in characters that are harmless in file names and interface names; different ids stay different.
-pub(crate) fn encode_id(id: &str) -> String {
+#[doc(hidden)]
+pub fn encode_id(id: &str) -> String {
     let mut text = String::with_capacity(id.len());
     for byte in id.bytes() {
         match byte {
@@ -434,7 +436,8 @@ pub(crate) fn encode_id(id: &str) -> String {
 }
 
 /// The inverse of [`encode_id`].
-pub(crate) fn decode_id(text: &str) -> Option<String> {
+#[doc(hidden)]
+pub fn decode_id(text: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let Some((&first, tail)) = rest.split_first() {

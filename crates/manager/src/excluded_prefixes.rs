@@ -51,7 +51,9 @@ enum Field {
     Other(serde::de::IgnoredAny),
 }
 
-fn parse(text: &str) -> Result<Vec<IpNet>, String> {
+/// The prefixes in such a file.
+#[doc(hidden)]
+pub fn parse(text: &str) -> Result<Vec<IpNet>, String> {
     const EXPECTED: &str = "expected YAML such as `prefixes: [10.96.0.0/12, 2001:db8::/64]`";
     let fields: Option<BTreeMap<String, Field>> =
         serde_saphyr::from_str(text).map_err(|e| format!("{e}; {EXPECTED}"))?;

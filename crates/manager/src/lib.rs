@@ -27,6 +27,8 @@ pub use discover_forwarder::{Candidate, DiscoverForwarder};
 pub use edits::{Edit, Edits, Wanted};
 pub use elements::{ClientInfo, LocalMechanisms, OnNode};
 pub use excluded_prefixes::ExcludedPrefixes;
+#[doc(hidden)]
+pub use excluded_prefixes::parse as parse_excluded_prefixes;
 pub use follow_service::{FollowService, News};
 pub use workloads::{TellWorkloads, WireOf, Workloads};
 

@@ -112,7 +112,9 @@ impl From<Scalar> for String {
     }
 }
 
-fn parse_policies(text: &str) -> Result<Vec<PolicyRoute>, String> {
+/// The policies in such a file.
+#[doc(hidden)]
+pub fn parse_policies(text: &str) -> Result<Vec<PolicyRoute>, String> {
     const EXPECTED: &str = "expected a YAML list of {from: ADDRESS/LENGTH, proto, srcport, dstport, routes: [{prefix, nexthop}]}, all but the list optional";
     let policies: Option<Vec<FilePolicy>> =
         serde_saphyr::from_str(text).map_err(|e| format!("{e}; {EXPECTED}"))?;

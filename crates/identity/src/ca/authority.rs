@@ -139,7 +139,8 @@ impl Authority {
         Ok((Self { domain, issuer: Issuer::new(params, key), certificate, not_after: end }, pem))
     }
 
-    fn parse(pem: &str) -> Result<Self, &'static str> {
+    #[doc(hidden)]
+    pub fn parse(pem: &str) -> Result<Self, &'static str> {
         let certificate =
             CertificateDer::from_pem_slice(pem.as_bytes()).map_err(|_| "no certificate in it")?;
         let key = PrivatePkcs8KeyDer::from_pem_slice(pem.as_bytes()).map_err(|_| "no private key in it")?;

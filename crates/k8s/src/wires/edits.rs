@@ -68,7 +68,7 @@ impl Known {
 
 /// A wire's resource, read: whose it is, and what somebody has made of it. Until somebody changes it, it says what its pod
 /// has asked for first (generation 1), which is no edit.
-fn read(wire: &Value) -> Option<(Name, Option<(String, Edit)>)> {
+pub fn read(wire: &Value) -> Option<(Name, Option<(String, Edit)>)> {
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let (metadata, spec) = (&wire["metadata"], &wire["spec"]);
     let name = Name {
