@@ -49,6 +49,13 @@ fn what_was_found_once_stays_mended() {
             "20",
             "a Close that had queued behind another one went on to where the connection was asked for again",
         ),
+        ("1298", "a Close that came behind the first one ended what had been asked for again meanwhile"),
+        ("937", "how long tokens live was computed after the clock had jumped, not when they were checked"),
+        // Found something in meshes of other shapes, before a seed meant what it means now.
+        ("7", "a fault of an earlier shape"),
+        ("13", "a fault of an earlier shape"),
+        ("341", "a fault of an earlier shape"),
+        ("397", "a fault of an earlier shape"),
     ] {
         let (good, text) = sim(&["--seed", seed]);
         assert!(good, "{found}: {text}");
