@@ -1,23 +1,31 @@
 //! Bad input of healing: what a mesh is told, or finds, that is not so, while it mends itself; and what changes while a
 //! connection lives.
 
-use std::{fs, path::Path, time::Duration};
+use std::{
+    fs,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use nsm_api::pb::{
     connection::Connection,
     connectioncontext::{ConnectionContext, IpContext},
-    registry::NetworkServiceEndpoint,
+    registry::{
+        NetworkServiceEndpoint,
+        network_service_endpoint_registry_client::NetworkServiceEndpointRegistryClient,
+    },
 };
 use nsm_identity::Source;
+use nsm_lab::plan::Paths;
 use nsm_registry::{Client, ClientConfig};
 use nsm_transport::{DialUrl, Pool, PoolConfig};
 use rustix::process::Signal;
 
 use crate::{
     client::{has_program, run_in},
-    harness::{self, Mesh, NODES, eventually, links},
+    harness::{self, Mesh, NODES, PATIENCE, eventually, links},
     raw::{Raw, file, good, in_runtime},
-    state::restart_traced,
+    state::{restart_traced, trace_of, written_in},
 };
 
 /// Pods without programs: tests start their own.
@@ -85,9 +93,95 @@ pub(crate) fn ghosts(lab: &str) {
     });
 }
 
+/// It lives, and says again and again that there is no such endpoint; whoever serves the wire has not changed.
+#[test]
+fn a_registry_that_forgets_takes_no_wire_away_and_is_told_again() {
+    let test = "a_registry_that_forgets_takes_no_wire_away_and_is_told_again";
+    let pods = "\
+- {name: a, node: node1}
+- {name: b, node: node1}
+- {name: gw, node: node2, endpoint: {services: [plain], cidrPrefix: [172.16.1.0/24]}}
+";
+    let Some(mesh) = Mesh::up(test, pods) else { return };
+    // Asked for after four seconds, in vain, and then again and again; its tokens outlive that.
+    mesh.client("client", "a", "kernel://plain/nsm0", &["--max-token-lifetime", "20s"]);
+    mesh.ready(&["client"]);
+    let (near, far) = (mesh.links("a"), mesh.links("gw"));
+    let pinging = mesh.flood("a", "172.16.1.0");
+    mesh.inside("gw", "forget gw");
+    mesh.says("client", "the wire cannot be refreshed");
+    mesh.says("client", "the wire is up again");
+    let row = pinging.end().expect("enter");
+    assert!(row.sent > 0 && row.lost() == 0, "{row:?}\n{}", mesh.log("client"));
+    assert_eq!((mesh.links("a"), mesh.links("gw")), (near, far), "{}", mesh.log("client"));
+    // It knows the endpoint again, so others find it.
+    mesh.client("second", "b", "kernel://plain/nsm0", &[]);
+    mesh.ready(&["second"]);
+    mesh.pings("b", "172.16.1.2");
+    for client in ["client", "second"] {
+        mesh.end(client, Signal::TERM);
+    }
+    mesh.nothing_is_left(&["a", "b", "gw"]);
+}
+
+/// Ends the registration of an endpoint, in whose name we come, behind its back: through a manager that does not know it.
+/// For several refreshes of a wire there is hardly ever a registration; then it is there again.
+pub(crate) fn forget(lab: &str, name: &str) {
+    in_runtime(async {
+        let url: DialUrl = harness::url(lab, "nsm.io.sock").parse().expect("a URL");
+        let pool = Pool::new(Source::from_env().await.expect("an identity"), PoolConfig::default());
+        let channel = pool.get(&url, PATIENCE).await.expect("the manager is there");
+        let client = Client::new(pool, url, ClientConfig::default());
+        let nse = NetworkServiceEndpoint { name: name.into(), ..NetworkServiceEndpoint::default() };
+        let is_known = async || !client.find_endpoints(nse.clone()).await.expect("it answers").is_empty();
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_secs(5) {
+            let mut end = tonic::Request::new(nse.clone());
+            let path = r#"{"Index":0,"PathSegments":null}"#.parse().expect("ASCII");
+            end.metadata_mut().insert("path", path);
+            let mut registry = NetworkServiceEndpointRegistryClient::new(channel.clone());
+            registry.unregister(end).await.expect("it is ended");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let ended = Instant::now();
+        while !is_known().await {
+            assert!(ended.elapsed() < PATIENCE, "it registers again");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    });
+}
+
 #[test]
 fn a_probe_that_somebody_else_answers_is_not_answered() {
     let test = "a_probe_that_somebody_else_answers_is_not_answered";
+    // The pod has the endpoint's address itself, so that whoever pings it is answered whatever becomes of the wire.
+    somebody_else_answers(test, |mesh| {
+        run_in(mesh, "a", "ip", &["address", "add", "172.16.1.2/32", "dev", "lo"]);
+        mesh.pings("a", "172.16.1.2");
+    });
+}
+
+#[test]
+fn a_probe_that_another_host_answers_is_not_answered() {
+    let test = "a_probe_that_another_host_answers_is_not_answered";
+    // It is beside the pod, which asks it for the endpoint's address, and it knows the way back.
+    somebody_else_answers(test, |mesh| {
+        let ip = |pod: &str, args: &str| run_in(mesh, pod, "ip", &args.split(' ').collect::<Vec<_>>());
+        let beside = format!("{}.b", mesh.lab.plan.lab);
+        ip("a", &format!("link add side type veth peer name side netns {beside}"));
+        for (pod, own, far) in [("a", "172.16.9.1/32", "172.16.1.2"), ("b", "172.16.1.2/32", "172.16.9.1")] {
+            ip(pod, &format!("address add {own} dev side"));
+            ip(pod, "link set side up");
+            ip(pod, &format!("route add {far}/32 dev side table 77"));
+            ip(pod, "rule add pref 77 lookup 77");
+        }
+        ip("b", "route add 172.16.1.3/32 dev side table 77");
+        mesh.pings("a", "172.16.1.2");
+    });
+}
+
+/// An endpoint becomes deaf while somebody else answers for its address: its client goes to another one.
+fn somebody_else_answers(test: &str, answer: impl FnOnce(&Mesh)) {
     if !has_program(test, "nft") || !has_program(test, "ip") {
         return;
     }
@@ -98,21 +192,58 @@ fn a_probe_that_somebody_else_answers_is_not_answered() {
     mesh.ready(&["client"]);
     mesh.endpoint("y", "y", &["--service-names", "plain", "--cidr-prefix", "172.16.2.2/31"]);
     mesh.ready(&["y"]);
-    // The pod has the endpoint's address itself, so that whoever pings it is answered whatever becomes of the wire.
-    run_in(&mesh, "a", "ip", &["address", "add", "172.16.1.2/32", "dev", "lo"]);
     run_in(
         &mesh,
         "x",
         "nft",
         &["add table inet deaf; add chain inet deaf in { type filter hook input priority 0; policy drop; }"],
     );
+    answer(&mesh);
     eventually("the other has the wire", || match (&mesh.links("x")[..], &mesh.links("y")[..]) {
         ([], [_]) => Ok(()),
         _ => Err(mesh.log("client")),
     });
     mesh.says("client", "packets do not pass");
     mesh.end("client", Signal::TERM);
-    mesh.nothing_is_left(&["a", "x", "y"]);
+    if mesh.links("b").iter().any(|link| link.name == "side") {
+        run_in(&mesh, "b", "ip", &["link", "del", "side"]);
+    }
+    mesh.nothing_is_left(&["a", "b", "x", "y"]);
+}
+
+/// Hops are frozen: their streams of events stay open, and nobody tells that the endpoint behind them has gone.
+#[test]
+fn streams_that_say_nothing_hide_nothing() {
+    let test = "streams_that_say_nothing_hide_nothing";
+    if !has_program(test, "ip") {
+        return;
+    }
+    let Some(mesh) = Mesh::up(test, &BARE.replace("x, node: node1", "x, node: node2")) else { return };
+    mesh.endpoint("x", "x", &["--service-names", "plain", "--cidr-prefix", "172.16.1.2/31"]);
+    mesh.ready(&["x"]);
+    mesh.client("client", "a", "kernel://plain/nsm0", PROBED);
+    mesh.ready(&["client"]);
+    mesh.endpoint("y", "y", &["--service-names", "plain", "--cidr-prefix", "172.16.2.2/31"]);
+    mesh.ready(&["y"]);
+    let hops = ["node2/manager", "node2/forwarder"];
+    hops.iter().for_each(|hop| mesh.signal(hop, Signal::STOP));
+    mesh.end("x", Signal::KILL);
+    run_in(&mesh, "x", "ip", &["link", "del", &mesh.links("x")[0].name]);
+    eventually("the other has the wire", || match &mesh.links("y")[..] {
+        [_] => Ok(()),
+        _ => Err(mesh.log("client")),
+    });
+    mesh.pings("a", "172.16.2.2");
+    let log = mesh.log("client");
+    assert!(log.contains("packets do not pass") && !log.contains("the mesh says that"), "{log}");
+    // What they could not be told they hear now.
+    hops.iter().for_each(|hop| mesh.signal(hop, Signal::CONT));
+    eventually("the one wire is all that is kept", || {
+        let records = harness::records(&mesh.lab.plan.lab);
+        if records.len() == 1 { Ok(()) } else { Err(format!("{records:?}")) }
+    });
+    mesh.end("client", Signal::TERM);
+    mesh.nothing_is_left(&["a", "y"]);
 }
 
 #[test]
@@ -308,21 +439,36 @@ fn what_changes_while_a_connection_lives_is_all_that_is_written() {
     mesh.nothing_is_left(&["a", "b", "gw"]);
 }
 
+/// Both forwarders, and the tunnel between them.
+#[test]
+fn between_nodes_what_changes_while_a_connection_lives_is_all_that_is_written() {
+    let test = "between_nodes_what_changes_while_a_connection_lives_is_all_that_is_written";
+    let pods =
+        GATEWAY.replace("172.16.1.2/31", "172.16.1.0/24").replace("gw, node: node1", "gw, node: node2");
+    let Some(mesh) = Mesh::up(test, &pods) else { return };
+    for node in NODES {
+        mesh.end(&format!("{node}/forwarder"), Signal::TERM);
+        restart_traced(&mesh, test, node);
+    }
+    mesh.inside("a", "changes");
+    mesh.nothing_is_left(&["a", "b", "gw"]);
+}
+
 /// Asks for a wire, and again with something changed, and compares what is there and what was written.
 pub(crate) fn changes(lab: &str) {
-    let trace = nsm_lab::plan::Paths::new(lab).root.join("trace");
-    let mut read = 0;
-    // Kinds of the changes that the forwarder has made since the last call; nothing where there is no strace.
+    let traces = NODES.map(|node| trace_of(&Paths::new(lab), node));
+    // Where there is no strace that has been said, and nothing is known of what was written.
+    let counts = traces.iter().any(|trace| trace.exists());
+    let mut read = traces.clone().map(|_| 0);
+    // Kinds of the changes that the forwarders have made since the last call.
     let mut written = || {
-        let text = fs::read_to_string(&trace).unwrap_or_default();
-        let new = text.get(read..).unwrap_or_default().to_owned();
-        read = text.len();
-        let kinds = ["RTM_NEWLINK", "RTM_SETLINK", "RTM_DELLINK", "RTM_NEWADDR", "RTM_DELADDR"];
-        let kinds = kinds.into_iter().chain(["RTM_NEWROUTE", "RTM_DELROUTE", "RTM_NEWNEIGH", "RTM_DELNEIGH"]);
-        let of = |kind: &'static str| {
-            new.matches(&format!("nlmsg_type={kind}")).map(move |_| kind).collect::<Vec<_>>()
-        };
-        kinds.flat_map(of).collect::<Vec<_>>()
+        let mut new = String::new();
+        for (trace, read) in traces.iter().zip(&mut read) {
+            let text = fs::read_to_string(trace).unwrap_or_default();
+            new += text.get(*read..).unwrap_or_default();
+            *read = text.len();
+        }
+        written_in(&new)
     };
     in_runtime(async {
         let raw = Raw::connect(lab, "nsm.io.sock").await;
@@ -341,7 +487,7 @@ pub(crate) fn changes(lab: &str) {
         };
         let mtu = || links(lab, "a").iter().chain(&links(lab, "gw")).map(|link| link.mtu).collect::<Vec<_>>();
         let first = ask(None, &|_| {}).await;
-        written();
+        assert_ne!(written().is_empty(), counts, "a wire is not made without being written");
         let (before, large) = (seen(), mtu());
         assert_eq!(before.len(), 2);
         let same = |answer: &Connection, what: &str| {
@@ -376,7 +522,7 @@ pub(crate) fn changes(lab: &str) {
         assert_ne!(large, [1400, 1400]);
         assert_eq!(mtu(), [1400, 1400]);
         let kinds = written();
-        assert!(kinds.iter().all(|kind| kind.ends_with("LINK")), "{kinds:?}");
+        assert!(kinds.iter().all(|kind| kind.ends_with("LINK")) && kinds.is_empty() != counts, "{kinds:?}");
 
         let address = |conn: &Connection| {
             let ip = conn.context.clone().and_then(|context| context.ip_context).unwrap_or_default();
@@ -392,7 +538,7 @@ pub(crate) fn changes(lab: &str) {
         same(&answer, "prefixes");
         assert_ne!(address(&answer), had, "another pair, outside of what is excluded");
         let kinds = written();
-        assert!(!kinds.iter().any(|kind| kind.ends_with("LINK")), "{kinds:?}");
+        assert!(!kinds.iter().any(|kind| kind.ends_with("LINK")) && kinds.is_empty() != counts, "{kinds:?}");
         assert!(
             kinds.iter().filter(|kind| kind.ends_with("ADDR")).count() <= 4,
             "one for one at each end: {kinds:?}"

@@ -50,6 +50,7 @@ fn inside() {
         job if job.starts_with("lease ") => context::lease(&lab, &job["lease ".len()..]),
         job if job.starts_with("steer ") => steering::steer(&lab, &job["steer ".len()..]),
         other => match other.split_once(' ') {
+            Some(("forget", endpoint)) => healing::forget(&lab, endpoint),
             Some(("mangle", socket)) => hostile::mangle(&lab, socket),
             Some(("lies", socket)) => interop::lies(&lab, socket),
             Some(("churn", amounts)) => interop::make_and_close(&lab, amounts),

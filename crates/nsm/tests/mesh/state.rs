@@ -9,6 +9,7 @@ use nsm_kernel::{
     EndFacts, Kernel, Nsids,
     store::{Record, Store},
 };
+use nsm_lab::{network::Seen, plan::Paths};
 use rustix::process::Signal;
 
 use crate::harness::{Mesh, eventually};
@@ -46,6 +47,11 @@ fn identity(ends: &[EndFacts; 2]) -> [(u32, String); 2] {
     [of(&ends[0]), of(&ends[1])]
 }
 
+/// Where the trace of a node's forwarder goes.
+pub(crate) fn trace_of(lab: &Paths, node: &str) -> PathBuf {
+    lab.root.join(format!("trace-{node}"))
+}
+
 /// Starts a node's forwarder again below strace, and waits for it; returns where the trace goes, and `None` where
 /// there is no strace, which is said.
 pub(crate) fn restart_traced(mesh: &Mesh, test: &str, node: &str) -> Option<PathBuf> {
@@ -55,7 +61,7 @@ pub(crate) fn restart_traced(mesh: &Mesh, test: &str, node: &str) -> Option<Path
         mesh.restart(&name);
         return None;
     }
-    let trace = mesh.lab.plan.paths().root.join("trace");
+    let trace = trace_of(&mesh.lab.plan.paths(), node);
     let plan = &mesh.lab.plan;
     let forwarder = plan.processes.iter().find(|p| p.name == name).expect("planned");
     let path = trace.to_string_lossy().into_owned();
@@ -68,16 +74,49 @@ pub(crate) fn restart_traced(mesh: &Mesh, test: &str, node: &str) -> Option<Path
     Some(trace)
 }
 
+/// The changes of the kernel's network configuration in a trace, by what they do.
+pub(crate) fn written_in(trace: &str) -> Vec<String> {
+    let kind = |text: &str| {
+        let text = text.split([',', ' ', '}']).next().unwrap_or_default();
+        // Sockets of other namespaces strace does not know: it shows the numbers of what they send. Those of each
+        // object are in a row: new, gone, asked for, set.
+        let numbered = |number: usize| {
+            let object = ["LINK", "ADDR", "ROUTE", "NEIGH", "RULE", "OTHER"][(number / 4 - 4).min(5)];
+            format!("RTM_{}{object}", ["NEW", "DEL", "GET", "SET"][number % 4])
+        };
+        match text.strip_prefix("0x") {
+            Some(hex) => {
+                usize::from_str_radix(hex, 16).ok().filter(|n| (0x10..0x80).contains(n)).map(numbered)
+            }
+            None => Some(text.to_owned()),
+        }
+    };
+    let kinds = trace.split("nlmsg_type=").skip(1).filter_map(kind);
+    // RTM_NEWNSID only numbers a namespace for ourselves; there is no other way to ask for the number of one.
+    let changes = |kind: &String| {
+        ["RTM_NEW", "RTM_DEL", "RTM_SET"].iter().any(|change| kind.starts_with(change))
+            && kind != "RTM_NEWNSID"
+    };
+    kinds.filter(changes).collect()
+}
+
 /// No change of the kernel's network configuration may be in a trace.
 pub(crate) fn wrote_nothing(trace: &Path) {
     let trace = fs::read_to_string(trace).expect("a trace");
     assert!(trace.contains("RTM_GETLINK"), "netlink is seen in the trace");
-    // RTM_NEWNSID only numbers a namespace for ourselves; there is no other way to ask for the number of one.
-    let change = |line: &&str| {
-        ["RTM_NEW", "RTM_DEL", "RTM_SET"].iter().any(|kind| line.contains(kind))
-            && !line.contains("RTM_NEWNSID")
-    };
-    assert_eq!(trace.lines().filter(change).collect::<Vec<_>>(), [""; 0]);
+    assert_eq!(written_in(&trace), [""; 0], "{trace}");
+}
+
+#[test]
+fn what_is_written_is_seen_in_a_trace_whoever_writes_it() {
+    let trace = "\
+1 sendto(16, [{nlmsg_len=48, nlmsg_type=RTM_GETLINK, nlmsg_flags=0}, {nlmsg_len=28, nlmsg_type=RTM_NEWNSID, nlmsg_flags=0}]
+1 sendto(16, {nlmsg_len=48, nlmsg_type=RTM_DELLINK, nlmsg_flags=0}
+1 sendto(44, [{nlmsg_len=24, nlmsg_type=0x16 /* NLMSG_??? */, nlmsg_flags=0}, {nlmsg_len=40, nlmsg_type=0x13 /* NLMSG_??? */}]
+1 sendto(44, [{nlmsg_len=24, nlmsg_type=0x15 /* NLMSG_??? */}, {nlmsg_len=24, nlmsg_type=0x20 /* NLMSG_??? */}]
+1 sendto(45, [{nlmsg_len=24, nlmsg_type=0xa00 /* NLMSG_??? */}, {nlmsg_len=24, nlmsg_type=NLMSG_DONE}]
+";
+    assert_eq!(written_in(trace), ["RTM_DELLINK", "RTM_SETLINK", "RTM_DELADDR", "RTM_NEWRULE"]);
 }
 
 #[test]
@@ -135,6 +174,47 @@ fn a_killed_manager_comes_back_and_wires_stay() {
     for client in ["client", "second"] {
         mesh.end(client, Signal::TERM);
     }
+    mesh.nothing_is_left(&["a", "b", "gw"]);
+}
+
+/// The process that comes back remembers nobody: its client tells it what it has.
+#[test]
+fn a_killed_endpoint_comes_back_and_its_wire_stays_what_it_was() {
+    let test = "a_killed_endpoint_comes_back_and_its_wire_stays_what_it_was";
+    let Some(mesh) = Mesh::up(test, PODS) else { return };
+    // The first addresses are free again, so whoever begins anew gives those.
+    mesh.client("earlier", "b", "kernel://plain/nsm0", &[]);
+    mesh.ready(&["earlier"]);
+    mesh.client("client", "a", "kernel://plain/nsm0", &["--max-token-lifetime", "12s"]);
+    mesh.ready(&["client"]);
+    mesh.end("earlier", Signal::TERM);
+    eventually("one wire is left", || {
+        let records = crate::harness::records(&mesh.lab.plan.lab);
+        if records.len() == 1 { Ok(()) } else { Err(format!("{records:?}")) }
+    });
+    let seen = || {
+        ["a", "gw"].map(|pod| {
+            let mut addresses = Seen::of(&mesh.lab.namespace(pod).expect("a pod")).expect("read").addresses;
+            addresses.retain(|seen| seen.interface != "lo" && seen.address.addr().is_ipv4());
+            (mesh.links(pod), addresses)
+        })
+    };
+    let (was, plan, asked) = (seen(), record(&mesh).plan, mesh.asked("node1/forwarder", "gw"));
+    assert!(was.iter().all(|(links, addresses)| (links.len(), addresses.len()) == (1, 1)), "{was:?}");
+    let pinging = mesh.flood("a", "172.16.1.2");
+    mesh.end("gw", Signal::KILL);
+    mesh.restart("gw");
+    mesh.has_asked("node1/forwarder", "gw", asked + 1);
+    let known = record(&mesh);
+    eventually("the new process has the wire", || {
+        let now = record(&mesh);
+        if now.data == known.data { Err(mesh.log("client")) } else { Ok(()) }
+    });
+    let row = pinging.end().expect("enter");
+    assert!(row.sent > 0 && row.lost() == 0, "{row:?}\n{}", mesh.log("client"));
+    assert_eq!(record(&mesh).plan, plan);
+    assert_eq!(seen(), was, "interfaces, numbers, hardware addresses and addresses");
+    mesh.end("client", Signal::TERM);
     mesh.nothing_is_left(&["a", "b", "gw"]);
 }
 
