@@ -1127,6 +1127,27 @@ async fn a_manager_ends_what_nobody_refreshes_and_passes_on_what_it_does_not_kno
 }
 
 #[tokio::test]
+async fn what_has_moved_to_another_node_is_not_ended_by_the_one_before() {
+    let lab = Lab::new();
+    let registry = lab.registry().await;
+    let short = |config: &mut ManagerConfig| config.lifetime = Duration::from_secs(1);
+    let before = lab.node_with("node1", Some(&registry), short).await;
+    let now = lab.node("node2", Some(&registry)).await;
+    for node in [&before, &now] {
+        let endpoint = lab.raw("gw", &node.running.url()).await;
+        endpoint.register(nse("gw-1", "web", "tcp://127.0.0.1:9")).await.unwrap();
+    }
+    eventually("expiry", async || before.registry.locals().is_empty().then_some(())).await;
+    // Long enough for the registry to be told.
+    sleep(Duration::from_millis(300)).await;
+    let found = lab.client("anybody", &registry.url()).find_endpoints(named("gw-1")).await.unwrap();
+    assert!(matches!(&found[..], [one] if one.nse.url == now.running.urls[1].to_string()), "{found:?}");
+    for running in [before.running, now.running, registry] {
+        running.stop().await;
+    }
+}
+
+#[tokio::test]
 async fn sockets_that_cannot_be_used_are_refused() {
     let lab = Lab::new();
     let registry = lab.registry().await;
