@@ -3,6 +3,9 @@
 //!
 //! `fuzz/` feeds them what libFuzzer makes up; the test of this crate feeds them the corpora that are in the tree.
 
+mod cluster;
+mod operators;
+
 use std::fmt::Debug;
 
 use hickory_proto::rr::Name;
@@ -12,25 +15,36 @@ use nsm_api::{
     path,
     pb::{
         connection::{Connection, ConnectionEvent, MonitorScopeSelector},
+        connectioncontext::{self, ConnectionContext},
+        introspect::{Item, LogLevel, Query},
+        ipam::{PrefixRequest, PrefixResponse},
         networkservice::NetworkServiceRequest,
         registry::{
-            NetworkService, NetworkServiceEndpoint, NetworkServiceEndpointQuery, NetworkServiceQuery,
+            NetworkService, NetworkServiceEndpoint, NetworkServiceEndpointQuery,
+            NetworkServiceEndpointResponse, NetworkServiceQuery, NetworkServiceResponse,
         },
     },
 };
 use nsm_dns::message::{self, Asked, Told};
 use nsm_identity::{Bundles, Leaf, SpiffeId};
-use nsm_kernel::store::Record;
+use nsm_kernel::{
+    netns::NsId,
+    plan::{ContextPolicy, ContextRoute, EndPlan, IpContext, Side, WirePlan},
+    store::Record,
+};
 use nsm_registry::path::RegistrationPath;
 use nsm_webhook::{inject, review, settings::Settings};
 use prost::Message;
 use rustls_pki_types::CertificateDer;
 
+pub use cluster::{authorities, kubernetes, signer};
+pub use operators::{files, mark, rego, settings};
+
 /// A decoder.
 pub type Target = fn(&[u8]);
 
 /// All of them, by the names of their corpora.
-pub const TARGETS: [(&str, Target); 12] = [
+pub const TARGETS: [(&str, Target); 19] = [
     ("messages", messages),
     ("path", connection_path),
     ("nsurl", nsurl),
@@ -43,9 +57,16 @@ pub const TARGETS: [(&str, Target); 12] = [
     ("admission", admission),
     ("certificate", certificate),
     ("record", record),
+    ("mark", mark),
+    ("settings", settings),
+    ("files", files),
+    ("rego", rego),
+    ("kubernetes", kubernetes),
+    ("signer", signer),
+    ("authorities", authorities),
 ];
 
-/// Every message that peers send, and the checks that it goes through first.
+/// Every message that peers send, asked or as an answer, and the checks that it goes through first.
 pub fn messages(bytes: &[u8]) {
     if let Some(request) = again::<NetworkServiceRequest>(bytes) {
         let _ = limits::check_request(&request);
@@ -55,6 +76,7 @@ pub fn messages(bytes: &[u8]) {
     }
     if let Some(conn) = again::<Connection>(bytes) {
         let _ = limits::check_connection(&conn);
+        context(conn.context.unwrap_or_default());
     }
     again::<ConnectionEvent>(bytes);
     again::<MonitorScopeSelector>(bytes);
@@ -66,6 +88,54 @@ pub fn messages(bytes: &[u8]) {
     }
     again::<NetworkServiceQuery>(bytes);
     again::<NetworkServiceEndpointQuery>(bytes);
+    again::<NetworkServiceResponse>(bytes);
+    again::<NetworkServiceEndpointResponse>(bytes);
+    again::<PrefixRequest>(bytes);
+    again::<PrefixResponse>(bytes);
+    again::<Query>(bytes);
+    again::<LogLevel>(bytes);
+    if let Some(item) = again::<Item>(bytes) {
+        // As one program shows it to another, of another version.
+        let shown = serde_json::to_vec(&item).expect("it can be shown");
+        assert_eq!(serde_json::from_slice::<Item>(&shown).expect("what we write we read"), item);
+    }
+    // Their keys are not to be printed, so they cannot be.
+    same::<nsm_identity::pb::X509svidResponse>(bytes);
+    same::<nsm_identity::pb::X509BundlesResponse>(bytes);
+}
+
+/// What a peer wants at an end of the wire, as the forwarder plans it.
+fn context(context: ConnectionContext) {
+    let ip = context.ip_context.unwrap_or_default();
+    let route = |r: &connectioncontext::Route| ContextRoute {
+        prefix: r.prefix.clone(),
+        next_hop: r.next_hop.clone(),
+    };
+    let policy = |p: &connectioncontext::PolicyRoute| ContextPolicy {
+        from: p.from.clone(),
+        proto: p.proto.clone(),
+        src_port: p.src_port.clone(),
+        dst_port: p.dst_port.clone(),
+        routes: p.routes.iter().map(route).collect(),
+    };
+    let context = IpContext {
+        src_addrs: ip.src_ip_addrs.clone(),
+        dst_addrs: ip.dst_ip_addrs.clone(),
+        src_routes: ip.src_routes.iter().map(route).collect(),
+        dst_routes: ip.dst_routes.iter().map(route).collect(),
+        policies: ip.policies.iter().map(policy).collect(),
+        neighbours: ip.ip_neighbors.iter().map(|n| (n.ip.clone(), n.hardware_address.clone())).collect(),
+        mtu: context.mtu,
+    };
+    let end =
+        |side, name| EndPlan::new(side, NsId { dev: 0, ino: 0 }, name, "x").with_context(side, &context);
+    if let (Ok(near), Ok(far)) = (end(Side::Near, "near"), end(Side::Far, "far")) {
+        let plan = WirePlan::veth("x", near, far);
+        let written = serde_json::to_vec(&plan).expect("what was planned can be written");
+        let same: WirePlan = serde_json::from_slice(&written).expect("what we write we read");
+        assert!(same == plan && !plan.to_string().is_empty(), "it has changed by writing and reading it");
+        let _ = plan.validate();
+    }
 }
 
 /// The path of a connection, through a hop and back.
@@ -211,11 +281,16 @@ pub fn record(bytes: &[u8]) {
     }
 }
 
-fn again<M: Message + Default + PartialEq + Debug>(bytes: &[u8]) -> Option<M> {
+fn again<M: Message + Default + Debug>(bytes: &[u8]) -> Option<M> {
+    let message = same::<M>(bytes)?;
+    let _ = format!("{message:?}");
+    Some(message)
+}
+
+fn same<M: Message + Default>(bytes: &[u8]) -> Option<M> {
     let message = M::decode(bytes).ok()?;
     let written = message.encode_to_vec();
     let same = M::decode(&written[..]).expect("what we write we read");
     assert_eq!(same.encode_to_vec(), written, "written twice, it is not the same");
-    let _ = format!("{message:?}");
     Some(message)
 }
