@@ -152,6 +152,10 @@ pub(crate) fn happen(lab: &Lab, fault: &Fault) -> Result<String, Error> {
         if let Some(pod) = &fault.remove {
             lab.restore_namespace(pod)?;
         }
+        if fault.new_ca {
+            let kept = lab.plan.paths().ca();
+            fs::remove_dir_all(&kept).map_err(Error::files("remove", &kept))?;
+        }
         let doomed = in_order(lab, &doomed);
         doomed.iter().try_for_each(|name| lab.start(name))?;
         lab.supervisor.wait_ready(&doomed, fault.within)?;

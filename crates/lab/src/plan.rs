@@ -377,7 +377,7 @@ impl Plan {
         let config = IdentityConfig {
             trust_domain: format!("{}.lab", self.lab),
             // A restart keeps the root that everybody trusts.
-            state_dir: at.root.join("identity"),
+            state_dir: at.ca(),
             svid_ttl: self.svid_ttl.clone(),
             sockets: sockets.collect(),
             entries: daemons.chain(pods).collect(),
@@ -455,6 +455,12 @@ impl Paths {
     #[must_use]
     pub fn new(lab: &str) -> Self {
         Self { root: Path::new(ROOT).join(lab) }
+    }
+
+    /// What identity keeps: its CA.
+    #[must_use]
+    pub fn ca(&self) -> PathBuf {
+        self.root.join("identity")
     }
 
     /// Sockets and state of a node's daemons.

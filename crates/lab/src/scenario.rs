@@ -445,6 +445,8 @@ pub struct Fault {
     pub remove: Option<String>,
     /// Make what was killed or removed again, and wait until it is ready.
     pub restart: bool,
+    /// Identity, which is killed and made again, has another CA then.
+    pub new_ca: bool,
     /// Processes, and pods with their namespaces, that are made again after a fault before this one ended them; one or a
     /// list.
     #[serde(deserialize_with = "one_or_more")]
@@ -552,6 +554,7 @@ impl Default for Fault {
             signal: FaultSignal::KILL,
             remove: None,
             restart: false,
+            new_ca: false,
             start: Vec::new(),
             freeze: Vec::new(),
             cut: None,
@@ -604,7 +607,7 @@ impl fmt::Display for Fault {
         }
         happens.extend(self.remove.iter().map(|pod| format!("{pod} removed")));
         if self.restart {
-            happens.push("made again".to_owned());
+            happens.push(if self.new_ca { "made again with another CA" } else { "made again" }.to_owned());
         }
         if !self.start.is_empty() {
             happens.push(format!("{} there again", self.start.join(", ")));
@@ -823,6 +826,11 @@ impl Scenario {
                         })
                     };
                     named("kill", &fault.kill)?;
+                    if fault.new_ca && !(fault.restart && fault.kill.iter().any(|name| name == "identity")) {
+                        let expected =
+                            ".newCa: only identity has a CA; expected kill: identity, restart: true";
+                        return Err(wrong(expected.to_owned()));
+                    }
                     named("start", &fault.start)?;
                     named("freeze", &fault.freeze)?;
                     let impair = fault.impair.as_ref();
@@ -1237,6 +1245,14 @@ expect:
         );
         let other =
             "apply: '{apiVersion: networkservicemesh.io/v1, kind: NetworkService, metadata: {name: webb}}'";
+        let ca =
+            error(&GOOD.replace("kill: node2/manager, restart", "kill: node2/manager, newCa: true, restart"));
+        assert_eq!(
+            ca,
+            "a.yaml:33: expect[1].fault.newCa: only identity has a CA; expected kill: identity, restart: true"
+        );
+        let start = error(&GOOD.replace("kill: node2/manager, restart: true", "start: clinet"));
+        assert!(start.starts_with("a.yaml:33: expect[1].fault.start: no process \"clinet\""), "{start}");
         let applied = error(&GOOD.replace("kill: node2/manager, restart: true", other));
         assert!(
             applied.starts_with("a.yaml:33: expect[1].fault.apply: ") && applied.ends_with("(web, other)"),
