@@ -21,13 +21,13 @@ use nsm_api::{
     mechanism::InodeUrl,
     pb::registry::{NetworkService, NetworkServiceEndpoint},
 };
-use nsm_identity::clock;
+use nsm_identity::{Source, clock};
 use nsm_transport::{Connection, DialTarget, DialUrl, FdTable, FileId, Pool};
 use rustix::fs::{Mode, OFlags};
 use tokio::{
     sync::{oneshot, watch},
     task::JoinHandle,
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 use tracing::{debug, info, warn};
 
@@ -469,16 +469,10 @@ impl<T: Kept> Keeper<T> {
         loop {
             let since = Instant::now();
             let name = self.wanted.name().to_owned();
-            let refresh = held.item.expires().map(|end| refresh_in(clock::now(), end));
             let cause = tokio::select! {
                 done = &mut end => return self.finish(done.ok()).await,
                 cause = lost::<T>(held.connection.clone(), &name) => cause,
-                () = async {
-                    match refresh {
-                        Some(time) => sleep(time).await,
-                        None => std::future::pending().await,
-                    }
-                } => Cause::Refresh,
+                () = due(held.item.expires(), self.client.upstream.pool.source(), clock::now) => Cause::Refresh,
             };
             // One that is lost as soon as it is made must not spin.
             if since.elapsed() > self.client.config.longest_pause {
@@ -562,6 +556,21 @@ async fn lost<T: Kept>(connection: Connection, name: &str) -> Cause {
     }
 }
 
+/// Returns when a registration is to be refreshed. With a new identity it is looked at the clock again: if that has jumped
+/// ahead, whoever compares it with what was registered takes it for over.
+async fn due(end: Option<SystemTime>, source: &Source, now: impl Fn() -> SystemTime) {
+    let Some(end) = end else { return std::future::pending().await };
+    let mut identity = source.current();
+    let mut at = Instant::now() + refresh_in(now(), end);
+    loop {
+        tokio::select! {
+            () = sleep_until(at) => return,
+            renewed = source.changed(&identity) => identity = renewed,
+        }
+        at = at.min(Instant::now() + refresh_in(now(), end));
+    }
+}
+
 /// Two thirds of the time that is left (spec/registry.md 2.7). A second at least: clocks that differ
 /// must not make a storm.
 fn refresh_in(now: SystemTime, end: SystemTime) -> Duration {
@@ -595,6 +604,10 @@ impl Pauses {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
+    use nsm_identity::ca::Authority;
+
     use super::*;
 
     #[test]
@@ -604,6 +617,39 @@ mod tests {
         assert_eq!(refresh_in(now, at(1060)), Duration::from_secs(40));
         assert_eq!(refresh_in(now, at(1001)), Duration::from_secs(1));
         assert_eq!(refresh_in(now, at(5)), Duration::from_secs(1), "a clock that is behind");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_registered_is_looked_at_anew_when_a_clock_has_jumped() {
+        let authority = Authority::new("test".parse().expect("a domain"), SystemTime::now()).expect("a CA");
+        let identity = || {
+            let id = "spiffe://test/a".parse().expect("an id");
+            Arc::new(authority.identity(&id, Duration::from_secs(3600), SystemTime::now()).expect("issued"))
+        };
+        let (renew, current) = watch::channel(identity());
+        let source = Source::from_watch(current);
+        let (begin, jumped) = (Instant::now(), Cell::new(0));
+        let now = || SystemTime::UNIX_EPOCH + begin.elapsed() + Duration::from_secs(jumped.get());
+        let end = Some(SystemTime::UNIX_EPOCH + Duration::from_secs(60));
+        let after = |jump: u64| {
+            jumped.set(0);
+            let (renew, identity, jumped) = (&renew, &identity, &jumped);
+            async move {
+                sleep(Duration::from_secs(5)).await;
+                jumped.set(jump);
+                renew.send_replace(identity());
+                std::future::pending::<()>().await;
+            }
+        };
+        for (jump, expected) in [(0, 40), (30, 5 + 25 * 2 / 3), (7200, 6)] {
+            let began = Instant::now();
+            let end = end.map(|end| end + begin.elapsed());
+            tokio::select! {
+                () = due(end, &source, now) => {}
+                () = after(jump) => {}
+            }
+            assert_eq!(began.elapsed().as_secs(), expected, "a jump of {jump} s");
+        }
     }
 
     #[test]

@@ -51,6 +51,7 @@ fn what_was_found_once_stays_mended() {
         ),
         ("1298", "a Close that came behind the first one ended what had been asked for again meanwhile"),
         ("937", "how long tokens live was computed after the clock had jumped, not when they were checked"),
+        ("951", "an endpoint was not found after its clock had jumped, until it registered again some time"),
         // Found something in meshes of other shapes, before a seed meant what it means now.
         ("7", "a fault of an earlier shape"),
         ("13", "a fault of an earlier shape"),

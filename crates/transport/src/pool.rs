@@ -215,6 +215,12 @@ impl From<DialError> for Status {
 }
 
 impl Pool {
+    /// Where its identities come from.
+    #[must_use]
+    pub fn source(&self) -> &Source {
+        &self.0.source
+    }
+
     /// A pool that dials with the newest identity of `source`. Needs a tokio runtime.
     pub fn new(source: Source, config: PoolConfig) -> Self {
         let tidying = config.clone();
