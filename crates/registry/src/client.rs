@@ -621,10 +621,10 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn what_is_registered_is_looked_at_anew_when_a_clock_has_jumped() {
-        let authority = Authority::new("test".parse().expect("a domain"), SystemTime::now()).expect("a CA");
+        let authority = Authority::new("test".parse().expect("a domain"), clock::now()).expect("a CA");
         let identity = || {
             let id = "spiffe://test/a".parse().expect("an id");
-            Arc::new(authority.identity(&id, Duration::from_secs(3600), SystemTime::now()).expect("issued"))
+            Arc::new(authority.identity(&id, Duration::from_secs(3600), clock::now()).expect("issued"))
         };
         let (renew, current) = watch::channel(identity());
         let source = Source::from_watch(current);
