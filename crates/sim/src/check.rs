@@ -35,6 +35,8 @@ pub(crate) struct Checker {
     twice: BTreeMap<String, Instant>,
     /// Interfaces that are down.
     down: BTreeMap<String, Instant>,
+    /// Connections of a hop that have one interface.
+    namesakes: BTreeMap<String, Instant>,
     /// When no endpoint had an address left, the last time.
     full: Option<Instant>,
     panics: u64,
@@ -53,12 +55,12 @@ impl Checker {
         self.panics(world);
         addresses_are_unique(world);
         numbers_are_unique(world);
-        names_are_unique(world);
         for call in world.net.overdue() {
             world.trace.violated("every call is answered or given up", call);
         }
         self.twice(world, now);
         self.down(world, now);
+        self.namesakes(world, now);
         let clients = world.all(|what| matches!(what, What::Client { .. }));
         let mut wanted = BTreeSet::new();
         let mut unwell = BTreeMap::new();
@@ -98,6 +100,7 @@ impl Checker {
             (&self.left, "nothing is left behind"),
             (&self.twice, "one address, one interface"),
             (&self.down, "an interface that was set down is up again"),
+            (&self.namesakes, "one name, one connection"),
         ] {
             for (thing, since) in things {
                 if now - (*since).max(calm) > world.shape.lifetime + GRACE {
@@ -163,6 +166,28 @@ impl Checker {
         self.down = all.map(of).map(since).collect();
     }
 
+    /// Connections of one hop that have one interface, as their mechanisms name it: a client's first request that arrives
+    /// twice is two, of which the client knows one.
+    fn namesakes(&mut self, world: &World, now: Instant) {
+        let mut namesakes = BTreeMap::new();
+        for slot in &world.slots {
+            let Some(running) = &slot.running else { continue };
+            let mut owners = BTreeMap::new();
+            for (id, conn) in running.process.held() {
+                let Some(mechanism) = &conn.mechanism else { continue };
+                let (Ok(Some(ns)), Some(name)) = (mechanism.inode(), mechanism.get(key::NAME)) else {
+                    continue;
+                };
+                if let Some(other) = owners.insert((ns.dev, ns.ino, name.to_owned()), id.clone()) {
+                    let what = format!("{} holds {other} and {id} for {name} of one namespace", slot.name);
+                    let since = self.namesakes.get(&what).copied().unwrap_or(now);
+                    namesakes.insert(what, since);
+                }
+            }
+        }
+        self.namesakes = namesakes;
+    }
+
     /// Whether every interface is up.
     pub(crate) fn all_up(&self) -> bool {
         self.down.is_empty()
@@ -222,25 +247,6 @@ fn addresses_are_unique(world: &World) {
                     let what = format!("{} gives {address} to {other} and {id}", world.slots[slot].name);
                     world.trace.violated("one address, one connection", what);
                 }
-            }
-        }
-    }
-}
-
-/// No two connections that a hop holds have one interface, as their mechanisms name it, and no two interfaces of a
-/// namespace one name.
-fn names_are_unique(world: &World) {
-    for slot in &world.slots {
-        let Some(running) = &slot.running else { continue };
-        let mut owners = BTreeMap::new();
-        for (id, conn) in running.process.held() {
-            let Some(mechanism) = &conn.mechanism else { continue };
-            let (Ok(Some(ns)), Some(name)) = (mechanism.inode(), mechanism.get(key::NAME)) else {
-                continue;
-            };
-            if let Some(other) = owners.insert((ns.dev, ns.ino, name.to_owned()), id.clone()) {
-                let what = format!("{} holds {other} and {id} for {name} of one namespace", slot.name);
-                world.trace.violated("one name, one connection", what);
             }
         }
     }
